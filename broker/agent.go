@@ -1,0 +1,24 @@
+package broker
+
+import (
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Agent is a workload as the catalog knows it.
+type Agent struct {
+	ID          spiffeid.ID
+	Owner       string // who answers for it: a person's or a team's address
+	Environment string // "production", "staging", …; never empty
+	Labels      map[string]string
+	Disabled    bool // a disabled agent gets nothing, and its leases end
+}
+
+// Caller is who makes one request, as attested for this request alone.
+type Caller struct {
+	ID          spiffeid.ID
+	Certificate [32]byte  // SHA-256 of the caller's leaf certificate (DER); zero where it used none
+	ValidUntil  time.Time // the end of the SVID's validity
+	Correlation CorrelationID
+}

@@ -1,0 +1,93 @@
+// Package audit is the evidence: who did what, when, why, and what became of
+// it. An event is written in the same transaction as the change that it tells
+// of, and that record is the evidence; what feeds other systems reads it from
+// there, in order.
+package audit
+
+import (
+	"encoding/json"
+	"fmt"
+	"time"
+
+	"github.com/mayfly-security/mayfly/broker"
+)
+
+// Log is the name of the store's log that holds the evidence.
+const Log = "evidence"
+
+// version is the newest version of the record that this code writes and reads.
+const version = 1
+
+// Broker is the actor of what the broker does by itself.
+const Broker = "broker"
+
+// Type says what happened, as noun.verb.
+type Type string
+
+// The types of events.
+const (
+	CatalogLoaded      Type = "catalog.loaded"
+	CatalogRefused     Type = "catalog.refused"
+	GrantCreated       Type = "grant.created"
+	GrantEnded         Type = "grant.ended"
+	IncidentOpened     Type = "incident.opened"
+	IncidentClosed     Type = "incident.closed"
+	LeaseIntended      Type = "lease.intended"
+	LeaseActive        Type = "lease.active"
+	LeaseRevoking      Type = "lease.revoking"
+	LeaseProgressed    Type = "lease.progressed"
+	LeaseRevoked       Type = "lease.revoked"
+	LeaseExpired       Type = "lease.expired"
+	LeaseReplayed      Type = "lease.replayed"
+	RequestRefused     Type = "request.refused"
+	RefusalsSuppressed Type = "request.refusals_suppressed"
+	BrokerStarted      Type = "broker.started"
+	ClockUntrusted     Type = "clock.untrusted"
+	ClockTrusted       Type = "clock.trusted"
+)
+
+// Event is one piece of evidence. Empty fields do not apply. No field ever
+// holds a secret.
+type Event struct {
+	Sequence    uint64               `json:"-"` // the place in the log; set when read
+	Time        time.Time            `json:"time"`
+	Type        Type                 `json:"type"`
+	Actor       string               `json:"actor,omitempty"` // a SPIFFE ID, or Broker
+	Agent       string               `json:"agent,omitempty"`
+	Tool        string               `json:"tool,omitempty"`
+	Provider    string               `json:"provider,omitempty"`
+	Lease       broker.LeaseID       `json:"lease,omitempty"`
+	Grant       broker.GrantID       `json:"grant,omitempty"`
+	Incident    broker.IncidentID    `json:"incident,omitempty"`
+	Reason      string               `json:"reason,omitempty"` // why, in the actor's words
+	Cause       string               `json:"cause,omitempty"`  // why, as a stable word: a broker.Reason or broker.Cause
+	Correlation broker.CorrelationID `json:"correlation,omitempty"`
+	Details     map[string]string    `json:"details,omitempty"`
+}
+
+type record struct {
+	Version int `json:"v"`
+	Event
+}
+
+// Encode returns the event as it stands in the log.
+func Encode(e Event) ([]byte, error) {
+	b, err := json.Marshal(record{Version: version, Event: e})
+	if err != nil {
+		return nil, fmt.Errorf("encoding event %s: %w", e.Type, err)
+	}
+	return b, nil
+}
+
+// Decode reads an entry of the log.
+func Decode(sequence uint64, value []byte) (Event, error) {
+	var r record
+	if err := json.Unmarshal(value, &r); err != nil {
+		return Event{}, fmt.Errorf("decoding event %d: %w", sequence, err)
+	}
+	if r.Version > version {
+		return Event{}, fmt.Errorf("event %d has version %d and this broker reads up to %d: it was written by a newer Mayfly", sequence, r.Version, version)
+	}
+	r.Event.Sequence = sequence
+	return r.Event, nil
+}

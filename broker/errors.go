@@ -1,0 +1,142 @@
+package broker
+
+import (
+	"errors"
+	"fmt"
+)
+
+// Reason is a stable, machine-readable word for why something was refused. It
+// is part of the API: a reason is never renamed, only added.
+type Reason string
+
+// The reasons. Reasons() describes each.
+const (
+	ReasonUnauthenticated  Reason = "unauthenticated"
+	ReasonSVIDExpired      Reason = "svid_expired"
+	ReasonSVIDNotYetValid  Reason = "svid_not_yet_valid"
+	ReasonSVIDMalformed    Reason = "svid_malformed"
+	ReasonUntrusted        Reason = "svid_untrusted"
+	ReasonTrustDomain      Reason = "trust_domain_unknown"
+	ReasonAgentUnknown     Reason = "agent_unknown"
+	ReasonAgentDisabled    Reason = "agent_disabled"
+	ReasonPermissionDenied Reason = "permission_denied"
+	ReasonNotFound         Reason = "not_found"
+	ReasonInvalidArgument  Reason = "invalid_argument"
+	ReasonParameter        Reason = "parameter_invalid"
+	ReasonTTL              Reason = "ttl_invalid"
+	ReasonToolUnknown      Reason = "tool_unknown"
+	ReasonNoGrant          Reason = "no_grant"
+	ReasonGrantSuspended   Reason = "grant_suspended"
+	ReasonGrantUsed        Reason = "grant_used_up"
+	ReasonIncidentClosed   Reason = "incident_closed"
+	ReasonIncidentLimit    Reason = "incident_limit"
+	ReasonSelfService      Reason = "self_service"
+	ReasonKeyReused        Reason = "idempotency_key_reused"
+	ReasonSecretGone       Reason = "secret_gone"
+	ReasonProvider         Reason = "provider_unavailable"
+	ReasonProviderRefused  Reason = "provider_refused"
+	ReasonStore            Reason = "store_unavailable"
+	ReasonClock            Reason = "clock_untrusted"
+	ReasonShuttingDown     Reason = "shutting_down"
+	ReasonRateLimited      Reason = "rate_limited"
+	ReasonTooLarge         Reason = "too_large"
+	ReasonConflict         Reason = "conflict"
+	ReasonInternal         Reason = "internal"
+)
+
+// ReasonDoc describes one reason for the reference.
+type ReasonDoc struct {
+	Reason  Reason
+	Meaning string // what happened
+	Next    string // what the caller can do about it
+}
+
+// Reasons describes every reason, in the order of the reference.
+func Reasons() []ReasonDoc {
+	return []ReasonDoc{
+		{ReasonUnauthenticated, "No client certificate, or none that names anybody.", "Connect with an X.509-SVID; see `mayfly whoami`."},
+		{ReasonSVIDExpired, "The SVID's validity period is over.", "Fetch a fresh SVID from the Workload API and connect again."},
+		{ReasonSVIDNotYetValid, "The SVID's validity period has not begun.", "Compare the clocks of both machines."},
+		{ReasonSVIDMalformed, "The certificate is no X.509-SVID: it has no SPIFFE ID or more than one, or it is a CA certificate.", "Use a leaf certificate with exactly one SPIFFE ID as its URI SAN."},
+		{ReasonUntrusted, "The SVID does not chain to the current bundle of its trust domain.", "Its authority may have been rotated out: fetch a fresh SVID."},
+		{ReasonTrustDomain, "The SVID's trust domain is neither the broker's own nor federated with it.", "Ask an operator to federate the trust domain."},
+		{ReasonAgentUnknown, "The SPIFFE ID is authentic, but it is not in the catalog.", "Ask an operator to add the agent to the catalog."},
+		{ReasonAgentDisabled, "The agent is disabled in the catalog.", "Ask the agent's owner or an operator."},
+		{ReasonPermissionDenied, "The caller may not do this.", "The message says who may."},
+		{ReasonNotFound, "There is no such thing, or it is not the caller's.", "List what is yours and copy the ID whole."},
+		{ReasonInvalidArgument, "A field of the request is malformed, too long or contradictory.", "The message names the field."},
+		{ReasonParameter, "A parameter is missing, not declared by the tool, or outside its type or pattern.", "See the tool's parameters with `mayfly tools`."},
+		{ReasonTTL, "The TTL is zero, negative, or beyond the tool's maximum.", "Ask for a TTL between 1s and the tool's maximum."},
+		{ReasonToolUnknown, "There is no tool of that name for this caller.", "See `mayfly tools`."},
+		{ReasonNoGrant, "The agent has no grant for the tool that is good now.", "Ask an operator for a grant, or the incident's opener for a window."},
+		{ReasonGrantSuspended, "The tool was changed after the grant was made, so the grant no longer says what would be given.", "Ask for a new grant."},
+		{ReasonGrantUsed, "The grant's uses are used up.", "Ask for a new grant."},
+		{ReasonIncidentClosed, "The incident that the grant belongs to is closed.", "Access ended with the incident; nothing to do."},
+		{ReasonIncidentLimit, "The opener has as many incidents open as it may.", "Close one first."},
+		{ReasonSelfService, "Nobody opens a window, or makes a grant, for itself.", "Let another identity do it."},
+		{ReasonKeyReused, "The idempotency key was used for a different request.", "Use a new key for a new request."},
+		{ReasonSecretGone, "The lease of this idempotency key exists, but its secret can no longer be handed out. The lease is being ended and its use given back.", "Ask again with a new idempotency key."},
+		{ReasonProvider, "The provider did not answer, or not in time. What it may have made is being ended.", "Try again later; operators see the cause in the log by correlation ID."},
+		{ReasonProviderRefused, "The provider refused to make the credential.", "An operator finds the cause in the log by correlation ID."},
+		{ReasonStore, "The broker cannot write its store, so it gives nothing.", "Try again later; operators see the cause in the log."},
+		{ReasonClock, "The broker's clock jumped, so it gives nothing until it is trusted again.", "Operators: set the clock right; see the guide's page on time."},
+		{ReasonShuttingDown, "The broker is stopping.", "Try again."},
+		{ReasonRateLimited, "Too many requests at once, or too fast.", "Slow down and try again."},
+		{ReasonTooLarge, "The request is larger than is taken.", "Send less."},
+		{ReasonConflict, "The thing is already in a state that excludes this.", "Look at its present state."},
+		{ReasonInternal, "Something unexpected happened.", "Give the correlation ID to an operator."},
+	}
+}
+
+// Error is a refusal that a caller may see. Message says what happened and
+// why, Next what to do; neither ever holds upstream text or a secret. An error
+// that is no *Error reaches a caller as ReasonInternal with a correlation ID,
+// never as itself.
+type Error struct {
+	Reason  Reason
+	Message string
+	Next    string
+	Lease   LeaseID // the lease that this is about; empty for most
+	err     error   // the cause, for the log; never for the caller
+}
+
+func (e *Error) Error() string {
+	if e.err != nil {
+		return fmt.Sprintf("%s: %s: %v", e.Reason, e.Message, e.err)
+	}
+	return fmt.Sprintf("%s: %s", e.Reason, e.Message)
+}
+
+// Unwrap gives the cause, which is for logs and never for callers.
+func (e *Error) Unwrap() error { return e.err }
+
+// Because returns a copy of e that carries cause for the log.
+func (e *Error) Because(cause error) *Error {
+	c := *e
+	c.err = cause
+	return &c
+}
+
+// Refuse makes an Error.
+func Refuse(reason Reason, message, next string) *Error {
+	return &Error{Reason: reason, Message: message, Next: next}
+}
+
+// Refusef makes an Error whose message is formatted. Arguments that come from
+// others are to be cleaned by the caller, or printed with %q.
+func Refusef(reason Reason, next, format string, args ...any) *Error {
+	return &Error{Reason: reason, Message: fmt.Sprintf(format, args...), Next: next}
+}
+
+// ReasonOf returns the reason of err: ReasonInternal if it has none, and "" if
+// err is nil.
+func ReasonOf(err error) Reason {
+	if err == nil {
+		return ""
+	}
+	var e *Error
+	if errors.As(err, &e) {
+		return e.Reason
+	}
+	return ReasonInternal
+}
