@@ -1,0 +1,84 @@
+package bolt
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"go.etcd.io/bbolt"
+
+	"github.com/mayfly-security/mayfly/store"
+)
+
+// maxFindings is how much damage Check tells of.
+const maxFindings = 10
+
+// WriteTo writes a snapshot of the whole store to w while others go on, and
+// returns the number of bytes. What it wrote is a store that Open opens. It is
+// a View as long as it runs: see DB about what a slow w costs.
+//
+// A backup holds no secret, but whoever can change it before it is restored
+// can make grants.
+func (db *DB) WriteTo(w io.Writer) (int64, error) {
+	if err := db.enter(); err != nil {
+		return 0, err
+	}
+	defer db.calls.Done()
+	tx, err := db.bolt.Begin(false)
+	if err != nil {
+		return 0, fmt.Errorf("%w: beginning a snapshot of %s: %w", store.ErrUnavailable, db.path, err)
+	}
+	defer tx.Rollback()
+	n, err := tx.WriteTo(w)
+	if err != nil {
+		return n, fmt.Errorf("backing up %s: %w", db.path, err)
+	}
+	return n, nil
+}
+
+// Check reads the whole file and reports damage to its structure. Every Update
+// waits meanwhile. ctx bounds only the wait for its own turn.
+func (db *DB) Check(ctx context.Context) error {
+	if err := db.enter(); err != nil {
+		return err
+	}
+	defer db.calls.Done()
+	b, err := db.takeTurn(ctx)
+	if err != nil {
+		return err
+	}
+	if b.dirty { // what is looked at must be committed
+		db.finish(b)
+		close(b.done)
+		if b, err = db.begin(); err != nil {
+			db.releaseTurn()
+			return err
+		}
+	}
+	defer db.passTurn(b)
+	return check(b.tx)
+}
+
+func check(tx *bbolt.Tx) error {
+	var found []error
+	for err := range tx.Check() { // to the end, or its goroutine stays
+		if len(found) < maxFindings {
+			found = append(found, err)
+		}
+	}
+	err := tx.ForEach(func(name []byte, b *bbolt.Bucket) error {
+		log, ok := strings.CutPrefix(string(name), logPrefix)
+		if !ok {
+			return nil
+		}
+		last, _ := b.Cursor().Last()
+		if len(last) != 8 || binary.BigEndian.Uint64(last) > b.Sequence() {
+			return fmt.Errorf("log %q ends with %x, past its sequence %d", log, last, b.Sequence())
+		}
+		return nil
+	})
+	return errors.Join(append(found, err)...)
+}
