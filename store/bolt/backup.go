@@ -26,7 +26,7 @@ func (db *DB) WriteTo(w io.Writer) (int64, error) {
 	if err := db.enter(); err != nil {
 		return 0, err
 	}
-	defer db.calls.Done()
+	defer db.leave()
 	tx, err := db.bolt.Begin(false)
 	if err != nil {
 		return 0, fmt.Errorf("%w: beginning a snapshot of %s: %w", store.ErrUnavailable, db.path, err)
@@ -45,7 +45,7 @@ func (db *DB) Check(ctx context.Context) error {
 	if err := db.enter(); err != nil {
 		return err
 	}
-	defer db.calls.Done()
+	defer db.leave()
 	b, err := db.takeTurn(ctx)
 	if err != nil {
 		return err

@@ -49,12 +49,12 @@ type DB struct {
 	commit func(*bbolt.Tx) error // (*bbolt.Tx).Commit; tests let it fail
 
 	mu     sync.Mutex
-	closed bool
-	broken error     // why nothing may be done any more; nil while all is well
-	busy   bool      // somebody has the turn
-	queue  []*waiter // those who wait for the turn, first come first
+	broken error         // why nothing may be done any more; nil while all is well
+	busy   bool          // somebody has the turn
+	queue  []*waiter     // those who wait for the turn, first come first
+	calls  int           // how many run
+	idle   chan struct{} // nil until Close is called; then closed when no call runs
 
-	calls   sync.WaitGroup // running calls; only added to under mu while not closed
 	closing sync.Once
 }
 
@@ -66,9 +66,12 @@ func (db *DB) Close() error {
 	var err error
 	db.closing.Do(func() {
 		db.mu.Lock()
-		db.closed = true
+		db.idle = make(chan struct{})
+		if db.calls == 0 {
+			close(db.idle)
+		}
 		db.mu.Unlock()
-		db.calls.Wait()
+		<-db.idle
 		if err = db.bolt.Close(); err != nil {
 			err = fmt.Errorf("closing store %s: %w", db.path, err)
 		}
@@ -76,18 +79,26 @@ func (db *DB) Close() error {
 	return err
 }
 
-// enter begins a call, which ends with db.calls.Done.
+// enter begins a call, which ends with leave.
 func (db *DB) enter() error {
 	db.mu.Lock()
 	defer db.mu.Unlock()
-	if db.closed {
+	if db.idle != nil {
 		return store.ErrClosed
 	}
 	if db.broken != nil {
 		return fmt.Errorf("%w: an earlier failure has left %s in doubt (%w); restart to open it again", store.ErrUnavailable, db.path, db.broken)
 	}
-	db.calls.Add(1)
+	db.calls++
 	return nil
+}
+
+func (db *DB) leave() {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	if db.calls--; db.calls == 0 && db.idle != nil {
+		close(db.idle)
+	}
 }
 
 // breakDown refuses every call from now on.

@@ -98,7 +98,7 @@ func openBolt(path string, config Config) (db *bbolt.DB, err error) {
 	// its mapping is read.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
-		if p := recover(); p != nil {
+		if p := recover(); p != nil { // the file stays locked until the process ends
 			db, err = nil, damaged(p)
 		}
 	}()

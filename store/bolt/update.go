@@ -64,7 +64,7 @@ func (db *DB) Update(ctx context.Context, fn func(store.Txn) error) error {
 	if err := db.enter(); err != nil {
 		return err
 	}
-	defer db.calls.Done()
+	defer db.leave()
 	b, err := db.takeTurn(ctx)
 	if err != nil {
 		return err

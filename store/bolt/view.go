@@ -26,7 +26,7 @@ func (db *DB) View(ctx context.Context, fn func(store.Reader) error) error {
 	if err := db.enter(); err != nil {
 		return err
 	}
-	defer db.calls.Done()
+	defer db.leave()
 	tx, err := db.bolt.Begin(false)
 	if err != nil {
 		return fmt.Errorf("%w: beginning a snapshot of %s: %w", store.ErrUnavailable, db.path, err)
