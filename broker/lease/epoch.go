@@ -1,0 +1,282 @@
+package lease
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/audit"
+	"github.com/mayfly-security/mayfly/broker/catalog"
+	"github.com/mayfly-security/mayfly/broker/policy"
+	"github.com/mayfly-security/mayfly/providers"
+	"github.com/mayfly-security/mayfly/store"
+)
+
+// epoch is one loaded catalog with its open providers. It never changes; a
+// reload makes the next one.
+type epoch struct {
+	generation uint64
+	catalog    *catalog.Snapshot
+	providers  map[string]*openProvider
+}
+
+// openProvider is a provider in use. It is closed when the epoch that holds it
+// is over and the last call on it has returned.
+type openProvider struct {
+	providers.Provider
+	traits providers.Traits
+	driver string
+	raw    []byte
+
+	mu   sync.Mutex
+	refs int
+}
+
+func openOne(ctx context.Context, driver providers.Driver, name string, cfg providers.Config) (*openProvider, error) {
+	p, err := driver.Open(ctx, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("opening provider %s: %w", cfg.Name, err)
+	}
+	t := p.Traits()
+	setDefault(&t.MintTimeout, 30*time.Second)
+	setDefault(&t.RevokeTimeout, 30*time.Second)
+	if t.Batch <= 0 {
+		t.Batch = 64
+	}
+	if t.Concurrency <= 0 {
+		t.Concurrency = 4
+	}
+	return &openProvider{Provider: p, traits: t, driver: name, raw: cfg.Raw, refs: 1}, nil
+}
+
+// acquire takes a reference; it reports false if the provider is closed.
+func (p *openProvider) acquire() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.refs == 0 {
+		return false
+	}
+	p.refs++
+	return true
+}
+
+func (p *openProvider) release() {
+	p.mu.Lock()
+	p.refs--
+	last := p.refs == 0
+	p.mu.Unlock()
+	if last {
+		p.Provider.Close()
+	}
+}
+
+// provider returns the provider of that name with a reference taken.
+func (e *Engine) provider(name string) (*openProvider, error) {
+	for {
+		ep := e.current.Load()
+		p, ok := ep.providers[name]
+		if !ok {
+			return nil, fmt.Errorf("provider %s is not in the catalog", name)
+		}
+		if p.acquire() {
+			return p, nil
+		}
+		if e.current.Load() == ep {
+			return nil, errors.New("the engine is closed")
+		}
+	}
+}
+
+// settled waits for a reload under way and returns the epoch after it.
+func (e *Engine) settled() *epoch {
+	e.loadMu.RLock()
+	defer e.loadMu.RUnlock()
+	return e.current.Load()
+}
+
+// facts are what policy needs of one grant, by this epoch's catalog.
+func (ep *epoch) facts(g broker.Grant, in broker.Incident) policy.GrantFacts {
+	f := policy.GrantFacts{Grant: g, Incident: in}
+	f.Agent, f.AgentKnown = ep.catalog.Agent(g.Agent)
+	f.Tool, f.ToolKnown = ep.catalog.Tool(g.Tool)
+	return f
+}
+
+// agent returns a refusal unless the caller is a known and enabled agent.
+func (ep *epoch) agent(id spiffeid.ID) error {
+	a, known := ep.catalog.Agent(id)
+	if !known || a.Disabled {
+		return policy.AgentRefusal(id.String(), known)
+	}
+	return nil
+}
+
+// Load exchanges the catalog. When it has returned nil, every later delivery
+// is decided by the new one, and the leases that it no longer allows are being
+// ended. A set that cannot take the place of the present one is refused as a
+// whole, the refusal is evidence, and the present one stays. actor says who
+// asked for it.
+func (e *Engine) Load(ctx context.Context, next *catalog.Snapshot, actor string) error {
+	return e.load(ctx, next, actor, false)
+}
+
+// RefuseLoad records that a new catalog was refused before it came to Load.
+func (e *Engine) RefuseLoad(ctx context.Context, cause error, actor string) {
+	e.loadRefused(ctx, cause, actor)
+}
+
+func (e *Engine) loadRefused(ctx context.Context, cause error, actor string) {
+	now := e.clock.now()
+	err := e.update(ctx, now, func(t store.Txn) error {
+		return appendEvent(t, audit.Event{Time: now, Type: audit.CatalogRefused, Actor: actor,
+			Reason: broker.Clean(broker.Shorten(cause.Error(), 2000))})
+	})
+	if err != nil {
+		e.log.Error("recording a refused catalog", "error", err)
+	}
+}
+
+func (e *Engine) load(ctx context.Context, next *catalog.Snapshot, actor string, first bool) error {
+	if e.closed.Load() {
+		return broker.Refuse(broker.ReasonShuttingDown, "the broker is stopping", "try again")
+	}
+	opened, err := e.exchange(ctx, next, actor, first)
+	if err != nil {
+		for _, p := range opened {
+			p.release()
+		}
+		if !first {
+			e.loadRefused(ctx, err, actor)
+		}
+		return err
+	}
+	e.house.poke()
+	if !first {
+		// Deliveries that were decided by the old catalog end before this
+		// returns, and so do the leases that they were of.
+		return e.sweepCatalog(ctx)
+	}
+	return nil
+}
+
+// exchange commits the new generation and puts the new epoch in place. The
+// providers it opened are returned in any case.
+func (e *Engine) exchange(ctx context.Context, next *catalog.Snapshot, actor string, first bool) (opened []*openProvider, err error) {
+	e.loadMu.Lock()
+	defer e.loadMu.Unlock()
+	old := e.current.Load()
+	ep := &epoch{catalog: next, providers: map[string]*openProvider{}}
+	for _, pc := range next.Providers() {
+		if old != nil {
+			if p := old.providers[pc.Name]; p != nil && p.driver == pc.Driver && bytes.Equal(p.raw, pc.Config) && p.acquire() {
+				ep.providers[pc.Name] = p
+				opened = append(opened, p)
+				continue
+			}
+		}
+		driver, ok := e.cfg.Drivers[pc.Driver]
+		if !ok {
+			return opened, fmt.Errorf("provider %s: there is no driver %q", pc.Name, pc.Driver)
+		}
+		p, err := openOne(ctx, driver, pc.Driver, providers.Config{
+			Name: pc.Name, Installation: e.installation, Raw: pc.Config,
+			Log: e.log.With("provider", pc.Name), Now: e.clock.early,
+		})
+		if err != nil {
+			return opened, err
+		}
+		ep.providers[pc.Name] = p
+		opened = append(opened, p)
+	}
+	if err := e.providersStay(ctx, ep); err != nil {
+		return opened, err
+	}
+
+	now := e.clock.now()
+	err = e.update(ctx, now, func(t store.Txn) error {
+		was, _, err := get[catalogRecord](t, keyCatalog)
+		if err != nil {
+			return err
+		}
+		ep.generation = was.Generation + 1
+		if err := put(t, keyCatalog, catalogRecord{Generation: ep.generation, Digest: next.Digest()}); err != nil {
+			return err
+		}
+		if err := put(t, keySweep(sweepCatalog, "all"), sweepRecord{Actor: actor}); err != nil {
+			return err
+		}
+		ev := audit.Event{Time: now, Type: audit.CatalogLoaded, Actor: actor,
+			Details: map[string]string{"digest": next.Digest(), "previous_digest": was.Digest}}
+		if old != nil {
+			ev.Details["difference"] = broker.Shorten(strings.Join(catalog.Diff(old.catalog, next), "; "), 8000)
+		}
+		return appendEvent(t, ev)
+	})
+	if err != nil {
+		return opened, err
+	}
+	e.current.Store(ep)
+	e.startWorkers(ep)
+	if old != nil {
+		for _, p := range old.providers {
+			p.release()
+		}
+	}
+	return nil, nil
+}
+
+// providersStay refuses a catalog without a provider that still has leases:
+// nobody could end them.
+func (e *Engine) providersStay(ctx context.Context, ep *epoch) error {
+	return e.store.View(ctx, func(r store.Reader) error {
+		from, to := store.Prefix(prefixDue)
+		for from != "" {
+			name := ""
+			for entry, err := range r.Scan(from, to) {
+				if err != nil {
+					return err
+				}
+				name = strings.Split(entry.Key, "|")[1]
+				break
+			}
+			if name == "" {
+				return nil
+			}
+			if _, ok := ep.providers[name]; !ok {
+				return broker.Refusef(broker.ReasonConflict,
+					"keep the provider until its leases have ended (`mayfly leases`), then remove it",
+					"provider %s is not in the catalog, but it has leases that have not ended", name)
+			}
+			_, from = store.Prefix(prefixDueOf(name))
+		}
+		return nil
+	})
+}
+
+// Introspectors are the providers whose credentials resource servers check
+// with the broker, in the order of their names.
+func (e *Engine) Introspectors() []providers.Introspector { return capable[providers.Introspector](e) }
+
+// KeySets are the providers whose credentials are verified with public keys,
+// in the order of their names.
+func (e *Engine) KeySets() []providers.KeySet { return capable[providers.KeySet](e) }
+
+func capable[T any](e *Engine) []T {
+	ep := e.current.Load()
+	var all []T
+	for _, name := range slices.Sorted(maps.Keys(ep.providers)) {
+		if t, ok := ep.providers[name].Provider.(T); ok {
+			all = append(all, t)
+		}
+	}
+	return all
+}

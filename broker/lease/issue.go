@@ -1,0 +1,312 @@
+package lease
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/audit"
+	"github.com/mayfly-security/mayfly/broker/policy"
+	"github.com/mayfly-security/mayfly/store"
+)
+
+// IssueRequest is what an agent asks for.
+type IssueRequest struct {
+	Tool   string
+	Params map[string]string
+	TTL    *time.Duration // nil means the tool's maximum
+	Reason string         // may be empty
+	// Key is the idempotency key: asking again with it returns the same lease
+	// and never makes a second one. Empty means that the call stands alone.
+	Key string
+}
+
+// digest is what an idempotency key is bound to.
+func (r IssueRequest) digest() string {
+	return requestDigest("issue", r.Tool, r.Params, r.TTL)
+}
+
+func requestDigest(parts ...any) string {
+	b, err := json.Marshal(parts) // maps are marshalled in the order of their keys
+	if err != nil {
+		panic(fmt.Sprintf("lease: request cannot be marshalled: %v", err)) // only strings, numbers and maps of them come here
+	}
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
+}
+
+// Delivery is a credential on its way to its agent. Whoever gets one calls
+// Done when the secret has been handed over, or cannot be: what closes an
+// incident waits for it.
+type Delivery struct {
+	Lease  broker.Lease
+	Secret broker.Secret
+	Env    map[string]string // environment variable -> field of the secret
+	Done   func()            // may be called more than once
+}
+
+// Issue gives the caller one credential for one tool under a grant that it
+// has. Every refusal is evidence.
+func (e *Engine) Issue(ctx context.Context, caller broker.Caller, req IssueRequest) (*Delivery, error) {
+	d, err := e.issue(ctx, caller, req)
+	if err != nil {
+		e.Refused(ctx, caller, "issue", req.Tool, err)
+		return nil, err
+	}
+	e.metrics.issued.WithLabelValues(d.Lease.Provider, d.Lease.Tool).Inc()
+	return d, nil
+}
+
+func (e *Engine) issue(ctx context.Context, caller broker.Caller, req IssueRequest) (*Delivery, error) {
+	if err := e.giving(); err != nil {
+		return nil, err
+	}
+	if err := broker.CheckText("reason", req.Reason, broker.MaxReason); err != nil {
+		return nil, err
+	}
+	if err := checkKey(req.Key); err != nil {
+		return nil, err
+	}
+	ep := e.settled()
+	if err := ep.agent(caller.ID); err != nil {
+		return nil, err
+	}
+	if req.Key != "" {
+		unlock, err := e.keys.lock(ctx, keyIdem(caller.ID, req.Key))
+		if err != nil {
+			return nil, err
+		}
+		defer unlock()
+		if d, err := e.replay(ctx, caller, req); d != nil || err != nil {
+			return d, err
+		}
+	}
+	for range 8 {
+		d, err := e.attempt(ctx, ep, caller, req)
+		if !errors.Is(err, errStale) {
+			return d, err
+		}
+		ep = e.settled()
+	}
+	return nil, broker.Refuse(broker.ReasonConflict, "the catalog is being exchanged", "try again")
+}
+
+// giving refuses while the engine gives nothing.
+func (e *Engine) giving() error {
+	if e.closed.Load() {
+		return broker.Refuse(broker.ReasonShuttingDown, "the broker is stopping", "try again")
+	}
+	return e.clock.trusted()
+}
+
+// checkKey admits printable ASCII without "|", which divides the store's keys.
+func checkKey(key string) error {
+	if len(key) > broker.MaxKey {
+		return broker.Refusef(broker.ReasonInvalidArgument, "use a shorter key, such as a UUID",
+			"the idempotency key is %d characters long; at most %d are taken", len(key), broker.MaxKey)
+	}
+	for i := range len(key) {
+		if c := key[i]; c <= ' ' || c > '~' || c == '|' {
+			return broker.Refuse(broker.ReasonInvalidArgument,
+				`the idempotency key has characters that are not printable ASCII, a space or a "|"`, "use letters, digits and dashes, such as a UUID")
+		}
+	}
+	return nil
+}
+
+// ask checks what was asked for against the tool.
+func (ep *epoch) ask(req IssueRequest) (broker.Tool, policy.Ask, error) {
+	tool, ok := ep.catalog.Tool(req.Tool)
+	if !ok {
+		return tool, policy.Ask{}, broker.Refusef(broker.ReasonToolUnknown, "see `mayfly tools`",
+			"there is no tool %q", broker.Clean(broker.Shorten(req.Tool, 64)))
+	}
+	if err := tool.CheckParams(req.Params); err != nil {
+		return tool, policy.Ask{}, err
+	}
+	ttl := tool.MaxTTL
+	if req.TTL != nil {
+		ttl = *req.TTL
+		if ttl <= 0 || ttl > tool.MaxTTL {
+			return tool, policy.Ask{}, broker.Refusef(broker.ReasonTTL,
+				fmt.Sprintf("ask for a TTL between 1s and %s, or leave it out", tool.MaxTTL),
+				"a TTL of %s was asked for, and tool %s gives more than zero and at most %s", ttl, tool.Name, tool.MaxTTL)
+		}
+	}
+	info := ep.catalog.ScopeInfo(tool.Name)
+	return tool, policy.Ask{Params: req.Params, TTL: ttl, MinTTL: max(info.MinTTL, time.Second)}, nil
+}
+
+// attempt decides by one epoch and, if the decision is yes, makes the lease.
+func (e *Engine) attempt(ctx context.Context, ep *epoch, caller broker.Caller, req IssueRequest) (*Delivery, error) {
+	if err := ep.agent(caller.ID); err != nil {
+		return nil, err
+	}
+	tool, ask, err := ep.ask(req)
+	if err != nil {
+		return nil, err
+	}
+	now := e.clock.now()
+	grant, end, err := e.pick(ctx, ep, caller.ID, tool.Name, ask, now)
+	if err != nil {
+		return nil, err
+	}
+	p := ep.providers[tool.Provider]
+	if !p.acquire() {
+		return nil, errStale
+	}
+	defer p.release()
+
+	l := &leaseRecord{
+		Lease: broker.Lease{
+			ID: broker.NewLeaseID(now), Agent: caller.ID,
+			Tool: tool.Name, ToolDigest: tool.Digest, Provider: tool.Provider,
+			Params: maps.Clone(req.Params), Grant: grant.ID, Incident: grant.Incident,
+			Reason: req.Reason, Correlation: caller.Correlation,
+			State: broker.LeaseMinting, CreatedAt: now, End: end,
+		},
+		Key: req.Key,
+	}
+	m := &minter{e: e, ep: ep, p: p, tool: tool, caller: caller, ask: ask, l: l, digest: req.digest()}
+	if p.traits.Inert {
+		return m.inert(ctx)
+	}
+	return m.outside(ctx)
+}
+
+// pick finds the grant to issue under.
+func (e *Engine) pick(ctx context.Context, ep *epoch, agent spiffeid.ID, tool string, ask policy.Ask, now time.Time) (broker.Grant, time.Time, error) {
+	var candidates []policy.GrantFacts
+	err := e.store.View(ctx, func(r store.Reader) error {
+		candidates = candidates[:0]
+		from, to := store.Prefix(prefixGrantsFor(agent, tool))
+		for entry, err := range r.Scan(from, to) {
+			if err != nil {
+				return err
+			}
+			f, err := ep.read(r, broker.GrantID(lastPart(entry.Key)))
+			if err != nil {
+				return err
+			}
+			candidates = append(candidates, f)
+		}
+		return nil
+	})
+	if err != nil {
+		return broker.Grant{}, time.Time{}, storeRefusal(err)
+	}
+	i, end, d := policy.Pick(tool, candidates, ask, now)
+	if err := d.Err(); err != nil {
+		return broker.Grant{}, time.Time{}, err
+	}
+	return candidates[i].Grant, end, nil
+}
+
+// replay answers a request whose idempotency key has made a lease already. It
+// returns neither a Delivery nor an error if the key is new.
+func (e *Engine) replay(ctx context.Context, caller broker.Caller, req IssueRequest) (*Delivery, error) {
+	key := keyIdem(caller.ID, req.Key)
+	var l leaseRecord
+	var held bool
+	var done func()
+	err := e.store.View(ctx, func(r store.Reader) error {
+		id, err := idem(r, key, "lease", req.digest())
+		if err != nil || id == "" {
+			return err
+		}
+		if l, _, err = get[leaseRecord](r, keyLease(broker.LeaseID(id))); err != nil {
+			return err
+		}
+		return nil
+	})
+	if err != nil || l.ID == "" {
+		return nil, storeRefusal(err)
+	}
+	// The delivery is registered first and the conditions are read after it:
+	// a close that commits in between waits for it.
+	done = e.deliveries.begin(l.Grant)
+	if l, held, err = e.held(ctx, l.ID); err != nil {
+		done()
+		return nil, err
+	}
+	if held {
+		if s, ok := e.replays.get(key, e.clock.now()); ok {
+			now := e.clock.now()
+			ev := l.event(now, audit.LeaseReplayed)
+			ev.Actor, ev.Correlation = caller.ID.String(), caller.Correlation
+			if err := e.update(ctx, now, func(t store.Txn) error { return appendEvent(t, ev) }); err != nil {
+				done()
+				return nil, err
+			}
+			return &Delivery{Lease: l.Lease, Secret: s.secret, Env: s.env, Done: done}, nil
+		}
+	}
+	done()
+	return nil, e.lost(ctx, l)
+}
+
+// lost says what became of a lease whose secret can no longer be given. One
+// that is still alive is ended, and its use is given back.
+func (e *Engine) lost(ctx context.Context, l leaseRecord) error {
+	next := "ask again with a new idempotency key"
+	var refusal *broker.Error
+	switch {
+	case l.Cause == broker.CauseMintFailed, l.State == broker.LeaseMinting:
+		refusal = broker.Refusef(broker.ReasonProvider, next, "lease %s of this key was not made: the provider failed", l.ID)
+	case l.State == broker.LeaseActive:
+		if _, err := e.endLeases(ctx, []broker.LeaseID{l.ID}, ending{cause: broker.CauseUndelivered, actor: audit.Broker, refund: true}); err != nil {
+			return err
+		}
+		refusal = broker.Refusef(broker.ReasonSecretGone, next,
+			"lease %s of this key exists, but its secret can no longer be handed out; the lease is being ended and its use given back", l.ID)
+	default:
+		refusal = broker.Refusef(broker.ReasonConflict, next, "lease %s of this key is %s (%s)", l.ID, l.State, l.Cause)
+	}
+	refusal.Lease = l.ID
+	return refusal
+}
+
+// held reads a lease and says whether everything that it lives on holds now.
+func (e *Engine) held(ctx context.Context, id broker.LeaseID) (l leaseRecord, ok bool, err error) {
+	ep := e.current.Load()
+	err = e.store.View(ctx, func(r store.Reader) error {
+		var found bool
+		var err error
+		if l, found, err = get[leaseRecord](r, keyLease(id)); err != nil {
+			return err
+		}
+		if !found {
+			return policy.NotFound("lease", string(id))
+		}
+		if !l.Usable(e.clock.late()) {
+			return nil
+		}
+		f, err := ep.read(r, l.Grant)
+		if err != nil {
+			return err
+		}
+		_, ok = f.Holds(e.clock.late())
+		return nil
+	})
+	return l, ok, storeRefusal(err)
+}
+
+// Usable reports whether the lease's credential is to be accepted now: what a
+// resource server that asks the broker is told. It reads the conditions
+// themselves, so that a lease is refused from the instant at which its
+// incident closes, and not only when the lease has been told.
+func (e *Engine) Usable(ctx context.Context, id broker.LeaseID) (broker.Lease, bool, error) {
+	l, ok, err := e.held(ctx, id)
+	if broker.ReasonOf(err) == broker.ReasonNotFound {
+		return broker.Lease{}, false, nil
+	}
+	return l.Lease, ok, err
+}

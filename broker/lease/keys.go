@@ -1,0 +1,113 @@
+package lease
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/mayfly-security/mayfly/broker"
+)
+
+// The store's layout. Parts of a key are joined with "|", which stands in no
+// SPIFFE ID, name or ID. Guard keys, the ones that conflicts are made on, are
+// marked (guard).
+//
+//	meta|installation              installation ID, made once
+//	meta|clock                     high-water mark of time
+//	meta|catalog                   generation and digest of the catalog   (guard)
+//	lease|ID                       the lease
+//	grant|ID                       the grant                              (guard)
+//	incident|ID                    the incident                           (guard)
+//	opener|SPIFFE ID               how many incidents it has open         (guard)
+//	idem|SPIFFE ID|key             what an idempotency key made           (guard)
+//	grants|agent|tool|ID           the open grants of an agent for a tool
+//	leases|agent|ID                the leases of an agent
+//	open|grant|ID                  the leases of a grant that have not ended
+//	due|provider|time|ID           when a lease that has not ended is next looked at
+//	house|time|kind|ID             when a grant, an incident or an ended lease is next looked at
+//	revoking|time|ID               the leases in state revoking, by their end
+//	sweep|kind|ID                  a change whose leases may not all have been told
+const (
+	keyInstallation = "meta|installation"
+	keyClock        = "meta|clock"
+	keyCatalog      = "meta|catalog"
+
+	prefixLease    = "lease|"
+	prefixGrant    = "grant|"
+	prefixIncident = "incident|"
+	prefixGrants   = "grants|"
+	prefixRevoking = "revoking|"
+	prefixSweep    = "sweep|"
+	prefixHouse    = "house|"
+	prefixDue      = "due|"
+)
+
+func keyLease(id broker.LeaseID) string       { return prefixLease + string(id) }
+func keyGrant(id broker.GrantID) string       { return prefixGrant + string(id) }
+func keyIncident(id broker.IncidentID) string { return prefixIncident + string(id) }
+func keyOpener(id spiffeid.ID) string         { return "opener|" + id.String() }
+
+func keyIdem(caller spiffeid.ID, key string) string {
+	return "idem|" + caller.String() + "|" + key
+}
+
+func prefixGrantsOf(agent spiffeid.ID) string { return prefixGrants + agent.String() + "|" }
+
+func prefixGrantsFor(agent spiffeid.ID, tool string) string {
+	return prefixGrantsOf(agent) + tool + "|"
+}
+
+func keyGrantOf(g broker.Grant) string {
+	return prefixGrantsFor(g.Agent, g.Tool) + string(g.ID)
+}
+
+func prefixLeasesOf(agent spiffeid.ID) string { return "leases|" + agent.String() + "|" }
+
+func keyLeaseOf(agent spiffeid.ID, id broker.LeaseID) string {
+	return prefixLeasesOf(agent) + string(id)
+}
+
+func prefixOpen(grant broker.GrantID) string { return "open|" + string(grant) + "|" }
+
+func keyOpen(grant broker.GrantID, id broker.LeaseID) string {
+	return prefixOpen(grant) + string(id)
+}
+
+func prefixDueOf(provider string) string { return prefixDue + provider + "|" }
+
+func keyDue(provider string, at time.Time, id broker.LeaseID) string {
+	return prefixDueOf(provider) + keyTime(at) + "|" + string(id)
+}
+
+func keyRevoking(end time.Time, id broker.LeaseID) string {
+	return prefixRevoking + keyTime(end) + "|" + string(id)
+}
+
+func keyHouse(at time.Time, kind, id string) string {
+	return prefixHouse + keyTime(at) + "|" + kind + "|" + id
+}
+
+func keySweep(kind, id string) string { return prefixSweep + kind + "|" + id }
+
+// keyTime writes an instant so that the order of keys is the order of time.
+// Instants before 1970 count as 1970.
+func keyTime(t time.Time) string { return fmt.Sprintf("%016x", max(t.UnixNano(), 0)) }
+
+// timeOfKey reads the instant of a key whose part at index i is a keyTime.
+func timeOfKey(key string, i int) (time.Time, error) {
+	parts := strings.Split(key, "|")
+	if i >= len(parts) {
+		return time.Time{}, fmt.Errorf("key %q has no part %d", key, i)
+	}
+	ns, err := strconv.ParseInt(parts[i], 16, 64)
+	if err != nil {
+		return time.Time{}, fmt.Errorf("reading the time in key %q: %w", key, err)
+	}
+	return time.Unix(0, ns).UTC(), nil
+}
+
+// lastPart is what stands behind the last "|" of a key: the ID.
+func lastPart(key string) string { return key[strings.LastIndexByte(key, '|')+1:] }

@@ -1,0 +1,139 @@
+package lease
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/providers"
+	"github.com/mayfly-security/mayfly/store"
+)
+
+// metrics are the engine's numbers. Counters are kept as things happen; the
+// number of leases by state is read from the store when somebody asks, so that
+// it is never wrong.
+type metrics struct {
+	issued    *prometheus.CounterVec
+	refused   *prometheus.CounterVec
+	mint      *prometheus.HistogramVec
+	end       *prometheus.HistogramVec
+	lateDeath *prometheus.HistogramVec
+}
+
+func newMetrics(reg prometheus.Registerer, e *Engine) *metrics {
+	buckets := []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
+	m := &metrics{
+		issued: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "mayfly_leases_issued_total", Help: "Leases delivered, by provider and tool."}, []string{"provider", "tool"}),
+		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "mayfly_refusals_total", Help: "Calls refused, by reason."}, []string{"reason"}),
+		mint: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "mayfly_mint_seconds", Help: "Time that a provider took to mint, by provider and outcome.", Buckets: buckets}, []string{"provider", "outcome"}),
+		end: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "mayfly_revoke_seconds", Help: "Time that one call to a provider to revoke or confirm took, by provider, call and outcome.", Buckets: buckets}, []string{"provider", "call", "outcome"}),
+		lateDeath: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "mayfly_death_after_end_seconds", Help: "Time from a lease's end to its confirmed death, by provider.", Buckets: append(buckets, 300, 3600)}, []string{"provider"}),
+	}
+	if reg != nil {
+		reg.MustRegister(m.issued, m.refused, m.mint, m.end, m.lateDeath, leaseCollector{e})
+	}
+	return m
+}
+
+func (m *metrics) minted(provider string, took time.Duration, err error) {
+	outcome := "ok"
+	switch {
+	case errors.Is(err, providers.ErrRefused):
+		outcome = "refused"
+	case errors.Is(err, providers.ErrNothingMade):
+		outcome = "nothing_made"
+	case err != nil:
+		outcome = "unknown"
+	}
+	m.mint.WithLabelValues(provider, outcome).Observe(took.Seconds())
+}
+
+func (m *metrics) ended(provider, call string, took time.Duration, err error) {
+	outcome := "ok"
+	if err != nil {
+		outcome = "error"
+	}
+	m.end.WithLabelValues(provider, call, outcome).Observe(took.Seconds())
+}
+
+func (m *metrics) died(provider string, after time.Duration) {
+	m.lateDeath.WithLabelValues(provider).Observe(max(after, 0).Seconds())
+}
+
+// Counts are the leases that have not ended.
+type Counts struct {
+	ByState map[broker.LeaseState]int
+	Overdue int
+}
+
+// Counts reads how many leases have not ended, by state, and how many of them
+// are past their end. It reads keys only.
+func (e *Engine) Counts(ctx context.Context) (Counts, error) {
+	c := Counts{ByState: map[broker.LeaseState]int{
+		broker.LeaseMinting: 0, broker.LeaseActive: 0, broker.LeaseRevoking: 0,
+	}}
+	now := e.clock.now()
+	err := e.store.View(ctx, func(r store.Reader) error {
+		clear(c.ByState)
+		c.Overdue = 0
+		from, to := store.Prefix(prefixDue)
+		for entry, err := range r.Scan(from, to) {
+			if err != nil {
+				return err
+			}
+			state := broker.LeaseState(entry.Value)
+			c.ByState[state]++
+			if state != broker.LeaseActive {
+				continue
+			}
+			// An active lease is due at its end.
+			if at, err := timeOfKey(entry.Key, 2); err == nil && now.After(at) {
+				c.Overdue++
+			}
+		}
+		from, _ = store.Prefix(prefixRevoking)
+		for _, err := range r.Scan(from, prefixRevoking+keyTime(now)) {
+			if err != nil {
+				return err
+			}
+			c.Overdue++
+		}
+		return nil
+	})
+	return c, storeRefusal(err)
+}
+
+// leaseCollector reads the number of leases when metrics are asked for.
+type leaseCollector struct{ e *Engine }
+
+var (
+	leasesDesc  = prometheus.NewDesc("mayfly_leases", "Leases that have not ended, by state.", []string{"state"}, nil)
+	overdueDesc = prometheus.NewDesc("mayfly_leases_overdue", "Leases past their end whose death is not confirmed.", nil, nil)
+)
+
+func (leaseCollector) Describe(ch chan<- *prometheus.Desc) {
+	ch <- leasesDesc
+	ch <- overdueDesc
+}
+
+func (c leaseCollector) Collect(ch chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	counts, err := c.e.Counts(ctx)
+	if err != nil {
+		ch <- prometheus.NewInvalidMetric(overdueDesc, err)
+		return
+	}
+	for _, s := range []broker.LeaseState{broker.LeaseMinting, broker.LeaseActive, broker.LeaseRevoking} {
+		ch <- prometheus.MustNewConstMetric(leasesDesc, prometheus.GaugeValue, float64(counts.ByState[s]), string(s))
+	}
+	ch <- prometheus.MustNewConstMetric(overdueDesc, prometheus.GaugeValue, float64(counts.Overdue))
+}

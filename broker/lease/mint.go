@@ -1,0 +1,406 @@
+package lease
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/audit"
+	"github.com/mayfly-security/mayfly/broker/policy"
+	"github.com/mayfly-security/mayfly/providers"
+	"github.com/mayfly-security/mayfly/store"
+)
+
+// minter makes one lease. It owns l until it returns.
+type minter struct {
+	e      *Engine
+	ep     *epoch // the epoch that decided; commits may move it on
+	p      *openProvider
+	tool   broker.Tool
+	caller broker.Caller
+	ask    policy.Ask
+	l      *leaseRecord
+	digest string // of the request, for the idempotency key
+}
+
+func (m *minter) request() providers.MintRequest {
+	return providers.MintRequest{
+		Lease: m.l.ID, Agent: m.l.Agent, Certificate: m.caller.Certificate,
+		Tool: m.tool, Params: m.l.Params, Incident: m.l.Incident,
+		Now: m.l.CreatedAt, End: m.l.End,
+	}
+}
+
+// inert makes a lease whose minting has no effect outside until somebody holds
+// the secret: it is minted first and needs one commit, the one that makes it
+// active.
+func (m *minter) inert(ctx context.Context) (*Delivery, error) {
+	minted, err := m.mint(ctx, m.request(), nil)
+	if err != nil {
+		return nil, m.providerRefusal(err)
+	}
+	m.settle(minted)
+	done := m.e.deliveries.begin(m.l.Grant)
+	now := m.e.clock.now()
+	err = m.e.update(ctx, now, func(t store.Txn) error {
+		l := *m.l
+		if err := m.admit(t, now); err != nil {
+			return err
+		}
+		l.State, l.ActiveAt, l.Due = broker.LeaseActive, now, l.End
+		if err := m.create(t, &l); err != nil {
+			return err
+		}
+		ev := m.event(&l, now, audit.LeaseActive)
+		return appendEvent(t, ev)
+	})
+	if err != nil {
+		done()
+		// A commit of unknown outcome may have made a lease that nobody gets.
+		// Its secret is dropped here, and so harmless; the record is ended.
+		if errors.Is(err, store.ErrUnknown) {
+			m.e.endLater(m.l.ID, nil, broker.CauseUndelivered)
+		}
+		return nil, err
+	}
+	m.l.State, m.l.ActiveAt = broker.LeaseActive, now
+	return m.deliver(minted.Secret, done), nil
+}
+
+// outside makes a lease at a provider where minting has an effect: intent,
+// mint, commit (I1, I2).
+func (m *minter) outside(ctx context.Context) (*Delivery, error) {
+	now := m.e.clock.now()
+	deadline := now.Add(m.p.traits.MintTimeout)
+	m.l.Settles = deadline.Add(m.p.traits.LateBound)
+	m.l.Due = deadline.Add(time.Second)
+	if planner, ok := m.p.Provider.(providers.Planner); ok {
+		handle, err := planner.Plan(m.request())
+		if err != nil {
+			return nil, m.providerRefusal(errors.Join(providers.ErrNothingMade, err))
+		}
+		m.l.Handle = handle
+	}
+	m.e.startMint(m.l.ID)
+	defer m.e.endMint(m.l.ID)
+	if err := m.intend(ctx, now); err != nil {
+		return nil, err
+	}
+
+	// From here on the attempt is carried through whatever the caller does:
+	// something may exist. The deadline is the engine's.
+	detached := context.WithoutCancel(ctx)
+	attempt, cancel := context.WithTimeout(detached, m.p.traits.MintTimeout)
+	minted, err := m.mint(attempt, m.request(), func(h providers.Handle) error {
+		return m.record(detached, h)
+	})
+	cancel()
+	if err == nil && minted.DiesAt.IsZero() {
+		err = errors.New("the provider made a credential that does not die by itself (I8)")
+	}
+	if err != nil {
+		m.fail(detached, minted.Handle, err)
+		return nil, m.providerRefusal(err)
+	}
+	m.settle(minted)
+	if minted.Handle == nil {
+		minted.Handle = m.l.Handle
+	}
+
+	done := m.e.deliveries.begin(m.l.Grant)
+	refusal, err := m.activate(detached, minted.Handle)
+	switch {
+	case err != nil:
+		done()
+		m.e.endLater(m.l.ID, minted.Handle, broker.CauseUndelivered)
+		return nil, err
+	case refusal != nil:
+		done()
+		m.e.wake(m.l.Provider)
+		return nil, refusal
+	case ctx.Err() != nil && m.l.Key == "":
+		// Nobody is there to take it, and nobody can ask for it again.
+		done()
+		m.e.endLater(m.l.ID, nil, broker.CauseUndelivered)
+		return nil, ctx.Err()
+	}
+	return m.deliver(minted.Secret, done), nil
+}
+
+// mint calls the provider and turns a panic into an error of unknown outcome.
+func (m *minter) mint(ctx context.Context, req providers.MintRequest, record func(providers.Handle) error) (minted providers.Minted, err error) {
+	start := time.Now()
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("provider %s panicked: %v", m.l.Provider, r)
+		}
+		m.e.metrics.minted(m.l.Provider, time.Since(start), err)
+	}()
+	return m.p.Mint(ctx, req, record)
+}
+
+// settle takes over what the provider says of the credential's life.
+func (m *minter) settle(minted providers.Minted) {
+	m.l.DiesAt, m.l.Survives = minted.DiesAt.UTC(), minted.Survives
+	if !minted.Ends.IsZero() && minted.Ends.Before(m.l.End) {
+		m.l.End = minted.Ends.UTC()
+	}
+	m.l.Handle = minted.Handle
+}
+
+// admit decides again, inside the transaction, whether the lease may be made,
+// counts its use, and takes its idempotency key.
+func (m *minter) admit(t store.Txn, now time.Time) error {
+	f, err := m.ep.guard(t, m.l.Grant)
+	if err != nil {
+		return err
+	}
+	if _, d := f.Issue(m.ask, now); d.Err() != nil {
+		return d.Err()
+	}
+	if f.Grant.MaxUses > 0 {
+		f.Grant.Uses++
+		if err := put(t, keyGrant(f.Grant.ID), f.Grant); err != nil {
+			return err
+		}
+	}
+	if m.l.Key == "" {
+		return nil
+	}
+	key := keyIdem(m.l.Agent, m.l.Key)
+	if id, err := idem(t, key, "lease", m.digest); err != nil || id != "" {
+		if err == nil {
+			err = broker.Refuse(broker.ReasonConflict, "another request with this idempotency key is under way", "ask again with the same key")
+		}
+		return err
+	}
+	return put(t, key, idemRecord{Kind: "lease", ID: string(m.l.ID), Digest: m.digest})
+}
+
+// create writes the lease and its indexes.
+func (m *minter) create(t store.Txn, l *leaseRecord) error {
+	if err := t.Put(keyLeaseOf(l.Agent, l.ID), nil); err != nil {
+		return err
+	}
+	if err := t.Put(keyOpen(l.Grant, l.ID), nil); err != nil {
+		return err
+	}
+	if err := t.Put(keyDue(l.Provider, l.Due, l.ID), dueValue(l.State)); err != nil {
+		return err
+	}
+	return put(t, keyLease(l.ID), l)
+}
+
+func (m *minter) event(l *leaseRecord, now time.Time, what audit.Type) audit.Event {
+	ev := l.event(now, what)
+	ev.Actor, ev.Reason = m.caller.ID.String(), l.Reason
+	if ev.Details == nil {
+		ev.Details = map[string]string{}
+	}
+	ev.Details["end"] = l.End.Format(time.RFC3339)
+	for k, v := range l.Params {
+		ev.Details["param."+k] = v
+	}
+	return ev
+}
+
+// intend commits the intent: from here on the store says that something may
+// exist, until when the attempt can run, and by which handle it is found.
+func (m *minter) intend(ctx context.Context, now time.Time) error {
+	err := m.e.update(ctx, now, func(t store.Txn) error {
+		if err := m.admit(t, now); err != nil {
+			return err
+		}
+		if err := m.create(t, m.l); err != nil {
+			return err
+		}
+		return appendEvent(t, m.event(m.l, now, audit.LeaseIntended))
+	})
+	if errors.Is(err, store.ErrUnknown) {
+		m.e.endLater(m.l.ID, nil, broker.CauseMintFailed)
+	}
+	return err
+}
+
+// record makes a handle durable while the attempt runs. It refuses, so that
+// the provider goes no further, once the lease is to be ended.
+func (m *minter) record(ctx context.Context, h providers.Handle) error {
+	now := m.e.clock.now()
+	state := broker.LeaseMinting
+	err := m.e.update(ctx, now, func(t store.Txn) error {
+		l, err := mustLease(t, m.l.ID)
+		if err != nil {
+			return err
+		}
+		state, l.Handle = l.State, h
+		return put(t, keyLease(l.ID), l)
+	})
+	if err != nil {
+		return fmt.Errorf("recording the handle of lease %s: %w", m.l.ID, err)
+	}
+	m.l.Handle = h
+	if state != broker.LeaseMinting {
+		return fmt.Errorf("lease %s is %s already", m.l.ID, state)
+	}
+	return nil
+}
+
+// activate commits the lease as active if everything it lives on still holds,
+// and as revoking if not; refusal then says why. An error means that neither
+// is certain.
+func (m *minter) activate(ctx context.Context, h providers.Handle) (refusal *broker.Error, err error) {
+	for range 8 {
+		now := m.e.clock.now()
+		var l *leaseRecord
+		err = m.e.update(ctx, now, func(t store.Txn) error {
+			refusal = nil
+			if l, err = mustLease(t, m.l.ID); err != nil {
+				return err
+			}
+			f, err := m.ep.guard(t, m.l.Grant)
+			if err != nil {
+				return err
+			}
+			l.Handle, l.MintDone = h, true
+			l.DiesAt, l.End, l.Survives = m.l.DiesAt, earlier(l.End, m.l.End), m.l.Survives
+			cause, holds := f.Holds(now)
+			switch {
+			case l.State != broker.LeaseMinting:
+				// It was ended while it was made: the worker now has the handle
+				// and need not wait for the attempt any more.
+				refusal = lateRefusal(l.Cause, l.ID)
+				if l.State.Ended() {
+					return fmt.Errorf("lease %s ended as %s while it was being made", l.ID, l.State)
+				}
+				return moveDue(t, l, now)
+			case !holds:
+				refusal = lateRefusal(cause, l.ID)
+				return startRevoking(t, l, now, ending{cause: cause, actor: audit.Broker, refund: true})
+			case !now.Before(l.End):
+				refusal = lateRefusal(broker.CauseTTL, l.ID)
+				return startRevoking(t, l, now, ending{cause: broker.CauseTTL, actor: audit.Broker, refund: true})
+			}
+			l.State, l.ActiveAt = broker.LeaseActive, now
+			if err := moveDue(t, l, l.End); err != nil {
+				return err
+			}
+			return appendEvent(t, m.event(l, now, audit.LeaseActive))
+		})
+		if !errors.Is(err, errStale) {
+			break
+		}
+		m.ep = m.e.settled()
+	}
+	if err != nil {
+		return nil, err
+	}
+	if refusal == nil {
+		m.l.State, m.l.ActiveAt = broker.LeaseActive, m.e.clock.now()
+	}
+	return refusal, nil
+}
+
+// lateRefusal tells an agent that what its lease was to live on ended while
+// the lease was being made.
+func lateRefusal(cause broker.Cause, id broker.LeaseID) *broker.Error {
+	reason := broker.ReasonNoGrant
+	switch cause {
+	case broker.CauseIncidentClosed, broker.CauseIncidentExpired:
+		reason = broker.ReasonIncidentClosed
+	case broker.CauseAgentDisabled:
+		reason = broker.ReasonAgentDisabled
+	case broker.CauseToolChanged:
+		reason = broker.ReasonGrantSuspended
+	case broker.CauseTTL, broker.CauseMintFailed:
+		reason = broker.ReasonProvider
+	}
+	r := broker.Refusef(reason, "ask again once you have a grant that holds",
+		"lease %s was ended before it could be handed over (%s)", id, cause)
+	r.Lease = id
+	return r
+}
+
+// fail records that the attempt failed. If the provider is certain that it
+// made nothing, the lease is over; otherwise what it may have made is ended.
+func (m *minter) fail(ctx context.Context, h providers.Handle, cause error) {
+	m.e.log.Warn("minting a lease", "lease", m.l.ID, "tool", m.l.Tool, "provider", m.l.Provider,
+		"correlation", m.l.Correlation, "error", cause)
+	if !errors.Is(cause, providers.ErrNothingMade) {
+		m.e.endLater(m.l.ID, h, broker.CauseMintFailed)
+		return
+	}
+	now := m.e.clock.now()
+	err := m.e.update(ctx, now, func(t store.Txn) error {
+		l, err := mustLease(t, m.l.ID)
+		if err != nil || l.State.Ended() {
+			return err
+		}
+		l.MintDone, l.Refund = true, true
+		if l.State == broker.LeaseMinting {
+			l.Cause = broker.CauseMintFailed
+		}
+		return finish(t, l, now, broker.LeaseRevoked, m.e.cfg.Retention, map[string]string{"made": "nothing"})
+	})
+	if err != nil {
+		m.e.endLater(m.l.ID, h, broker.CauseMintFailed)
+	}
+	m.e.watch.signal()
+}
+
+// providerRefusal is what the agent is told: never the upstream's text.
+func (m *minter) providerRefusal(err error) error {
+	var refusal *broker.Error
+	switch {
+	case errors.As(err, &refusal) && errors.Is(err, providers.ErrNothingMade):
+		return refusal // the provider's own word to the caller, such as "connect with a certificate"
+	case errors.Is(err, providers.ErrRefused):
+		refusal = broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
+			"provider %s refused to make a credential for %s", m.l.Provider, m.l.Tool)
+	default:
+		refusal = broker.Refusef(broker.ReasonProvider, "try again later; what may have been made is being ended",
+			"provider %s did not make a credential for %s", m.l.Provider, m.l.Tool)
+	}
+	refusal.Lease = m.l.ID
+	if m.p.traits.Inert {
+		refusal.Lease = "" // there is no such lease
+	}
+	return refusal.Because(err)
+}
+
+func (m *minter) deliver(secret broker.Secret, done func()) *Delivery {
+	if m.l.Key != "" {
+		m.e.replays.put(keyIdem(m.l.Agent, m.l.Key), replayed{secret: secret, env: m.tool.Env}, m.e.clock.now())
+	}
+	m.e.dueAt(m.l.Provider, m.l.End)
+	return &Delivery{Lease: m.l.Lease, Secret: secret, Env: m.tool.Env, Done: done}
+}
+
+// startMint and endMint keep the set of attempts that run in this process. The
+// worker of the provider leaves their leases alone.
+func (e *Engine) startMint(id broker.LeaseID) {
+	e.mintMu.Lock()
+	defer e.mintMu.Unlock()
+	e.minting[id] = struct{}{}
+}
+
+func (e *Engine) endMint(id broker.LeaseID) {
+	e.mintMu.Lock()
+	defer e.mintMu.Unlock()
+	delete(e.minting, id)
+}
+
+func (e *Engine) isMinting(id broker.LeaseID) bool {
+	e.mintMu.Lock()
+	defer e.mintMu.Unlock()
+	_, ok := e.minting[id]
+	return ok
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
+}

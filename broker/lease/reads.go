@@ -1,0 +1,375 @@
+package lease
+
+import (
+	"context"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/audit"
+	"github.com/mayfly-security/mayfly/broker/policy"
+	"github.com/mayfly-security/mayfly/store"
+)
+
+// MaxPage is the most that one page of a listing holds.
+const MaxPage = 1000
+
+// maxLooked bounds how many records one page may look at, so that a filter
+// that matches little cannot keep the store busy: such a page comes back
+// short, with where to go on.
+const maxLooked = 20_000
+
+// Page is one part of a listing. Next is where the next part begins; it is
+// empty at the end.
+type Page[T any] struct {
+	Items []T
+	Next  string
+}
+
+// LeaseFilter says which leases to list. Zero fields match everything.
+type LeaseFilter struct {
+	Agent    spiffeid.ID
+	Tool     string
+	Grant    broker.GrantID
+	Incident broker.IncidentID
+	All      bool // also those that have ended
+	Overdue  bool // only the overdue
+}
+
+// Leases lists leases in the order of their making, for an operator, or an
+// agent's own: the caller sees to it that an agent's filter names that agent.
+func (e *Engine) Leases(ctx context.Context, f LeaseFilter, after string, size int) (Page[broker.Lease], error) {
+	prefix := prefixLease
+	switch {
+	case f.Overdue:
+		prefix = prefixRevoking // by end: the longest overdue first
+	case f.Grant != "" && !f.All:
+		prefix = prefixOpen(f.Grant)
+	case !f.Agent.IsZero():
+		prefix = prefixLeasesOf(f.Agent)
+	}
+	now := e.clock.now()
+	return page(ctx, e.store, prefix, after, size, func(r store.Reader, key string) (broker.Lease, bool, error) {
+		l, ok, err := get[leaseRecord](r, keyLease(broker.LeaseID(lastPart(key))))
+		if err != nil || !ok {
+			return broker.Lease{}, false, err
+		}
+		match := (f.Agent.IsZero() || l.Agent == f.Agent) &&
+			(f.Tool == "" || l.Tool == f.Tool) &&
+			(f.Grant == "" || l.Grant == f.Grant) &&
+			(f.Incident == "" || l.Incident == f.Incident) &&
+			(f.All || !l.State.Ended()) &&
+			(!f.Overdue || l.Overdue(now))
+		return l.Lease, match, nil
+	})
+}
+
+// Lease returns one lease. owner, if not zero, is the agent that asks: a lease
+// of another agent is not found, like one that does not exist.
+func (e *Engine) Lease(ctx context.Context, id broker.LeaseID, owner spiffeid.ID) (broker.Lease, error) {
+	var l leaseRecord
+	err := e.store.View(ctx, func(r store.Reader) error {
+		var ok bool
+		var err error
+		l, ok, err = get[leaseRecord](r, keyLease(id))
+		if err == nil && (!ok || !owner.IsZero() && l.Agent != owner) {
+			err = policy.NotFound("lease", string(id))
+		}
+		return err
+	})
+	if err != nil {
+		return broker.Lease{}, storeRefusal(err)
+	}
+	return l.Lease, nil
+}
+
+// RevokeLease ends one lease, and waits a moment for its death. The caller is
+// its agent, or an operator; to anybody else it does not exist. Ending what
+// has ended changes nothing.
+func (e *Engine) RevokeLease(ctx context.Context, caller broker.Caller, id broker.LeaseID, reason string) (broker.Lease, error) {
+	l, err := e.revokeLease(ctx, caller, id, reason)
+	if err != nil {
+		e.Refused(ctx, caller, "revoke_lease", "", err)
+	}
+	return l, err
+}
+
+func (e *Engine) revokeLease(ctx context.Context, caller broker.Caller, id broker.LeaseID, reason string) (broker.Lease, error) {
+	if err := broker.CheckText("reason", reason, broker.MaxReason); err != nil {
+		return broker.Lease{}, err
+	}
+	owner := caller.ID
+	if e.Catalog().Operator(caller.ID) {
+		owner = spiffeid.ID{}
+	}
+	l, err := e.Lease(ctx, id, owner)
+	if err != nil || l.State.Ended() {
+		return l, err
+	}
+	cause := broker.CauseRevoked
+	if caller.ID == l.Agent {
+		cause = broker.CauseReturned
+	}
+	why := ending{cause: cause, actor: caller.ID.String(), reason: reason, correlation: caller.Correlation}
+	if _, err := e.endLeases(ctx, []broker.LeaseID{id}, why); err != nil {
+		return broker.Lease{}, err
+	}
+	if _, _, err := e.awaitEnd(ctx, []broker.LeaseID{id}); err != nil {
+		return broker.Lease{}, err
+	}
+	return e.Lease(context.WithoutCancel(ctx), id, owner)
+}
+
+// GrantFilter says which grants to list. Zero fields match everything.
+type GrantFilter struct {
+	Agent    spiffeid.ID
+	Tool     string
+	Incident broker.IncidentID
+	All      bool // also those that have ended
+}
+
+// GrantView is a grant, and whether it is suspended by the catalog as it is now.
+type GrantView struct {
+	broker.Grant
+	Suspended bool
+}
+
+// Grants lists grants in the order of their making.
+func (e *Engine) Grants(ctx context.Context, f GrantFilter, after string, size int) (Page[GrantView], error) {
+	prefix := prefixGrant
+	if !f.All {
+		prefix = prefixGrants // the open ones, by agent and tool
+		if !f.Agent.IsZero() {
+			prefix = prefixGrantsOf(f.Agent)
+		}
+	}
+	ep := e.current.Load()
+	return page(ctx, e.store, prefix, after, size, func(r store.Reader, key string) (GrantView, bool, error) {
+		g, ok, err := get[broker.Grant](r, keyGrant(broker.GrantID(lastPart(key))))
+		if err != nil || !ok {
+			return GrantView{}, false, err
+		}
+		match := (f.Agent.IsZero() || g.Agent == f.Agent) &&
+			(f.Tool == "" || g.Tool == f.Tool) &&
+			(f.Incident == "" || g.Incident == f.Incident)
+		return GrantView{Grant: g, Suspended: g.State == broker.GrantOpen && ep.facts(g, broker.Incident{}).Suspended()}, match, nil
+	})
+}
+
+// IncidentView is an incident with its grants and how many of its leases have
+// not ended.
+type IncidentView struct {
+	broker.Incident
+	Grants []GrantView
+	Open   int
+}
+
+// Incident returns one incident to whoever may see it: its opener, its closers
+// and operators. To anybody else it does not exist.
+func (e *Engine) Incident(ctx context.Context, caller broker.Caller, id broker.IncidentID) (IncidentView, error) {
+	ep := e.current.Load()
+	var v IncidentView
+	err := e.store.View(ctx, func(r store.Reader) error {
+		in, ok, err := get[broker.Incident](r, keyIncident(id))
+		if err != nil {
+			return err
+		}
+		if !ok || !ep.sees(caller.ID, in) {
+			return policy.NotFound("incident", string(id))
+		}
+		v, err = ep.view(r, in)
+		return err
+	})
+	return v, storeRefusal(err)
+}
+
+// Incidents lists the incidents that the caller may see, in the order of their
+// opening; all says whether closed ones are among them.
+func (e *Engine) Incidents(ctx context.Context, caller broker.Caller, all bool, after string, size int) (Page[IncidentView], error) {
+	ep := e.current.Load()
+	return page(ctx, e.store, prefixIncident, after, size, func(r store.Reader, key string) (IncidentView, bool, error) {
+		in, ok, err := get[broker.Incident](r, key)
+		if err != nil || !ok || !ep.sees(caller.ID, in) || !all && in.State != broker.IncidentOpen {
+			return IncidentView{}, false, err
+		}
+		v, err := ep.view(r, in)
+		return v, true, err
+	})
+}
+
+func (ep *epoch) sees(id spiffeid.ID, in broker.Incident) bool {
+	return in.OpenedBy == id || ep.catalog.Operator(id) || ep.isCloser(id, in)
+}
+
+func (ep *epoch) view(r store.Reader, in broker.Incident) (IncidentView, error) {
+	v := IncidentView{Incident: in}
+	for _, id := range in.Grants {
+		g, _, err := get[broker.Grant](r, keyGrant(id))
+		if err != nil {
+			return v, err
+		}
+		v.Grants = append(v.Grants, GrantView{Grant: g, Suspended: g.State == broker.GrantOpen && ep.facts(g, in).Suspended()})
+		from, to := store.Prefix(prefixOpen(id))
+		for _, err := range r.Scan(from, to) {
+			if err != nil {
+				return v, err
+			}
+			v.Open++
+		}
+	}
+	return v, nil
+}
+
+// ToolView is a tool as one agent sees it.
+type ToolView struct {
+	broker.Tool
+	Survives string
+	Granted  *broker.Grant // the grant that would be used now; nil if there is none
+	Refusal  broker.Reason // why there is none
+}
+
+// Tools lists the tools that an agent has an open grant for and, for an
+// operator, all tools.
+func (e *Engine) Tools(ctx context.Context, caller broker.Caller) ([]ToolView, error) {
+	ep := e.current.Load()
+	operator := ep.catalog.Operator(caller.ID)
+	now := e.clock.now()
+	facts := map[string][]policy.GrantFacts{}
+	err := e.store.View(ctx, func(r store.Reader) error {
+		clear(facts)
+		from, to := store.Prefix(prefixGrantsOf(caller.ID))
+		for entry, err := range r.Scan(from, to) {
+			if err != nil {
+				return err
+			}
+			f, err := ep.read(r, broker.GrantID(lastPart(entry.Key)))
+			if err != nil {
+				return err
+			}
+			facts[f.Grant.Tool] = append(facts[f.Grant.Tool], f)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, storeRefusal(err)
+	}
+	var views []ToolView
+	for _, tool := range ep.catalog.Tools() {
+		candidates, has := facts[tool.Name]
+		if !has && !operator {
+			continue
+		}
+		v := ToolView{Tool: tool, Survives: ep.catalog.ScopeInfo(tool.Name).Survives}
+		best := broker.Grant{}
+		for _, f := range candidates {
+			f.Grant.Params = nil // which values will be asked for is not known here
+			ask := policy.Ask{TTL: tool.MaxTTL}
+			if _, d := f.Issue(ask, now); d.Err() != nil {
+				v.Refusal = d.Refusal.Reason
+			} else if f.Grant.NotAfter.After(best.NotAfter) {
+				best = f.Grant
+			}
+		}
+		if best.ID != "" {
+			v.Granted, v.Refusal = &best, ""
+		}
+		views = append(views, v)
+	}
+	return views, nil
+}
+
+// EventFilter says which events to list. Zero fields match everything.
+type EventFilter struct {
+	Agent, Tool string
+	Lease       broker.LeaseID
+	Grant       broker.GrantID
+	Incident    broker.IncidentID
+	Type        audit.Type
+}
+
+func (f EventFilter) match(e audit.Event) bool {
+	return (f.Agent == "" || e.Agent == f.Agent) && (f.Tool == "" || e.Tool == f.Tool) &&
+		(f.Lease == "" || e.Lease == f.Lease) && (f.Grant == "" || e.Grant == f.Grant) &&
+		(f.Incident == "" || e.Incident == f.Incident) && (f.Type == "" || e.Type == f.Type)
+}
+
+// Events lists the evidence after a sequence number, to those who may read it;
+// latest means the last events that match instead. looked is how far it
+// looked: the after of the next call.
+func (e *Engine) Events(ctx context.Context, caller broker.Caller, f EventFilter, after uint64, size int, latest bool) (events []audit.Event, looked uint64, err error) {
+	if err := policy.Administer(caller.ID, e.Catalog().Operator(caller.ID), "read the evidence").Err(); err != nil {
+		e.Refused(ctx, caller, "list_events", "", err)
+		return nil, 0, err
+	}
+	size = pageSize(size)
+	err = e.store.View(ctx, func(r store.Reader) error {
+		events, looked = nil, after
+		n := 0
+		for entry, err := range r.Log(audit.Log, after) {
+			if err != nil {
+				return err
+			}
+			ev, err := audit.Decode(entry.Seq, entry.Value)
+			if err != nil {
+				return err
+			}
+			looked = entry.Seq
+			if f.match(ev) {
+				events = append(events, ev)
+			}
+			if latest {
+				if len(events) > size {
+					events = events[1:]
+				}
+				continue
+			}
+			if n++; len(events) == size || n == maxLooked {
+				return nil
+			}
+		}
+		return nil
+	})
+	return events, looked, storeRefusal(err)
+}
+
+// page reads one page of a listing: keys of a prefix, after a key, as many as
+// match. read turns a key into an item and says whether it matches.
+func page[T any](ctx context.Context, s store.Store, prefix, after string, size int, read func(r store.Reader, key string) (T, bool, error)) (Page[T], error) {
+	size = pageSize(size)
+	var p Page[T]
+	err := s.View(ctx, func(r store.Reader) error {
+		p = Page[T]{}
+		from, to := store.Prefix(prefix)
+		if after != "" {
+			from = prefix + after + "\x00"
+		}
+		looked := 0
+		for entry, err := range r.Scan(from, to) {
+			if err != nil {
+				return err
+			}
+			if len(p.Items) == size || looked == maxLooked {
+				return nil
+			}
+			looked++
+			item, ok, err := read(r, entry.Key)
+			if err != nil {
+				return err
+			}
+			if ok {
+				p.Items = append(p.Items, item)
+			}
+			p.Next = entry.Key[len(prefix):]
+		}
+		p.Next = "" // everything was looked at
+		return nil
+	})
+	return p, storeRefusal(err)
+}
+
+func pageSize(size int) int {
+	if size <= 0 {
+		return 100
+	}
+	return min(size, MaxPage)
+}

@@ -1,0 +1,288 @@
+package lease
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/audit"
+	"github.com/mayfly-security/mayfly/store"
+)
+
+// A change that ends leases (a close, a withdrawal, a reload) is one commit on
+// a guard key and, in the same transaction, a sweep key. From that commit on
+// nothing of it can be delivered. The leases that were alive are told by the
+// sweep, which may take many transactions; its key goes when it is done, and
+// one that a crash interrupted is done again at the next start.
+
+// sweepRecord is the value of a sweep key.
+type sweepRecord struct {
+	Cause       broker.Cause
+	Actor       string
+	Reason      string
+	Correlation broker.CorrelationID
+}
+
+const (
+	sweepIncident = "incident"
+	sweepGrants   = "grant"
+	sweepCatalog  = "catalog"
+)
+
+func (s sweepRecord) ending() ending {
+	return ending{cause: s.Cause, actor: s.Actor, reason: s.Reason, correlation: s.Correlation}
+}
+
+// resumeSweeps does what an earlier run, or an attempt that failed, left.
+func (e *Engine) resumeSweeps(ctx context.Context) error {
+	type pending struct {
+		kind, id string
+		rec      sweepRecord
+	}
+	var todo []pending
+	err := e.store.View(ctx, func(r store.Reader) error {
+		todo = todo[:0]
+		from, to := store.Prefix(prefixSweep)
+		for entry, err := range r.Scan(from, to) {
+			if err != nil {
+				return err
+			}
+			rec, err := decode[sweepRecord](entry.Key, entry.Value)
+			if err != nil {
+				return err
+			}
+			kind, id := splitSweep(entry.Key)
+			todo = append(todo, pending{kind, id, rec})
+		}
+		return nil
+	})
+	for _, p := range todo {
+		if err != nil {
+			break
+		}
+		switch p.kind {
+		case sweepIncident:
+			_, err = e.sweepIncident(ctx, broker.IncidentID(p.id), p.rec)
+		case sweepGrants:
+			_, err = e.sweepGrant(ctx, broker.GrantID(p.id), p.rec)
+		case sweepCatalog:
+			err = e.sweepCatalog(ctx)
+		default:
+			err = fmt.Errorf("there is no sweep of kind %q", p.kind)
+		}
+	}
+	return err
+}
+
+func splitSweep(key string) (kind, id string) {
+	id = lastPart(key)
+	return key[len(prefixSweep) : len(key)-len(id)-1], id
+}
+
+// swept removes the key of a sweep that is done.
+func (e *Engine) swept(ctx context.Context, kind, id string) error {
+	return e.update(ctx, e.clock.now(), func(t store.Txn) error { return t.Delete(keySweep(kind, id)) })
+}
+
+// sweepIncident ends the grants of a closed incident and their leases, and
+// returns the leases that had not ended.
+func (e *Engine) sweepIncident(ctx context.Context, id broker.IncidentID, why sweepRecord) ([]broker.LeaseID, error) {
+	var in broker.Incident
+	err := e.store.View(ctx, func(r store.Reader) (err error) {
+		in, _, err = get[broker.Incident](r, keyIncident(id))
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	var all []broker.LeaseID
+	for _, g := range in.Grants {
+		ids, err := e.endGrantLeases(ctx, g, why.ending())
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, ids...)
+	}
+	now := e.clock.now()
+	for part := range slices.Chunk(in.Grants, chunk) {
+		err := e.update(ctx, now, func(t store.Txn) error {
+			for _, g := range part {
+				if err := endGrant(t, g, now, broker.GrantClosed, why); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return all, e.swept(ctx, sweepIncident, string(id))
+}
+
+// sweepGrant ends the leases of a grant that is over.
+func (e *Engine) sweepGrant(ctx context.Context, id broker.GrantID, why sweepRecord) ([]broker.LeaseID, error) {
+	ids, err := e.endGrantLeases(ctx, id, why.ending())
+	if err != nil {
+		return nil, err
+	}
+	return ids, e.swept(ctx, sweepGrants, string(id))
+}
+
+// sweepCatalog ends the leases of every grant that does not hold by the
+// catalog as it is now. The grants stay: they hold again if what changed is
+// changed back.
+func (e *Engine) sweepCatalog(ctx context.Context) error {
+	ep := e.settled()
+	type over struct {
+		id    broker.GrantID
+		cause broker.Cause
+	}
+	var gone []over
+	err := e.store.View(ctx, func(r store.Reader) error {
+		gone = gone[:0]
+		from, to := store.Prefix(prefixGrants)
+		for entry, err := range r.Scan(from, to) {
+			if err != nil {
+				return err
+			}
+			id := broker.GrantID(lastPart(entry.Key))
+			f, err := ep.read(r, id)
+			if err != nil {
+				return err
+			}
+			if cause, ok := f.Holds(e.clock.now()); !ok {
+				gone = append(gone, over{id, cause})
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, g := range gone {
+		if _, err := e.endGrantLeases(ctx, g.id, ending{cause: g.cause, actor: audit.Broker}); err != nil {
+			return err
+		}
+	}
+	// A reload that came meanwhile has a sweep of its own to do.
+	return e.update(ctx, e.clock.now(), func(t store.Txn) error {
+		cat, _, err := get[catalogRecord](t, keyCatalog)
+		if err != nil || cat.Generation != ep.generation {
+			return err
+		}
+		return t.Delete(keySweep(sweepCatalog, "all"))
+	})
+}
+
+// endGrantLeases waits for the deliveries of a grant that can no longer give,
+// and then ends its leases. It returns those that had not ended.
+func (e *Engine) endGrantLeases(ctx context.Context, id broker.GrantID, why ending) ([]broker.LeaseID, error) {
+	if err := e.deliveries.wait(ctx, id); err != nil {
+		return nil, fmt.Errorf("waiting for deliveries under grant %s: %w", id, err)
+	}
+	var ids []broker.LeaseID
+	err := e.store.View(ctx, func(r store.Reader) error {
+		ids = ids[:0]
+		from, to := store.Prefix(prefixOpen(id))
+		for entry, err := range r.Scan(from, to) {
+			if err != nil {
+				return err
+			}
+			ids = append(ids, broker.LeaseID(lastPart(entry.Key)))
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if _, err := e.endLeases(ctx, ids, why); err != nil {
+		return nil, err
+	}
+	return ids, nil
+}
+
+// endLeases moves leases to revoking and wakes their providers' workers. It
+// returns how many it moved; those that were there already are left alone.
+func (e *Engine) endLeases(ctx context.Context, ids []broker.LeaseID, why ending) (moved int, err error) {
+	now := e.clock.now()
+	counts := make([]int, (len(ids)+chunk-1)/chunk)
+	wake := make([]map[string]struct{}, len(counts))
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(8)
+	i := 0
+	for part := range slices.Chunk(ids, chunk) {
+		n := i
+		i++
+		g.Go(func() error {
+			return e.update(gctx, now, func(t store.Txn) error {
+				counts[n], wake[n] = 0, map[string]struct{}{}
+				for _, id := range part {
+					l, err := mustLease(t, id)
+					if err != nil {
+						return err
+					}
+					if l.State == broker.LeaseRevoking || l.State.Ended() {
+						continue
+					}
+					counts[n]++
+					wake[n][l.Provider] = struct{}{}
+					if err := startRevoking(t, l, now, why); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+		})
+	}
+	err = g.Wait()
+	for n := range counts {
+		moved += counts[n]
+		for provider := range wake[n] {
+			e.wake(provider)
+		}
+	}
+	return moved, err
+}
+
+// awaitEnd waits, for at most the configured time, until the leases have
+// ended, and returns how many have and how many have not.
+func (e *Engine) awaitEnd(ctx context.Context, ids []broker.LeaseID) (ended, revoking int, err error) {
+	timer := time.NewTimer(e.cfg.EndWait)
+	defer timer.Stop()
+	left := slices.Clone(ids)
+	for {
+		changed := e.watch.next()
+		err := e.store.View(ctx, func(r store.Reader) error {
+			var still []broker.LeaseID
+			for _, id := range left {
+				l, err := mustLease(r, id)
+				if err != nil {
+					return err
+				}
+				if !l.State.Ended() {
+					still = append(still, id)
+				}
+			}
+			left = still
+			return nil
+		})
+		if err != nil {
+			return 0, 0, err
+		}
+		if len(left) == 0 {
+			return len(ids), 0, nil
+		}
+		select {
+		case <-changed:
+		case <-timer.C:
+			return len(ids) - len(left), len(left), nil
+		case <-ctx.Done():
+			return len(ids) - len(left), len(left), nil
+		}
+	}
+}

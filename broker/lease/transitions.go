@@ -1,0 +1,120 @@
+package lease
+
+import (
+	"fmt"
+	"maps"
+	"time"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/audit"
+	"github.com/mayfly-security/mayfly/broker/policy"
+	"github.com/mayfly-security/mayfly/store"
+)
+
+// chunk is how many leases one transaction moves: a move takes up to ten
+// operations of the store's store.MaxOps.
+const chunk = 12
+
+// ending says why leases are ended.
+type ending struct {
+	cause       broker.Cause
+	actor       string // a SPIFFE ID, or audit.Broker
+	reason      string // in the actor's words; may be empty
+	correlation broker.CorrelationID
+	refund      bool // the use of the grant is given back: the agent never had it
+}
+
+func mustLease(r getter, id broker.LeaseID) (*leaseRecord, error) {
+	l, ok, err := get[leaseRecord](r, keyLease(id))
+	if err != nil {
+		return nil, err
+	}
+	if !ok {
+		return nil, policy.NotFound("lease", string(id))
+	}
+	return &l, nil
+}
+
+// dueValue is the value of a due key: the state, so that leases can be counted
+// without reading them.
+func dueValue(s broker.LeaseState) []byte { return []byte(s) }
+
+// moveDue sets when the lease is next looked at, and writes the lease.
+func moveDue(t store.Txn, l *leaseRecord, at time.Time) error {
+	if err := t.Delete(keyDue(l.Provider, l.Due, l.ID)); err != nil {
+		return err
+	}
+	l.Due = at
+	if err := t.Put(keyDue(l.Provider, at, l.ID), dueValue(l.State)); err != nil {
+		return err
+	}
+	return put(t, keyLease(l.ID), l)
+}
+
+// startRevoking moves a lease that has not ended to revoking: from now on it
+// must be dead. One that is there already stays as it is.
+func startRevoking(t store.Txn, l *leaseRecord, now time.Time, why ending) error {
+	if l.State == broker.LeaseRevoking || l.State.Ended() {
+		return nil
+	}
+	l.State, l.Cause = broker.LeaseRevoking, why.cause
+	l.End = earlier(l.End, now)
+	l.Refund = l.Refund || why.refund
+	if err := t.Put(keyRevoking(l.End, l.ID), nil); err != nil {
+		return err
+	}
+	if err := moveDue(t, l, now); err != nil {
+		return err
+	}
+	ev := l.event(now, audit.LeaseRevoking)
+	ev.Actor, ev.Reason = why.actor, why.reason
+	if why.correlation != "" {
+		ev.Correlation = why.correlation
+	}
+	return appendEvent(t, ev)
+}
+
+// finish moves a lease to its last state: its death is confirmed.
+func finish(t store.Txn, l *leaseRecord, now time.Time, state broker.LeaseState, retention time.Duration, details map[string]string) error {
+	for _, key := range []string{
+		keyDue(l.Provider, l.Due, l.ID),
+		keyRevoking(l.End, l.ID),
+		keyOpen(l.Grant, l.ID),
+	} {
+		if err := t.Delete(key); err != nil {
+			return err
+		}
+	}
+	l.State, l.Progress, l.EndedAt = state, broker.ProgressVerified, now
+	if l.Refund {
+		if err := refund(t, l.Grant); err != nil {
+			return err
+		}
+	}
+	if err := t.Put(keyHouse(now.Add(retention), houseLease, string(l.ID)), nil); err != nil {
+		return err
+	}
+	if err := put(t, keyLease(l.ID), l); err != nil {
+		return err
+	}
+	what := audit.LeaseRevoked
+	if state == broker.LeaseExpired {
+		what = audit.LeaseExpired
+	}
+	ev := l.event(now, what)
+	ev.Details = maps.Clone(details)
+	return appendEvent(t, ev)
+}
+
+// refund gives a use back to a grant that counts them.
+func refund(t store.Txn, id broker.GrantID) error {
+	g, ok, err := get[broker.Grant](t, keyGrant(id))
+	if err != nil || !ok || g.MaxUses == 0 {
+		return err
+	}
+	if g.Uses == 0 {
+		return fmt.Errorf("grant %s has no use to give back", id)
+	}
+	g.Uses--
+	return put(t, keyGrant(id), g)
+}

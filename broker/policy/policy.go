@@ -1,0 +1,52 @@
+// Package policy decides: facts and an instant go in, a verdict with its
+// reasons comes out. It reads nothing and changes nothing, so that the same
+// decision can be made before an act, again inside the act's transaction, for
+// as long as a lease lives, and in a test.
+//
+// Who may administer and who may open incidents is decided by SPIFFE ID from
+// the catalog. The facts are gathered by the caller; a policy engine can take
+// the place of these functions without its callers changing.
+package policy
+
+import (
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/mayfly-security/mayfly/broker"
+)
+
+// Decision is a verdict. The zero Decision allows nothing.
+type Decision struct {
+	// Refusal is why not; nil only in a Decision made by Allow.
+	Refusal *broker.Error
+	// By names what allowed it, for the evidence.
+	By      string
+	allowed bool
+}
+
+// Allow makes the Decision that allows, on the strength of by.
+func Allow(by string) Decision { return Decision{By: by, allowed: true} }
+
+// Deny makes the Decision that refuses.
+func Deny(refusal *broker.Error) Decision { return Decision{Refusal: refusal} }
+
+// Err returns nil if the decision allows, and the refusal otherwise.
+func (d Decision) Err() error {
+	switch {
+	case d.allowed:
+		return nil
+	case d.Refusal != nil:
+		return d.Refusal
+	}
+	return broker.Refuse(broker.ReasonPermissionDenied, "nothing allows this", "ask an operator")
+}
+
+// Administer decides whether a caller may do what operators do: verb says
+// what, for the message ("make grants").
+func Administer(caller spiffeid.ID, isOperator bool, verb string) Decision {
+	if isOperator {
+		return Allow("operator")
+	}
+	return Deny(broker.Refusef(broker.ReasonPermissionDenied,
+		"ask an operator, or have this identity added to `operators` in the catalog",
+		"%s is no operator and may not %s", caller, verb))
+}

@@ -1,0 +1,148 @@
+// Package server is the broker's face to agents, bots and operators: the API
+// over mutual TLS, token introspection for resource servers, and the plain
+// listener for metrics and health. It authenticates every request by itself,
+// asks the engine, and says what the engine said.
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/net/netutil"
+
+	"github.com/mayfly-security/mayfly/attestation"
+	"github.com/mayfly-security/mayfly/broker/api/mayfly/v1/mayflyv1connect"
+	"github.com/mayfly-security/mayfly/broker/lease"
+)
+
+// Config is what a Server is made of.
+type Config struct {
+	Engine   *lease.Engine              // required
+	Attestor attestation.Attestor       // required
+	Identity attestation.IdentitySource // required
+	Log      *slog.Logger               // required
+	Limits   Limits
+}
+
+// Limits bound what one listener takes. Zero fields have the defaults named.
+type Limits struct {
+	Body        int64         // bytes of a request's body; 64 KiB
+	Header      int           // bytes of a request's header; 16 KiB
+	Connections int           // connections at once; 4,096
+	Requests    int           // requests at once, over all connections; 1,024
+	Streams     int           // requests at once on one HTTP/2 connection; 128
+	ReadTimeout time.Duration // for a whole request to arrive; 15 seconds
+	// WriteTimeout is for a whole answer to be made and taken; 90 seconds. It
+	// must leave time for a provider to mint, and it bounds how long a client
+	// that does not read can hold up the closing of an incident.
+	WriteTimeout time.Duration
+	IdleTimeout  time.Duration // of a connection between requests; 2 minutes
+}
+
+func (l Limits) withDefaults() Limits {
+	orDefault(&l.Body, 64<<10)
+	orDefault(&l.Header, 16<<10)
+	orDefault(&l.Connections, 4096)
+	orDefault(&l.Requests, 1024)
+	orDefault(&l.Streams, 128)
+	orDefault(&l.ReadTimeout, 15*time.Second)
+	orDefault(&l.WriteTimeout, 90*time.Second)
+	orDefault(&l.IdleTimeout, 2*time.Minute)
+	return l
+}
+
+func orDefault[T comparable](v *T, d T) {
+	var zero T
+	if *v == zero {
+		*v = d
+	}
+}
+
+// Server serves the API. Its methods may be called from many goroutines.
+type Server struct {
+	engine   *lease.Engine
+	attestor attestation.Attestor
+	identity attestation.IdentitySource
+	log      *slog.Logger
+	limits   Limits
+	http     *http.Server
+	slots    chan struct{} // one for each request at once
+	errors   *connect.ErrorWriter
+}
+
+// New makes a Server; Serve starts it.
+func New(cfg Config) (*Server, error) {
+	switch {
+	case cfg.Engine == nil:
+		return nil, errors.New("server: Config.Engine is nil")
+	case cfg.Attestor == nil:
+		return nil, errors.New("server: Config.Attestor is nil")
+	case cfg.Identity == nil:
+		return nil, errors.New("server: Config.Identity is nil")
+	case cfg.Log == nil:
+		return nil, errors.New("server: Config.Log is nil")
+	}
+	s := &Server{
+		engine: cfg.Engine, attestor: cfg.Attestor, identity: cfg.Identity,
+		log: cfg.Log, limits: cfg.Limits.withDefaults(),
+	}
+	s.slots = make(chan struct{}, s.limits.Requests)
+	options := []connect.HandlerOption{
+		connect.WithReadMaxBytes(int(s.limits.Body)),
+		connect.WithCodec(strictJSON{}),
+		connect.WithRecover(s.recovered),
+	}
+	s.errors = connect.NewErrorWriter(options...)
+
+	mux := http.NewServeMux()
+	mux.Handle(mayflyv1connect.NewAccessServiceHandler(accessService{s}, options...))
+	mux.Handle(mayflyv1connect.NewGrantServiceHandler(grantService{s}, options...))
+	mux.Handle(mayflyv1connect.NewIncidentServiceHandler(incidentService{s}, options...))
+	mux.Handle(mayflyv1connect.NewAuditServiceHandler(auditService{s}, options...))
+	mux.HandleFunc("POST /oauth2/introspect", s.introspect)
+	mux.HandleFunc("GET /.well-known/jwks.json", s.jwks)
+	mux.HandleFunc("/", s.notFound)
+
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(true)
+	s.http = &http.Server{
+		Handler:           s.guard(mux),
+		Protocols:         protocols,
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: s.limits.Streams},
+		ReadHeaderTimeout: s.limits.ReadTimeout,
+		ReadTimeout:       s.limits.ReadTimeout,
+		WriteTimeout:      s.limits.WriteTimeout,
+		IdleTimeout:       s.limits.IdleTimeout,
+		MaxHeaderBytes:    s.limits.Header,
+		ErrorLog:          slog.NewLogLogger(cfg.Log.Handler(), slog.LevelDebug),
+	}
+	return s, nil
+}
+
+// Serve answers on ln, over TLS, until Shutdown; then it returns nil. It takes
+// ln over.
+func (s *Server) Serve(ln net.Listener) error {
+	ln = netutil.LimitListener(ln, s.limits.Connections)
+	err := s.http.Serve(tls.NewListener(ln, s.identity.ServerTLS()))
+	if errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return err
+}
+
+// Shutdown takes no new requests and waits, for as long as ctx lasts, for
+// those under way; then it cuts them off.
+func (s *Server) Shutdown(ctx context.Context) error {
+	err := s.http.Shutdown(ctx)
+	if err != nil {
+		s.http.Close()
+	}
+	return err
+}

@@ -1,0 +1,325 @@
+package server
+
+import (
+	"context"
+
+	"connectrpc.com/connect"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/mayfly-security/mayfly/broker"
+	mayflyv1 "github.com/mayfly-security/mayfly/broker/api/mayfly/v1"
+	"github.com/mayfly-security/mayfly/broker/audit"
+	"github.com/mayfly-security/mayfly/broker/lease"
+)
+
+// call runs a handler's body and gives its error the form that callers see.
+func call[Res any](ctx context.Context, s *Server, body func(caller broker.Caller) (*Res, error)) (*connect.Response[Res], error) {
+	caller := callerOf(ctx)
+	res, err := body(caller)
+	if err != nil {
+		return nil, rpcError(ctx, s.log, caller.Correlation, err)
+	}
+	return connect.NewResponse(res), nil
+}
+
+// accessService is mayfly.v1.AccessService.
+type accessService struct{ s *Server }
+
+func (a accessService) WhoAmI(ctx context.Context, _ *connect.Request[mayflyv1.WhoAmIRequest]) (*connect.Response[mayflyv1.WhoAmIResponse], error) {
+	return call(ctx, a.s, func(caller broker.Caller) (*mayflyv1.WhoAmIResponse, error) {
+		c := a.s.engine.Catalog()
+		agent, _ := c.Agent(caller.ID)
+		return &mayflyv1.WhoAmIResponse{
+			Id: caller.ID.String(), Roles: c.Roles(caller.ID),
+			Owner: agent.Owner, Environment: agent.Environment, Labels: agent.Labels,
+			SvidExpiresAt: stamp(caller.ValidUntil),
+			BrokerId:      a.s.identity.ID().String(), InstallationId: string(a.s.engine.InstallationID()),
+			CatalogDigest: c.Digest(),
+		}, nil
+	})
+}
+
+func (a accessService) ListTools(ctx context.Context, _ *connect.Request[mayflyv1.ListToolsRequest]) (*connect.Response[mayflyv1.ListToolsResponse], error) {
+	return call(ctx, a.s, func(caller broker.Caller) (*mayflyv1.ListToolsResponse, error) {
+		views, err := a.s.engine.Tools(ctx, caller)
+		res := &mayflyv1.ListToolsResponse{}
+		for _, v := range views {
+			res.Tools = append(res.Tools, toolMessage(v))
+		}
+		return res, err
+	})
+}
+
+func (a accessService) IssueLease(ctx context.Context, req *connect.Request[mayflyv1.IssueLeaseRequest]) (*connect.Response[mayflyv1.IssueLeaseResponse], error) {
+	return call(ctx, a.s, func(caller broker.Caller) (*mayflyv1.IssueLeaseResponse, error) {
+		m := req.Msg
+		ttl, err := span("ttl", broker.ReasonTTL, m.GetTtl())
+		if err != nil {
+			return nil, err
+		}
+		d, err := a.s.engine.Issue(ctx, caller, lease.IssueRequest{
+			Tool: m.GetTool(), Params: m.GetParameters(), TTL: ttl, Reason: m.GetReason(), Key: m.GetIdempotencyKey(),
+		})
+		if err != nil {
+			return nil, err
+		}
+		visitOf(ctx).carry(d.Done)
+		return &mayflyv1.IssueLeaseResponse{
+			Lease: leaseMessage(d.Lease, a.s.engine.Now()), Secret: d.Secret.RevealAll(), Env: d.Env,
+		}, nil
+	})
+}
+
+// owner is the agent whose leases a caller may see: its own, or, for an
+// operator, everybody's (the zero ID).
+func (s *Server) owner(caller broker.Caller) spiffeid.ID {
+	if s.engine.Catalog().Operator(caller.ID) {
+		return spiffeid.ID{}
+	}
+	return caller.ID
+}
+
+func (a accessService) GetLease(ctx context.Context, req *connect.Request[mayflyv1.GetLeaseRequest]) (*connect.Response[mayflyv1.Lease], error) {
+	return call(ctx, a.s, func(caller broker.Caller) (*mayflyv1.Lease, error) {
+		id, err := broker.ParseLeaseID(req.Msg.GetId())
+		if err != nil {
+			return nil, err
+		}
+		l, err := a.s.engine.Lease(ctx, id, a.s.owner(caller))
+		if err != nil {
+			return nil, err
+		}
+		return leaseMessage(l, a.s.engine.Now()), nil
+	})
+}
+
+func (a accessService) ListLeases(ctx context.Context, req *connect.Request[mayflyv1.ListLeasesRequest]) (*connect.Response[mayflyv1.ListLeasesResponse], error) {
+	return call(ctx, a.s, func(caller broker.Caller) (*mayflyv1.ListLeasesResponse, error) {
+		m := req.Msg
+		f := lease.LeaseFilter{Tool: m.GetTool(), Grant: broker.GrantID(m.GetGrantId()),
+			Incident: broker.IncidentID(m.GetIncidentId()), All: m.GetAll(), Overdue: m.GetOverdue()}
+		var err error
+		if f.Agent, err = spiffeID("agent", m.GetAgent()); err != nil {
+			return nil, err
+		}
+		if owner := a.s.owner(caller); !owner.IsZero() {
+			if !f.Agent.IsZero() && f.Agent != owner {
+				return &mayflyv1.ListLeasesResponse{}, nil // another's are not found
+			}
+			f.Agent = owner
+		}
+		if err := checkToken(m.GetPageToken()); err != nil {
+			return nil, err
+		}
+		p, err := a.s.engine.Leases(ctx, f, m.GetPageToken(), int(m.GetPageSize()))
+		if err != nil {
+			return nil, err
+		}
+		res := &mayflyv1.ListLeasesResponse{NextPageToken: p.Next}
+		now := a.s.engine.Now()
+		for _, l := range p.Items {
+			res.Leases = append(res.Leases, leaseMessage(l, now))
+		}
+		return res, nil
+	})
+}
+
+// checkToken bounds a page token; what it says is only where to begin.
+func checkToken(token string) error {
+	if len(token) > 512 {
+		return broker.Refuse(broker.ReasonInvalidArgument, "the page token is malformed", "send the token of the page before, unchanged")
+	}
+	return nil
+}
+
+func (a accessService) RevokeLease(ctx context.Context, req *connect.Request[mayflyv1.RevokeLeaseRequest]) (*connect.Response[mayflyv1.Lease], error) {
+	return call(ctx, a.s, func(caller broker.Caller) (*mayflyv1.Lease, error) {
+		id, err := broker.ParseLeaseID(req.Msg.GetId())
+		if err != nil {
+			return nil, err
+		}
+		l, err := a.s.engine.RevokeLease(ctx, caller, id, req.Msg.GetReason())
+		if err != nil {
+			return nil, err
+		}
+		return leaseMessage(l, a.s.engine.Now()), nil
+	})
+}
+
+// grantService is mayfly.v1.GrantService.
+type grantService struct{ s *Server }
+
+func (g grantService) CreateGrant(ctx context.Context, req *connect.Request[mayflyv1.CreateGrantRequest]) (*connect.Response[mayflyv1.Grant], error) {
+	return call(ctx, g.s, func(caller broker.Caller) (*mayflyv1.Grant, error) {
+		m := req.Msg
+		r := lease.GrantRequest{Tool: m.GetTool(), Params: m.GetParameters(), MaxUses: int(m.GetMaxUses()),
+			Reason: m.GetReason(), Key: m.GetIdempotencyKey()}
+		var err error
+		if r.Agent, err = spiffeID("agent", m.GetAgent()); err != nil {
+			return nil, err
+		}
+		if r.NotBefore, err = instant("not_before", m.GetNotBefore()); err != nil {
+			return nil, err
+		}
+		if r.NotAfter, err = instant("not_after", m.GetNotAfter()); err != nil {
+			return nil, err
+		}
+		d, err := span("duration", broker.ReasonInvalidArgument, m.GetDuration())
+		if err != nil {
+			return nil, err
+		}
+		if (d == nil) == r.NotAfter.IsZero() {
+			return nil, broker.Refuse(broker.ReasonInvalidArgument, "a grant needs an end: exactly one of not_after and duration", "give one of them")
+		}
+		if d != nil {
+			r.For = *d
+		}
+		grant, err := g.s.engine.CreateGrant(ctx, caller, r)
+		if err != nil {
+			return nil, err
+		}
+		return grantMessage(lease.GrantView{Grant: grant}), nil
+	})
+}
+
+func (g grantService) WithdrawGrant(ctx context.Context, req *connect.Request[mayflyv1.WithdrawGrantRequest]) (*connect.Response[mayflyv1.WithdrawGrantResponse], error) {
+	return call(ctx, g.s, func(caller broker.Caller) (*mayflyv1.WithdrawGrantResponse, error) {
+		id, err := broker.ParseGrantID(req.Msg.GetId())
+		if err != nil {
+			return nil, err
+		}
+		grant, ended, err := g.s.engine.WithdrawGrant(ctx, caller, id, req.Msg.GetReason())
+		if err != nil {
+			return nil, err
+		}
+		return &mayflyv1.WithdrawGrantResponse{Grant: grantMessage(lease.GrantView{Grant: grant}),
+			LeasesEnded: int32(ended.Dead), LeasesRevoking: int32(ended.Revoking)}, nil
+	})
+}
+
+func (g grantService) ListGrants(ctx context.Context, req *connect.Request[mayflyv1.ListGrantsRequest]) (*connect.Response[mayflyv1.ListGrantsResponse], error) {
+	return call(ctx, g.s, func(caller broker.Caller) (*mayflyv1.ListGrantsResponse, error) {
+		m := req.Msg
+		f := lease.GrantFilter{Tool: m.GetTool(), Incident: broker.IncidentID(m.GetIncidentId()), All: m.GetAll()}
+		var err error
+		if f.Agent, err = spiffeID("agent", m.GetAgent()); err != nil {
+			return nil, err
+		}
+		if owner := g.s.owner(caller); !owner.IsZero() {
+			if !f.Agent.IsZero() && f.Agent != owner {
+				return &mayflyv1.ListGrantsResponse{}, nil
+			}
+			f.Agent = owner
+		}
+		if err := checkToken(m.GetPageToken()); err != nil {
+			return nil, err
+		}
+		p, err := g.s.engine.Grants(ctx, f, m.GetPageToken(), int(m.GetPageSize()))
+		if err != nil {
+			return nil, err
+		}
+		res := &mayflyv1.ListGrantsResponse{NextPageToken: p.Next}
+		for _, v := range p.Items {
+			res.Grants = append(res.Grants, grantMessage(v))
+		}
+		return res, nil
+	})
+}
+
+// incidentService is mayfly.v1.IncidentService.
+type incidentService struct{ s *Server }
+
+func (i incidentService) OpenIncident(ctx context.Context, req *connect.Request[mayflyv1.OpenIncidentRequest]) (*connect.Response[mayflyv1.Incident], error) {
+	return call(ctx, i.s, func(caller broker.Caller) (*mayflyv1.Incident, error) {
+		m := req.Msg
+		r := lease.IncidentRequest{Title: m.GetTitle(), Reference: m.GetReference(), Tools: m.GetTools(), Key: m.GetIdempotencyKey()}
+		for _, a := range m.GetAgents() {
+			id, err := spiffeID("agent", a)
+			if err != nil {
+				return nil, err
+			}
+			r.Agents = append(r.Agents, id)
+		}
+		var err error
+		if r.Duration, err = span("duration", broker.ReasonInvalidArgument, m.GetDuration()); err != nil {
+			return nil, err
+		}
+		in, err := i.s.engine.OpenIncident(ctx, caller, r)
+		if err != nil {
+			return nil, err
+		}
+		v, err := i.s.engine.Incident(ctx, caller, in.ID)
+		return incidentMessage(v), err
+	})
+}
+
+func (i incidentService) CloseIncident(ctx context.Context, req *connect.Request[mayflyv1.CloseIncidentRequest]) (*connect.Response[mayflyv1.CloseIncidentResponse], error) {
+	return call(ctx, i.s, func(caller broker.Caller) (*mayflyv1.CloseIncidentResponse, error) {
+		id, err := broker.ParseIncidentID(req.Msg.GetId())
+		if err != nil {
+			return nil, err
+		}
+		_, ended, err := i.s.engine.CloseIncident(ctx, caller, id, req.Msg.GetReason())
+		if err != nil {
+			return nil, err
+		}
+		v, err := i.s.engine.Incident(context.WithoutCancel(ctx), caller, id)
+		if err != nil {
+			return nil, err
+		}
+		return &mayflyv1.CloseIncidentResponse{Incident: incidentMessage(v),
+			LeasesEnded: int32(ended.Dead), LeasesRevoking: int32(ended.Revoking)}, nil
+	})
+}
+
+func (i incidentService) GetIncident(ctx context.Context, req *connect.Request[mayflyv1.GetIncidentRequest]) (*connect.Response[mayflyv1.Incident], error) {
+	return call(ctx, i.s, func(caller broker.Caller) (*mayflyv1.Incident, error) {
+		id, err := broker.ParseIncidentID(req.Msg.GetId())
+		if err != nil {
+			return nil, err
+		}
+		v, err := i.s.engine.Incident(ctx, caller, id)
+		if err != nil {
+			return nil, err
+		}
+		return incidentMessage(v), nil
+	})
+}
+
+func (i incidentService) ListIncidents(ctx context.Context, req *connect.Request[mayflyv1.ListIncidentsRequest]) (*connect.Response[mayflyv1.ListIncidentsResponse], error) {
+	return call(ctx, i.s, func(caller broker.Caller) (*mayflyv1.ListIncidentsResponse, error) {
+		m := req.Msg
+		if err := checkToken(m.GetPageToken()); err != nil {
+			return nil, err
+		}
+		p, err := i.s.engine.Incidents(ctx, caller, m.GetAll(), m.GetPageToken(), int(m.GetPageSize()))
+		if err != nil {
+			return nil, err
+		}
+		res := &mayflyv1.ListIncidentsResponse{NextPageToken: p.Next}
+		for _, v := range p.Items {
+			res.Incidents = append(res.Incidents, incidentMessage(v))
+		}
+		return res, nil
+	})
+}
+
+// auditService is mayfly.v1.AuditService.
+type auditService struct{ s *Server }
+
+func (a auditService) ListEvents(ctx context.Context, req *connect.Request[mayflyv1.ListEventsRequest]) (*connect.Response[mayflyv1.ListEventsResponse], error) {
+	return call(ctx, a.s, func(caller broker.Caller) (*mayflyv1.ListEventsResponse, error) {
+		m := req.Msg
+		f := lease.EventFilter{Agent: m.GetAgent(), Tool: m.GetTool(), Lease: broker.LeaseID(m.GetLeaseId()),
+			Grant: broker.GrantID(m.GetGrantId()), Incident: broker.IncidentID(m.GetIncidentId()), Type: audit.Type(m.GetType())}
+		events, looked, err := a.s.engine.Events(ctx, caller, f, m.GetAfter(), int(m.GetPageSize()), m.GetLatest())
+		if err != nil {
+			return nil, err
+		}
+		res := &mayflyv1.ListEventsResponse{NextAfter: looked}
+		for _, e := range events {
+			res.Events = append(res.Events, eventMessage(e))
+		}
+		return res, nil
+	})
+}

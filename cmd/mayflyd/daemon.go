@@ -1,0 +1,215 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/mayfly-security/mayfly/attestation/spiffe"
+	"github.com/mayfly-security/mayfly/broker/catalog"
+	"github.com/mayfly-security/mayfly/broker/lease"
+	"github.com/mayfly-security/mayfly/broker/server"
+	"github.com/mayfly-security/mayfly/providers"
+	"github.com/mayfly-security/mayfly/providers/token"
+	"github.com/mayfly-security/mayfly/store"
+	"github.com/mayfly-security/mayfly/store/bolt"
+)
+
+// drainTime is how long a stopping broker waits for requests under way.
+const drainTime = 30 * time.Second
+
+// drivers are the kinds of provider that this broker knows.
+func drivers() map[string]providers.Driver {
+	return map[string]providers.Driver{"token": token.Driver{}}
+}
+
+// settings are what a daemon is started with: the configuration file's
+// content, or dev's.
+type settings struct {
+	store        string
+	listen       string
+	opsListen    string // empty: no ops listener
+	workload     string // empty: SPIFFE_ENDPOINT_SOCKET
+	trustDomains []spiffeid.TrustDomain
+	catalog      []string // files
+	log          *slog.Logger
+
+	drivers   map[string]providers.Driver   // nil: drivers()
+	wrapStore func(store.Store) store.Store // nil: the store as it is; tests crash in it
+	tune      func(*lease.Config)           // nil: defaults; tests shorten waits
+}
+
+// daemon is the broker, wired and running.
+type daemon struct {
+	settings settings
+	log      *slog.Logger
+	store    store.Store
+	identity *spiffe.Source
+	engine   *lease.Engine
+	server   *server.Server
+	ops      *server.Ops
+	ln       net.Listener
+	opsLn    net.Listener
+
+	reloading sync.Mutex
+	closing   sync.Once
+	closeErr  error
+	failed    chan error // a listener that ended by itself
+	serving   sync.WaitGroup
+}
+
+// start brings the broker up; when it has returned, agents are served. What
+// was opened before a failure is closed.
+func start(ctx context.Context, s settings) (_ *daemon, err error) {
+	d := &daemon{settings: s, log: s.log, failed: make(chan error, 2)}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.close(ctx))
+		}
+	}()
+	if d.settings.drivers == nil {
+		d.settings.drivers = drivers()
+	}
+	snapshot, err := catalog.Load(s.catalog, d.settings.drivers)
+	if err != nil {
+		return nil, err
+	}
+	db, err := bolt.Open(s.store, bolt.Config{})
+	if err != nil {
+		return nil, err
+	}
+	d.store = db
+	if s.wrapStore != nil {
+		d.store = s.wrapStore(db)
+	}
+	waiting := time.AfterFunc(5*time.Second, func() {
+		d.log.Warn("still waiting for the Workload API to give the broker its SVID")
+	})
+	d.identity, err = spiffe.Open(ctx, spiffe.Config{Addr: s.workload, TrustDomains: s.trustDomains, Log: d.log})
+	waiting.Stop()
+	if err != nil {
+		return nil, err
+	}
+	metrics := prometheus.NewRegistry()
+	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	config := lease.Config{Store: d.store, Catalog: snapshot, Drivers: d.settings.drivers, Log: d.log, Metrics: metrics}
+	if s.tune != nil {
+		s.tune(&config)
+	}
+	if d.engine, err = lease.New(ctx, config); err != nil {
+		return nil, err
+	}
+	d.server, err = server.New(server.Config{Engine: d.engine, Attestor: d.identity, Identity: d.identity, Log: d.log})
+	if err != nil {
+		return nil, err
+	}
+	d.ops, err = server.NewOps(server.OpsConfig{
+		Metrics: metrics, Log: d.log,
+		Ready: []func(context.Context) error{d.engine.Ready, d.identity.Ready},
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := d.listen(); err != nil {
+		return nil, err
+	}
+	d.log.Info("serving", "id", d.identity.ID().String(), "listen", d.ln.Addr().String(),
+		"installation", d.engine.InstallationID(), "catalog", snapshot.Digest())
+	return d, nil
+}
+
+func (d *daemon) listen() (err error) {
+	if d.ln, err = net.Listen("tcp", d.settings.listen); err != nil {
+		return fmt.Errorf("listening for agents: %w", err)
+	}
+	d.serving.Go(func() { d.served("agents", d.server.Serve(d.ln)) })
+	if d.settings.opsListen == "" {
+		return nil
+	}
+	if d.opsLn, err = net.Listen("tcp", d.settings.opsListen); err != nil {
+		return fmt.Errorf("listening for operations: %w", err)
+	}
+	d.serving.Go(func() { d.served("operations", d.ops.Serve(d.opsLn)) })
+	return nil
+}
+
+func (d *daemon) served(what string, err error) {
+	if err != nil {
+		d.failed <- fmt.Errorf("serving %s: %w", what, err)
+	}
+}
+
+// reload reads the catalog again. When it has returned nil, every later
+// delivery is decided by the new one. A bad set is refused and told, and the
+// present one stays.
+func (d *daemon) reload(ctx context.Context, actor string) error {
+	d.reloading.Lock()
+	defer d.reloading.Unlock()
+	snapshot, err := catalog.Load(d.settings.catalog, d.settings.drivers)
+	if err != nil {
+		d.engine.RefuseLoad(ctx, err, actor)
+		return err
+	}
+	return d.engine.Load(ctx, snapshot, actor)
+}
+
+// run waits until ctx ends or a listener fails, reloading whenever hup says
+// so, and then stops the broker.
+func (d *daemon) run(ctx context.Context, hup <-chan struct{}) error {
+	var err error
+	for err == nil {
+		select {
+		case <-ctx.Done():
+			d.log.Info("stopping: waiting for requests under way", "at_most", drainTime.String())
+			return d.close(context.WithoutCancel(ctx))
+		case <-hup:
+			if err := d.reload(ctx, "signal:SIGHUP"); err != nil {
+				d.log.Error("the catalog was not exchanged; the present one stays", "error", err)
+			} else {
+				d.log.Info("the catalog was exchanged", "digest", d.engine.Catalog().Digest())
+			}
+		case err = <-d.failed:
+		}
+	}
+	return errors.Join(err, d.close(context.WithoutCancel(ctx)))
+}
+
+// close stops the broker, last things first: no new requests, those under way
+// to their end, then the engine, the identity and the store. Leases stay as
+// they are; the next start goes on with them.
+func (d *daemon) close(ctx context.Context) error {
+	d.closing.Do(func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
+		defer cancel()
+		var errs []error
+		if d.server != nil {
+			errs = append(errs, d.server.Shutdown(ctx))
+		}
+		if d.ops != nil {
+			errs = append(errs, d.ops.Shutdown(ctx))
+		}
+		d.serving.Wait()
+		if d.engine != nil {
+			d.engine.Close()
+		}
+		if d.identity != nil {
+			errs = append(errs, d.identity.Close())
+		}
+		if d.store != nil {
+			errs = append(errs, d.store.Close())
+		}
+		d.closeErr = errors.Join(errs...)
+		if d.log != nil {
+			d.log.Info("stopped")
+		}
+	})
+	return d.closeErr
+}

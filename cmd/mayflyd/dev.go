@@ -1,0 +1,223 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/mayfly-security/mayfly/attestation/devtrust"
+	"github.com/mayfly-security/mayfly/broker/catalog"
+	"github.com/mayfly-security/mayfly/deploy/examples"
+	"github.com/mayfly-security/mayfly/providers/token"
+)
+
+// brokerPath is the path of the broker's SPIFFE ID that clients expect unless
+// told otherwise.
+const brokerPath = "/mayfly"
+
+// devIdentities are who one can be in dev besides the agents, openers and
+// group members of the catalog.
+var devIdentities = []string{"/service/crm"}
+
+type devFlags struct {
+	dir, listen, ops string
+	trustDomain      string
+	svidTTL          time.Duration
+	identities       []string
+	verbose          bool
+}
+
+func devCommand() *cobra.Command {
+	var f devFlags
+	cmd := &cobra.Command{
+		Use:   "dev",
+		Short: "Run a broker, a trust domain and a sample catalog on this machine",
+		Long: `Dev starts everything that Mayfly needs, on loopback: a SPIFFE trust domain with
+its certificate authority in memory, a Workload API socket for each identity, a
+sample catalog, and the broker. It prints how to be each identity.
+
+It is for one machine and for trying things out: whoever can open an identity's
+socket is that identity.
+
+The catalog is a file in the state directory. Change it and send SIGHUP to the
+process; the broker takes it over, or says what is wrong and keeps the old one.`,
+		Example: "  mayflyd dev\n  mayflyd dev --dir ./state --listen 127.0.0.1:9443",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return runDev(cmd.Context(), f, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	cmd.Flags().StringVar(&f.dir, "dir", "", "state directory; default: mayfly-dev-<uid> in the temporary directory")
+	cmd.Flags().StringVar(&f.listen, "listen", "127.0.0.1:8443", "where agents connect")
+	cmd.Flags().StringVar(&f.ops, "ops-listen", "127.0.0.1:8444", "metrics and health; empty for none")
+	cmd.Flags().StringVar(&f.trustDomain, "trust-domain", "acme.test", "the trust domain; the sample catalog is for acme.test")
+	cmd.Flags().DurationVar(&f.svidTTL, "svid-ttl", 10*time.Minute, "how long an SVID is valid; it rotates at half of it")
+	cmd.Flags().StringArrayVar(&f.identities, "identity", nil, "another SPIFFE ID that one can be; may be repeated")
+	cmd.Flags().BoolVarP(&f.verbose, "verbose", "v", false, "log to standard error what the broker does")
+	return cmd
+}
+
+func runDev(ctx context.Context, f devFlags, out, errOut io.Writer) (err error) {
+	level := slog.LevelWarn
+	if f.verbose {
+		level = slog.LevelInfo
+	}
+	log := newLog(errOut, level)
+	td, err := spiffeid.TrustDomainFromString(f.trustDomain)
+	if err != nil {
+		return fmt.Errorf("reading --trust-domain: %w", err)
+	}
+	if f.dir == "" {
+		f.dir = filepath.Join(os.TempDir(), fmt.Sprintf("mayfly-dev-%d", os.Getuid()))
+	}
+	if f.dir, err = filepath.Abs(f.dir); err != nil {
+		return err
+	}
+	catalogFile, err := prepareDev(f.dir)
+	if err != nil {
+		return err
+	}
+	snapshot, err := catalog.Load([]string{catalogFile}, drivers())
+	if err != nil {
+		return err
+	}
+	trust, err := devtrust.New(devtrust.Config{TrustDomain: td, Dir: filepath.Join(f.dir, "sockets"), SVIDTTL: f.svidTTL, Log: log})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, trust.Close()) }()
+	brokerID, err := spiffeid.FromPath(td, brokerPath)
+	if err != nil {
+		return err
+	}
+	brokerSocket, err := trust.Add(devtrust.Identity{ID: brokerID, DNSNames: []string{"localhost"}})
+	if err != nil {
+		return err
+	}
+	people, err := addDevIdentities(trust, td, snapshot, f.identities)
+	if err != nil {
+		return err
+	}
+	d, err := start(ctx, settings{
+		store: filepath.Join(f.dir, "mayfly.db"), listen: f.listen, opsListen: f.ops,
+		workload: brokerSocket, catalog: []string{catalogFile}, log: log,
+	})
+	if err != nil {
+		return err
+	}
+	printDev(out, d, f.dir, catalogFile, people)
+	return d.run(ctx, onHangup(ctx))
+}
+
+// prepareDev makes the state directory, a signing key and the sample catalog,
+// where they are not there yet.
+func prepareDev(dir string) (catalogFile string, err error) {
+	keys := filepath.Join(dir, "keys")
+	for _, d := range []string{dir, keys, filepath.Join(dir, "sockets")} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return "", fmt.Errorf("making the state directory: %w", err)
+		}
+	}
+	if err := ownAlone(dir); err != nil {
+		return "", err
+	}
+	if found, err := filepath.Glob(filepath.Join(keys, "*.pem")); err != nil || len(found) == 0 {
+		if _, err := token.NewKey(keys, time.Now()); err != nil {
+			return "", fmt.Errorf("making a signing key: %w", err)
+		}
+	}
+	catalogFile = filepath.Join(dir, "catalog.yaml")
+	if _, err := os.Stat(catalogFile); err == nil {
+		return catalogFile, nil
+	}
+	sample := strings.ReplaceAll(examples.Catalog, examples.KeysPath, keys)
+	if err := os.WriteFile(catalogFile, []byte(sample), 0o600); err != nil {
+		return "", fmt.Errorf("writing the sample catalog: %w", err)
+	}
+	return catalogFile, nil
+}
+
+// ownAlone refuses a state directory that somebody else could have laid out:
+// the default one is in a directory where everybody may make files.
+func ownAlone(dir string) error {
+	info, err := os.Lstat(dir)
+	if err != nil {
+		return err
+	}
+	if !info.IsDir() || info.Mode().Perm()&0o077 != 0 || !ownedByUs(info) {
+		return fmt.Errorf("the state directory %s must be a directory of this user's with mode 0700: chmod it, or choose another with --dir", dir)
+	}
+	return nil
+}
+
+// devPerson is one identity and the socket that makes one it.
+type devPerson struct {
+	id     spiffeid.ID
+	roles  string
+	socket string
+}
+
+func addDevIdentities(trust *devtrust.Server, td spiffeid.TrustDomain, snapshot *catalog.Snapshot, more []string) ([]devPerson, error) {
+	var ids []spiffeid.ID
+	for _, path := range devIdentities {
+		id, err := spiffeid.FromPath(td, path)
+		if err != nil {
+			return nil, err
+		}
+		ids = append(ids, id)
+	}
+	for _, s := range more {
+		id, err := spiffeid.FromString(s)
+		if err != nil {
+			return nil, fmt.Errorf("reading --identity: %w", err)
+		}
+		ids = append(ids, id)
+	}
+	ids = append(snapshot.Identities(), ids...)
+	seen := map[spiffeid.ID]bool{}
+	var people []devPerson
+	for _, id := range ids {
+		if seen[id] || !id.MemberOf(td) {
+			continue
+		}
+		seen[id] = true
+		socket, err := trust.Add(devtrust.Identity{ID: id})
+		if err != nil {
+			return nil, err
+		}
+		roles := strings.Join(snapshot.Roles(id), ", ")
+		if roles == "" {
+			roles = "not in the catalog"
+		}
+		people = append(people, devPerson{id: id, roles: roles, socket: socket})
+	}
+	return people, nil
+}
+
+func printDev(out io.Writer, d *daemon, dir, catalogFile string, people []devPerson) {
+	port := d.ln.Addr().String()[strings.LastIndexByte(d.ln.Addr().String(), ':'):]
+	fmt.Fprintf(out, "Mayfly dev: a broker for this machine alone. Not for production: whoever can open\nan identity's socket is that identity.\n\n")
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(w, "  broker\thttps://localhost%s\t%s\n", port, d.identity.ID())
+	if d.opsLn != nil {
+		fmt.Fprintf(w, "  metrics\thttp://%s/metrics\n", d.opsLn.Addr())
+	}
+	fmt.Fprintf(w, "  catalog\t%s\tchange it, then: kill -HUP %d\n", catalogFile, os.Getpid())
+	fmt.Fprintf(w, "  state\t%s\n", dir)
+	w.Flush()
+	fmt.Fprintf(out, "\nIn another shell:\n\n  export MAYFLY_ADDR=https://localhost%s\n\nand, to be one of these, paste the line below it:\n", port)
+	for _, p := range people {
+		fmt.Fprintf(out, "\n  # %s (%s)\n  export SPIFFE_ENDPOINT_SOCKET=%s\n", p.id, p.roles, p.socket)
+	}
+	fmt.Fprintf(out, "\nThen: mayfly whoami\n\nReady. Ctrl-C stops it.\n")
+}

@@ -1,0 +1,82 @@
+// Mayflyd is the Mayfly broker.
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/mayfly-security/mayfly/broker"
+)
+
+// version is set by the linker.
+var version = "unknown"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := rootCommand().ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "mayflyd:", err)
+		stop()
+		os.Exit(1) // the deferred stop has nothing left to do
+	}
+}
+
+func rootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "mayflyd",
+		Short: "The Mayfly broker: short-lived credentials for agents, just in time",
+		Long: `Mayflyd is the Mayfly broker. Agents prove who they are with SPIFFE SVIDs and get
+a credential for exactly one tool, for as long as an approved grant allows.
+
+Begin with "mayflyd dev": a broker, a trust domain and a sample catalog on this
+machine, for trying things out.`,
+		Version:           version,
+		SilenceErrors:     true,
+		SilenceUsage:      true,
+		DisableAutoGenTag: true,
+	}
+	root.AddCommand(devCommand(), serverCommand(), checkCommand(), keyCommand(), docsCommand())
+	return root
+}
+
+// newLog makes the broker's log: JSON lines on w.
+func newLog(w io.Writer, level slog.Level) *slog.Logger {
+	return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level}))
+}
+
+// onHangup gives a value for each SIGHUP, until ctx ends.
+func onHangup(ctx context.Context) <-chan struct{} {
+	signals, out := make(chan os.Signal, 1), make(chan struct{})
+	signal.Notify(signals, syscall.SIGHUP)
+	go func() {
+		defer signal.Stop(signals)
+		for {
+			select {
+			case <-signals:
+			case <-ctx.Done():
+				return
+			}
+			select {
+			case out <- struct{}{}:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return out
+}
+
+// sentence is an error as a person reads it: what happened, and what to do.
+func sentence(err error) error {
+	if e, ok := err.(*broker.Error); ok && e.Next != "" {
+		return fmt.Errorf("%s; %s", e.Message, e.Next)
+	}
+	return err
+}
