@@ -39,7 +39,7 @@ func overWorld(t *testing.T, s *System, mode Mode) providers.Provider {
 	return p
 }
 
-// handleFor is the handle that the engine would have stored before the mint.
+// recorder holds the handle that the engine would have stored by now.
 type recorder struct{ handle providers.Handle }
 
 func (r *recorder) record(h providers.Handle) error {
@@ -130,8 +130,8 @@ func TestFaults(t *testing.T) {
 // that comes before it lands.
 func TestLateCommit(t *testing.T) {
 	for _, mode := range modes {
-		for _, http := range []bool{false, true} {
-			t.Run(string(mode), func(t *testing.T) {
+		for way, http := range map[string]bool{"in process": false, "over HTTP": true} {
+			t.Run(string(mode)+"/"+way, func(t *testing.T) {
 				s := NewSystem(SystemConfig{Script: Rules(1, Rule{Op: OpCreate, Fault: Fault{Held: true}})})
 				p := NewProvider(s, mode, installation, providers.Traits{})
 				if http {
