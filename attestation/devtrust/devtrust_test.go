@@ -185,6 +185,7 @@ func TestRotateCA(t *testing.T) {
 		return svid
 	}
 	firstToken := token()
+	firstBundle := s.Bundle().JWTBundle()
 	valid := func(svid *jwtsvid.SVID) bool {
 		_, err := jwtsvid.ParseAndValidate(svid.Marshal(), jwts, []string{"vault"})
 		return err == nil
@@ -205,6 +206,10 @@ func TestRotateCA(t *testing.T) {
 		b, err := bundles.GetBundleForTrustDomain(agentID.TrustDomain())
 		return err == nil && len(b.X509Authorities()) == 2 && len(b.JWTAuthorities()) == 2
 	})
+
+	if _, err := jwtsvid.ParseAndValidate(token().Marshal(), firstBundle, []string{"vault"}); err != nil {
+		t.Errorf("a JWT-SVID is signed by an authority that may not be known yet: %v", err)
+	}
 
 	if err := s.RotateSVIDs(); err != nil {
 		t.Fatal(err)
@@ -501,8 +506,8 @@ func TestClose(t *testing.T) {
 	}
 }
 
-// A client comes back by itself when the server does. The server must not say
-// Canceled when it goes: go-spiffe stops watching for good at that word.
+// A client comes back by itself when the server does. (go-spiffe stops watching
+// for good where it is told Canceled or InvalidArgument.)
 func TestClientsSurviveARestart(t *testing.T) {
 	t.Parallel()
 	dir := shortDir(t)

@@ -209,9 +209,7 @@ func follow[T any, M interface {
 		select {
 		case <-changed:
 		case <-stream.Context().Done():
-			// Unavailable and not Canceled: a client that is told Canceled
-			// thinks that it gave up itself, and does not come back.
-			return status.Error(codes.Unavailable, "the Workload API is going away")
+			return stream.Context().Err() // the connection is gone, and nobody hears it
 		}
 	}
 }
