@@ -317,10 +317,10 @@ func TestLogIsPlain(t *testing.T) {
 	s := serve(t, devtrust.Config{TrustDomain: home})
 	var log bytes.Buffer
 	src := source(t, spiffe.Config{Addr: add(t, s), Log: slog.New(slog.NewJSONHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))})
+	before := own(t, src)
 	if err := s.RotateSVIDs(); err != nil {
 		t.Fatal(err)
 	}
-	before := own(t, src)
 	until(t, src, func() bool { return !own(t, src).Equal(before) })
 	src.Close() // joins who writes the log
 	lines := 0
