@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -233,6 +235,85 @@ func TestContextBoundsTheWait(t *testing.T) {
 		}
 		if n := keyCount(t, db, "k/"); n != 1 {
 			t.Errorf("there are %d keys, want 1", n)
+		}
+	})
+}
+
+func TestFirstComeFirstServed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := newDB(t)
+		var wg sync.WaitGroup
+		release := hold(t, db, &wg)
+		var want []string
+		for i := range 10 {
+			want = append(want, fmt.Sprint(i))
+			wg.Go(func() {
+				if err := db.Update(t.Context(), func(tx store.Txn) error { return tx.Append("log", fmt.Append(nil, i)) }); err != nil {
+					t.Error(err)
+				}
+			})
+			synctest.Wait()
+		}
+		var found error
+		wg.Go(func() { found = db.Check(t.Context()) }) // in the same batch, after writers
+		synctest.Wait()
+		close(release)
+		wg.Wait()
+		if found != nil {
+			t.Errorf("Check in a batch of others: %v", found)
+		}
+		var got []string
+		db.View(t.Context(), func(r store.Reader) error {
+			for e := range r.Log("log", 0) {
+				got = append(got, string(e.Value))
+			}
+			return nil
+		})
+		if !slices.Equal(got, want) {
+			t.Errorf("the order was %q, want %q", got, want)
+		}
+	})
+}
+
+// TestCloseWaitsForTheQueue: who has called before Close is served.
+func TestCloseWaitsForTheQueue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := newDB(t)
+		var wg sync.WaitGroup
+		release := hold(t, db, &wg)
+		for i := range 5 {
+			wg.Go(func() {
+				if err := db.Update(t.Context(), func(tx store.Txn) error { return tx.Put(fmt.Sprint("k/", i), nil) }); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		synctest.Wait()
+		var closed atomic.Int32
+		for range 2 {
+			wg.Go(func() {
+				if err := db.Close(); err != nil {
+					t.Error(err)
+				}
+				closed.Add(1)
+			})
+			synctest.Wait()
+		}
+		if n := closed.Load(); n != 0 {
+			t.Errorf("%d calls of Close returned while others ran", n)
+		}
+		if err := db.Update(t.Context(), func(store.Txn) error { return nil }); err != store.ErrClosed {
+			t.Errorf("Update while Close waits = %v, want %v", err, store.ErrClosed)
+		}
+		close(release)
+		wg.Wait()
+		again, err := Open(db.path, Config{LockWait: -1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer again.Close()
+		if n := keyCount(t, again, "k/"); n != 5 {
+			t.Errorf("there are %d keys, want 5", n)
 		}
 	})
 }

@@ -48,14 +48,14 @@ type DB struct {
 
 	commit func(*bbolt.Tx) error // (*bbolt.Tx).Commit; tests let it fail
 
+	closed chan struct{} // closed when Close is done
+
 	mu     sync.Mutex
 	broken error         // why nothing may be done any more; nil while all is well
 	busy   bool          // somebody has the turn
 	queue  []*waiter     // those who wait for the turn, first come first
 	calls  int           // how many run
 	idle   chan struct{} // nil until Close is called; then closed when no call runs
-
-	closing sync.Once
 }
 
 var _ store.Store = (*DB)(nil)
@@ -63,20 +63,23 @@ var _ store.Store = (*DB)(nil)
 // Close waits for running calls, refuses new ones with store.ErrClosed, and
 // lets go of the file. It may be called more than once.
 func (db *DB) Close() error {
-	var err error
-	db.closing.Do(func() {
-		db.mu.Lock()
-		db.idle = make(chan struct{})
-		if db.calls == 0 {
-			close(db.idle)
-		}
+	db.mu.Lock()
+	if db.idle != nil {
 		db.mu.Unlock()
-		<-db.idle
-		if err = db.bolt.Close(); err != nil {
-			err = fmt.Errorf("closing store %s: %w", db.path, err)
-		}
-	})
-	return err
+		<-db.closed
+		return nil
+	}
+	db.idle = make(chan struct{})
+	if db.calls == 0 {
+		close(db.idle)
+	}
+	db.mu.Unlock()
+	defer close(db.closed)
+	<-db.idle
+	if err := db.bolt.Close(); err != nil {
+		return fmt.Errorf("closing store %s: %w", db.path, err)
+	}
+	return nil
 }
 
 // enter begins a call, which ends with leave.

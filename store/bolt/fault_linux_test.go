@@ -185,6 +185,8 @@ func TestNoAcknowledgementWithoutSync(t *testing.T) {
 		allow(),
 	})
 	wantCleanFailure(t, db)
+	db.Close()
+	refused(t, path, store.ErrUnavailable, "syncing") // what the process before left may not be on the disk
 }
 
 // TestMetaPageCannotBeWritten lets the kernel refuse writes to the beginning

@@ -55,7 +55,7 @@ func Open(path string, config Config) (*DB, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening store %s: %w", path, err)
 	}
-	db := &DB{path: path, bolt: bolt, commit: (*bbolt.Tx).Commit}
+	db := &DB{path: path, bolt: bolt, closed: make(chan struct{}), commit: (*bbolt.Tx).Commit}
 	if err := db.prepare(); err != nil {
 		return nil, errors.Join(fmt.Errorf("opening store %s: %w", path, err), db.Close())
 	}

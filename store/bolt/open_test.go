@@ -156,6 +156,9 @@ func TestOpenRefuses(t *testing.T) {
 		for i := range 20 {
 			put(t, db, strings.Repeat("k", i+1), strings.Repeat("v", 100_000))
 		}
+		for range 10 { // moves what is read first to free pages near the beginning
+			put(t, db, "k", "v")
+		}
 		db.Close()
 		whole, err := os.ReadFile(path)
 		if err != nil {
