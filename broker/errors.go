@@ -97,7 +97,10 @@ type Error struct {
 	Message string
 	Next    string
 	Lease   LeaseID // the lease that this is about; empty for most
-	err     error   // the cause, for the log; never for the caller
+	// Correlation ties the refusal to the broker's log and evidence. It is set
+	// where the refusal reached a caller (broker/client), and nowhere else.
+	Correlation CorrelationID
+	err         error // the cause, for the log; never for the caller
 }
 
 func (e *Error) Error() string {
