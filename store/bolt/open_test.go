@@ -160,10 +160,15 @@ func TestOpenRefuses(t *testing.T) {
 			put(t, db, "k", "v")
 		}
 		db.Close()
+		var used int64 // of the file, which is larger
+		raw(t, path, func(tx *bbolt.Tx) error { used = tx.Size(); return nil })
 		whole, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
 		}
+		lastPage := path + "-last"
+		write(t, lastPage, whole[:used-1], 0o600)
+		refused(t, lastPage, nil, "damaged", "bytes of")
 		for i, size := range []int{1 << 20, 16 << 10, 8 << 10, 100} {
 			short := fmt.Sprint(path, i) // bbolt leaves some of them locked
 			write(t, short, whole[:size], 0o600)
