@@ -57,7 +57,7 @@ func BenchmarkUpdate(b *testing.B) {
 func openPlain(b *testing.B) *bbolt.DB {
 	b.Helper()
 	db, err := bbolt.Open(filepath.Join(b.TempDir(), "plain.db"), 0o600, &bbolt.Options{
-		FreelistType: bbolt.FreelistMapType, InitialMmapSize: 16 << 30, NoStatistics: true,
+		FreelistType: bbolt.FreelistMapType, InitialMmapSize: 1 << 30, NoStatistics: true,
 	})
 	if err != nil {
 		b.Fatal(err)
