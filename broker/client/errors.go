@@ -1,0 +1,133 @@
+package client
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"syscall"
+
+	"connectrpc.com/connect"
+
+	"github.com/mayfly-security/mayfly/broker"
+	mayflyv1 "github.com/mayfly-security/mayfly/broker/api/mayfly/v1"
+)
+
+// Why the broker was not heard. Every *ConnectionError is one of them for errors.Is.
+var (
+	// ErrUnreachable: no answer came. Trying again may help.
+	ErrUnreachable = errors.New("broker unreachable")
+	// ErrIdentity: we have no identity to connect with, or who answers is not
+	// the broker that we want. Trying again does not help.
+	ErrIdentity = errors.New("identity")
+)
+
+// ConnectionError says that the broker was not heard: what happened, why, and
+// what to do. What the broker itself refuses is a *broker.Error instead.
+type ConnectionError struct {
+	Message string
+	Next    string
+	kind    error // ErrUnreachable or ErrIdentity
+	final   bool  // trying again does not help, though the kind is ErrUnreachable
+	err     error // the cause; may be nil
+}
+
+func (e *ConnectionError) Error() string { return e.Message }
+
+// Unwrap gives the kind and the cause.
+func (e *ConnectionError) Unwrap() []error {
+	if e.err == nil {
+		return []error{e.kind}
+	}
+	return []error{e.kind, e.err}
+}
+
+func identityError(cause error, next, format string, args ...any) *ConnectionError {
+	return &ConnectionError{Message: fmt.Sprintf(format, args...), Next: next, kind: ErrIdentity, err: cause}
+}
+
+func unreachable(cause error, next, format string, args ...any) *ConnectionError {
+	return &ConnectionError{Message: fmt.Sprintf(format, args...), Next: next, kind: ErrUnreachable, err: cause}
+}
+
+func final(e *ConnectionError, is bool) *ConnectionError {
+	e.final = is
+	return e
+}
+
+// decode turns what a call returned into what callers see: a *broker.Error for
+// what the broker said, a *ConnectionError where it was not heard, the
+// context's error where the caller gave up.
+func (c *Client) decode(ctx context.Context, err error) error {
+	if refusal := refusalOf(err); refusal != nil {
+		return refusal
+	}
+	if e, ok := asType[*ConnectionError](err); ok {
+		return e
+	}
+	if ctx.Err() != nil && errors.Is(context.Cause(ctx), context.Canceled) {
+		return context.Canceled
+	}
+	return c.explain(err)
+}
+
+// refusalOf is what the broker said; nil if it did not speak.
+func refusalOf(err error) *broker.Error {
+	e, ok := asType[*connect.Error](err)
+	if !ok {
+		return nil
+	}
+	for _, d := range e.Details() {
+		v, err := d.Value()
+		if err != nil {
+			continue
+		}
+		if m, ok := v.(*mayflyv1.ErrorDetail); ok && m.GetReason() != "" {
+			return &broker.Error{
+				Reason: broker.Reason(m.GetReason()), Message: e.Message(), Next: m.GetNext(),
+				Lease: broker.LeaseID(m.GetLeaseId()), Correlation: broker.CorrelationID(m.GetCorrelationId()),
+			}
+		}
+	}
+	return nil
+}
+
+// explain says why no answer came.
+func (c *Client) explain(err error) *ConnectionError {
+	isRunning := fmt.Sprintf("is the broker running at %s? Another address goes into %s (or --addr)", c.addr, EnvAddr)
+	if dns, ok := asType[*net.DNSError](err); ok {
+		return final(unreachable(err, fmt.Sprintf("correct the address in %s (or --addr)", EnvAddr),
+			"the broker's host %q has no address", clean(dns.Name)), dns.IsNotFound)
+	}
+	if _, ok := asType[tls.RecordHeaderError](err); ok {
+		return final(unreachable(err, fmt.Sprintf("correct the address in %s (or --addr); the broker speaks https", EnvAddr),
+			"what answers at %s does not speak TLS", c.addr), true)
+	}
+	var code connect.Code
+	if e, ok := asType[*connect.Error](err); ok {
+		code = e.Code()
+	}
+	switch {
+	case alertOf(err):
+		return identityError(err, "look at our SVID with `mayfly svid`: the broker's log says what it has against it",
+			"the broker at %s broke off the TLS handshake: %s", c.addr, clean(err.Error()))
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return unreachable(err, isRunning, "the connection to %s is refused: nothing listens there", c.addr)
+	case errors.Is(err, context.DeadlineExceeded), code == connect.CodeDeadlineExceeded:
+		return unreachable(err, "try again; if it goes on, see whether the broker is overloaded or a firewall drops packets",
+			"the broker at %s did not answer in time", c.addr)
+	case connect.IsWireError(err):
+		return final(unreachable(err, "see whether a proxy stands before the broker, and whether the address is the broker's",
+			"what answers at %s does not answer as Mayfly does: %s", c.addr, clean(broker.Shorten(err.Error(), 300))), code != connect.CodeUnavailable)
+	}
+	return unreachable(err, isRunning, "the connection to %s broke: %s", c.addr, clean(broker.Shorten(err.Error(), 300)))
+}
+
+func asType[E error](err error) (e E, ok bool) {
+	ok = errors.As(err, &e)
+	return e, ok
+}
+
+// clean is for text from others that goes into a message.
+func clean(s string) string { return broker.Clean(s) }
