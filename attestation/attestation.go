@@ -29,8 +29,9 @@ type IdentitySource interface {
 	// ID is the broker's SPIFFE ID. It does not change while the broker runs.
 	ID() spiffeid.ID
 	// ServerTLS is the configuration of the agents' listener: it asks for a
-	// client certificate, proves possession of its key, resumes no session,
-	// and leaves every judgement about the certificate to the Attestor.
+	// client certificate, has possession of its key proved where there is one,
+	// resumes no session, and leaves every judgement about the certificate,
+	// also that there is none, to the Attestor.
 	ServerTLS() *tls.Config
 	// Ready reports an error while the identity cannot be used: the SVID has
 	// expired, or the Workload API has been away for too long.

@@ -17,7 +17,7 @@ import (
 // Limits that every implementation keeps, so that what works on one works on
 // the other.
 const (
-	MaxKey   = 1 << 10 // bytes of a key
+	MaxKey   = 1 << 10 // bytes of a key, or of a log's name; neither may be empty
 	MaxValue = 1 << 20 // bytes of a value
 	MaxOps   = 128     // reads, writes and appends of one Update together
 )
@@ -45,8 +45,9 @@ var (
 // methods may be called from many goroutines.
 type Store interface {
 	// View calls fn with a snapshot: everything that fn reads is of one
-	// instant, and no later than the last Update that had returned when View
-	// was called. fn must not call Update, and must not keep r.
+	// instant, no earlier than the return of any Update that had returned when
+	// View was called. fn must not call Update, and must not keep r. If ctx is
+	// over when View is called, View returns its error.
 	View(ctx context.Context, fn func(r Reader) error) error
 
 	// Update runs fn in a serializable transaction and commits durably what it
@@ -54,7 +55,9 @@ type Store interface {
 	// error nothing is written, and Update returns that error. fn may run more
 	// than once and must have no other effect; the last run is the one that
 	// counts. Concurrent callers share the cost of a commit, and none waits
-	// for another's error. fn must not call View or Update.
+	// for another's error. fn must not call View or Update. An error of one of
+	// Txn's methods is final: Update returns it even if fn does not. A panic
+	// in fn leaves Update in its caller, and nothing is written.
 	//
 	// ctx bounds the wait for the transaction's turn. Once fn has run for the
 	// last time the commit is awaited, whatever ctx says.
@@ -85,11 +88,11 @@ type Reader interface {
 	Get(key string) (value []byte, ok bool, err error)
 	// Scan yields the keys from (inclusive) to (exclusive) in order, with
 	// their values. An empty to means no upper bound. A value is valid until
-	// fn of View returns. A failure is yielded last, with an empty Entry.
+	// fn of View returns, and must not be changed. A failure is yielded last, with an empty Entry.
 	Scan(from, to string) iter.Seq2[Entry, error]
 	// Log yields the log's entries whose sequence number is greater than
 	// after, in order; 0 begins at the first. Numbers grow with each entry and
-	// may leave gaps.
+	// may leave gaps. Values are as in Scan.
 	Log(log string, after uint64) iter.Seq2[LogEntry, error]
 }
 

@@ -307,7 +307,7 @@ func TestClose(t *testing.T) {
 func TestServerTLS(t *testing.T) {
 	s := serve(t, devtrust.Config{TrustDomain: home})
 	c := source(t, spiffe.Config{Addr: add(t, s)}).ServerTLS()
-	if c.MinVersion != tls.VersionTLS13 || c.ClientAuth != tls.RequireAnyClientCert || !c.SessionTicketsDisabled || c.VerifyPeerCertificate != nil {
+	if c.MinVersion != tls.VersionTLS13 || c.ClientAuth != tls.RequestClientCert || !c.SessionTicketsDisabled || c.VerifyPeerCertificate != nil {
 		t.Errorf("the configuration is %+v", c)
 	}
 }

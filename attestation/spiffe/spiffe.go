@@ -154,11 +154,12 @@ func (s *Source) ID() spiffeid.ID {
 
 // ServerTLS implements attestation.IdentitySource. Every handshake takes the
 // SVID of that instant, so the configuration outlives rotations. A client
-// without any certificate gets no further than the handshake.
+// without any certificate gets as far as Attest, which tells it what is
+// missing; so does every other whose certificate is not good.
 func (s *Source) ServerTLS() *tls.Config {
 	return &tls.Config{
 		MinVersion:             tls.VersionTLS13,
-		ClientAuth:             tls.RequireAnyClientCert,
+		ClientAuth:             tls.RequestClientCert,
 		GetCertificate:         tlsconfig.GetCertificate(s),
 		SessionTicketsDisabled: true,
 		NextProtos:             []string{"h2", "http/1.1"},

@@ -151,6 +151,7 @@ func checkIncident(req *IncidentRequest) error {
 			"%d agents and %d tools would need %d grants; one incident makes at most %d",
 			len(req.Agents), len(req.Tools), len(req.Agents)*len(req.Tools), maxWindow)
 	}
+	req.Agents, req.Tools = slices.Clone(req.Agents), slices.Clone(req.Tools) // the caller's stay as they are
 	slices.SortFunc(req.Agents, func(a, b spiffeid.ID) int { return strings.Compare(a.String(), b.String()) })
 	slices.Sort(req.Tools)
 	if len(slices.Compact(slices.Clone(req.Agents))) != len(req.Agents) || len(slices.Compact(slices.Clone(req.Tools))) != len(req.Tools) {
