@@ -3,9 +3,9 @@ package catalog
 import (
 	"errors"
 	"fmt"
-	"io"
-	"os"
+	"maps"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -48,21 +48,17 @@ func Load(files []string, drivers map[string]providers.Driver) (*Snapshot, error
 	}, at: map[string]strictyaml.Position{}}
 	var sources []source
 	for _, name := range files {
-		data, err := read(name)
-		if err != nil {
-			return nil, fmt.Errorf("reading the catalog: %w", err)
-		}
 		var s source
 		var errs strictyaml.Errors
-		s.doc, err = strictyaml.Decode(name, data, &s.file)
-		if errors.As(err, &errs) {
+		var err error
+		if s.doc, err = strictyaml.ReadFile(name, &s.file); errors.As(err, &errs) {
 			l.errs = append(l.errs, errs...)
 		} else if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("loading the catalog: %w", err)
 		}
 		sources = append(sources, s)
 	}
-	if err := l.errs.Err(); err != nil {
+	if err := l.wrong(); err != nil {
 		return nil, err // what could not be read would only cause more errors
 	}
 	// What is named comes before what names it.
@@ -72,20 +68,20 @@ func Load(files []string, drivers map[string]providers.Driver) (*Snapshot, error
 		}
 	}
 	l.separation(sources)
-	if err := l.errs.Err(); err != nil {
+	if err := l.wrong(); err != nil {
 		return nil, err
 	}
 	l.snapshot.seal()
 	return l.snapshot, nil
 }
 
-func read(name string) ([]byte, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, err
+// wrong returns everything that is wrong so far, in order.
+func (l *loader) wrong() error {
+	if len(l.errs) == 0 {
+		return nil
 	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, strictyaml.MaxSize+1))
+	l.errs.Sort()
+	return l.errs
 }
 
 // source is one file that was read.
@@ -226,7 +222,7 @@ func (l *loader) operators(s source) {
 func (l *loader) group(s source, path, name string) map[spiffeid.ID]bool {
 	members, ok := l.snapshot.groups[name]
 	if !ok {
-		l.fail(s, path, "there is no group %s%s", show(name), suggest(name, l.snapshot.groups))
+		l.fail(s, path, "there is no group %s%s", show(name), suggest(name, "groups", l.snapshot.groups))
 	}
 	return members
 }
@@ -251,7 +247,7 @@ func (l *loader) openers(s source) {
 	}
 }
 
-func (l *loader) openerTools(s source, path string, e openerEntry) []string {
+func (l *loader) openerTools(s source, path string, e opener) []string {
 	if len(e.Tools) == 0 {
 		l.fail(s, path+".tools", "an opener needs at least one tool")
 	}
@@ -259,7 +255,7 @@ func (l *loader) openerTools(s source, path string, e openerEntry) []string {
 	for j, t := range e.Tools {
 		at := fmt.Sprintf("%s.tools[%d]", path, j)
 		if _, defined := l.at["tool "+t]; !defined {
-			l.fail(s, at, "there is no tool %s%s", show(t), suggest(t, l.snapshot.tools))
+			l.fail(s, at, "there is no tool %s%s", show(t), suggest(t, "tools", l.snapshot.tools))
 		}
 		if seen[t] {
 			l.fail(s, at, "tool %s is named twice", show(t))
@@ -269,7 +265,7 @@ func (l *loader) openerTools(s source, path string, e openerEntry) []string {
 	return e.Tools
 }
 
-func (l *loader) openerAgents(s source, path string, e openerEntry, self spiffeid.ID) []spiffeid.ID {
+func (l *loader) openerAgents(s source, path string, e opener, self spiffeid.ID) []spiffeid.ID {
 	if len(e.Agents) == 0 {
 		l.fail(s, path+".agents", "an opener needs at least one agent")
 	}
@@ -285,7 +281,7 @@ func (l *loader) openerAgents(s source, path string, e openerEntry, self spiffei
 		case id == self:
 			l.fail(s, at, "an opener cannot open windows for itself")
 		case !known:
-			l.fail(s, at, "there is no agent %s%s", show(a), strictyaml.Suggest(a, l.agentIDs()))
+			l.fail(s, at, "there is no agent %s%s", show(a), strictyaml.Suggest(a, "agents", l.agentIDs()))
 		case seen[id]:
 			l.fail(s, at, "agent %s is named twice", show(a))
 		}
@@ -297,8 +293,8 @@ func (l *loader) openerAgents(s source, path string, e openerEntry, self spiffei
 
 func (l *loader) agentIDs() []string {
 	var ids []string
-	for id := range l.snapshot.agents {
-		ids = append(ids, id.String())
+	for _, a := range l.snapshot.Agents() {
+		ids = append(ids, a.ID.String())
 	}
 	return ids
 }
@@ -324,12 +320,8 @@ func (l *loader) separation(sources []source) {
 	}
 }
 
-func suggest[T any](word string, among map[string]T) string {
-	var names []string
-	for name := range among {
-		names = append(names, name)
-	}
-	return strictyaml.Suggest(word, names)
+func suggest[T any](word, what string, among map[string]T) string {
+	return strictyaml.Suggest(word, what, slices.Sorted(maps.Keys(among)))
 }
 
 // show makes a word of the file safe to print.

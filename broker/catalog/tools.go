@@ -20,7 +20,7 @@ func (l *loader) providers(s source) {
 		named := l.name(s, path+".name", e.Name) && l.define(s, path+".name", "provider", e.Name)
 		driver, ok := l.drivers[e.Driver]
 		if !ok {
-			l.fail(s, path+".driver", "there is no driver %s%s", show(e.Driver), suggest(e.Driver, l.drivers))
+			l.fail(s, path+".driver", "there is no driver %s%s", show(e.Driver), suggest(e.Driver, "drivers", l.drivers))
 			continue
 		}
 		if err := driver.ValidateConfig(e.Config); err != nil {
@@ -58,7 +58,7 @@ func (l *loader) tools(s source) {
 		if !ok {
 			// A provider that is there but was refused is one error already.
 			if _, defined := l.at["provider "+e.Provider]; !defined {
-				l.fail(s, path+".provider", "there is no provider %s%s", show(e.Provider), suggest(e.Provider, l.snapshot.providers))
+				l.fail(s, path+".provider", "there is no provider %s%s", show(e.Provider), suggest(e.Provider, "providers", l.snapshot.providers))
 			}
 			continue
 		}
@@ -79,7 +79,7 @@ func (l *loader) tools(s source) {
 	}
 }
 
-func (l *loader) params(s source, path string, entries map[string]paramEntry) []broker.Param {
+func (l *loader) params(s source, path string, entries map[string]parameter) []broker.Param {
 	var params []broker.Param
 	for _, name := range slices.Sorted(maps.Keys(entries)) {
 		e, at := entries[name], path+"."+name
@@ -131,7 +131,7 @@ func (l *loader) env(s source, path string, env map[string]string, fields []stri
 			l.fail(s, at, "%s changes how programs run; choose another name", name)
 		}
 		if !slices.Contains(fields, field) {
-			l.fail(s, at, "the secret has no field %s%s", show(field), strictyaml.Suggest(field, fields))
+			l.fail(s, at, "the secret has no field %s%s", show(field), strictyaml.Suggest(field, "fields", fields))
 		}
 	}
 }
