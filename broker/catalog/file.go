@@ -46,13 +46,13 @@ type provider struct {
 
 // tool is one tool.
 type tool struct {
-	Name        string                `yaml:"name"`        // required
-	Provider    string                `yaml:"provider"`    // required
-	Description string                `yaml:"description"` // for people; required
-	MaxTTL      time.Duration         `yaml:"max_ttl"`     // the longest lease, 1s to 24h; required
+	Name        string               `yaml:"name"`        // required
+	Provider    string               `yaml:"provider"`    // required
+	Description string               `yaml:"description"` // for people; required
+	MaxTTL      time.Duration        `yaml:"max_ttl"`     // the longest lease, 1s to 24h; required
 	Params      map[string]parameter `yaml:"params"`      // the tool has no parameters
-	Scope       json.RawMessage       `yaml:"scope"`       // the driver says what belongs here; empty
-	Env         map[string]string     `yaml:"env"`         // environment variable -> field of the secret; none are set
+	Scope       json.RawMessage      `yaml:"scope"`       // the driver says what belongs here; empty
+	Env         map[string]string    `yaml:"env"`         // environment variable -> field of the secret; none are set
 }
 
 // parameter is one parameter of a tool.

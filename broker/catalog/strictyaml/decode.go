@@ -28,7 +28,7 @@ func decodeRoot(errs *collector, root *node, into any) {
 
 type decoder struct{ errs *collector }
 
-// value decodes n into v. in names what n is part of, for messages.
+// value decodes n into v.
 func (d decoder) value(n *node, v reflect.Value) {
 	if n.kind == kindNull && v.Type() != rawType {
 		return
@@ -94,6 +94,7 @@ func (d decoder) value(n *node, v reflect.Value) {
 			i, err := strconv.ParseInt(n.text, 10, v.Type().Bits())
 			if err != nil {
 				d.errs.add(n.place, "%s is too large", n.text)
+				return
 			}
 			v.SetInt(i)
 		}
@@ -115,6 +116,8 @@ func (d decoder) is(n *node, want kind) bool {
 	return false
 }
 
+// mapping decodes into a struct, whose tags say which keys there are. in says,
+// for messages, what the struct is.
 func (d decoder) mapping(n *node, v reflect.Value, in string) {
 	if !d.is(n, kindMapping) {
 		return

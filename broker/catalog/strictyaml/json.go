@@ -64,6 +64,6 @@ func (d decoder) refuseFolded(n *node) {
 func writeString(b *bytes.Buffer, s string) {
 	enc := json.NewEncoder(b)
 	enc.SetEscapeHTML(false)
-	_ = enc.Encode(s)         // no string fails, and bytes.Buffer takes all
+	_ = enc.Encode(s)       // no string fails, and bytes.Buffer takes all
 	b.Truncate(b.Len() - 1) // Encode ends the line
 }

@@ -11,53 +11,65 @@ import (
 // the place of the nearest value above that there is: what is missing is
 // reported where it is missing.
 //
-// Of a list, an index may be left away: "introspectors.id" is the first item's
-// that has it. And if only the last name of a path cannot be found where it
-// should be, a key of that name further below is taken. Both are for paths
-// that come from decoders of JSON, which are not exact.
+// An index may be left away: "introspectors.id" is that of the first item that
+// has one. And where the last name of a path is not where it should be, a key
+// of that name further below is taken. Both are for paths from decoders of
+// JSON, which are not exact.
 func (d *Document) At(path string) Position {
-	n := d.root
-	names := segments(path)
-	for i, name := range names {
-		next := n.child(name)
-		if next == nil && i == len(names)-1 {
-			next = n.below(name)
-		}
-		if next == nil {
-			break
-		}
-		n = next
-	}
-	return Position{File: d.file, Line: n.line, Column: n.column}
+	at := d.root.find(path).place
+	return Position{File: d.file, Line: at.line, Column: at.column}
 }
+
+// File is the file's name as it was given.
+func (d *Document) File() string { return d.file }
 
 // Errorf makes an error about the value of a path; see At.
 func (d *Document) Errorf(path, format string, args ...any) *Error {
 	return &Error{Position: d.At(path), Message: fmt.Sprintf(format, args...)}
 }
 
-// File is the file's name as it was given.
-func (d *Document) File() string { return d.file }
-
-// segments splits a path: "tools[2].max_ttl" is tools, [2], max_ttl.
-func segments(path string) []string {
-	return strings.FieldsFunc(strings.ReplaceAll(path, "[", ".["), func(r rune) bool { return r == '.' })
-}
-
-func (n *node) child(segment string) *node {
-	if index, ok := strings.CutPrefix(segment, "["); ok {
-		i, err := strconv.Atoi(strings.TrimSuffix(index, "]"))
-		if err != nil || i < 0 || i >= len(n.items) {
-			return nil
-		}
-		return n.items[i]
+func (n *node) find(path string) *node {
+	path = strings.TrimPrefix(path, ".")
+	if path == "" {
+		return n
 	}
-	for _, item := range n.items {
-		if found := item.child(segment); found != nil {
+	if next, rest := n.step(path); next != nil {
+		return next.find(rest)
+	}
+	if !strings.ContainsAny(path, ".[") {
+		if found := n.below(path); found != nil {
 			return found
 		}
 	}
-	return n.entry(segment)
+	return n
+}
+
+// step goes down by the first part of a path. A key may itself hold dots: the
+// longest that fits is meant.
+func (n *node) step(path string) (next *node, rest string) {
+	if n.kind == kindSequence {
+		if in, ok := strings.CutPrefix(path, "["); ok {
+			index, rest, _ := strings.Cut(in, "]")
+			if i, err := strconv.Atoi(index); err == nil && i >= 0 && i < len(n.items) {
+				return n.items[i], rest
+			}
+			return nil, ""
+		}
+		for _, item := range n.items {
+			if next, rest := item.step(path); next != nil {
+				return next, rest
+			}
+		}
+		return nil, ""
+	}
+	longest := -1
+	for _, e := range n.entries {
+		after, ok := strings.CutPrefix(path, e.key)
+		if ok && len(e.key) > longest && (after == "" || after[0] == '.' || after[0] == '[') {
+			next, rest, longest = e.value, after, len(e.key)
+		}
+	}
+	return next, rest
 }
 
 // below is the first value of a key anywhere in n.
