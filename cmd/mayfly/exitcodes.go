@@ -1,0 +1,160 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/client"
+)
+
+// The exit codes. They are part of the interface: none changes its meaning.
+const (
+	exitOK          = 0
+	exitUnexpected  = 1
+	exitUsage       = 2
+	exitRefused     = 3
+	exitNotFound    = 4
+	exitUnavailable = 5
+	exitIdentity    = 6
+	exitConflict    = 7
+	exitExec        = 125
+	exitCannotRun   = 126
+	exitNoCommand   = 127
+	exitSignal      = 128 // and the number of the signal
+)
+
+// exitCodes describes every exit code, for the help and the reference.
+func exitCodes() []struct{ code, meaning string } {
+	return []struct{ code, meaning string }{
+		{"0", "It is done."},
+		{"1", "Something unexpected happened."},
+		{"2", "The command was not used as it is meant: a wrong flag, argument, parameter or TTL."},
+		{"3", "Refused: no permission, or no grant that is good now."},
+		{"4", "There is no such thing, or it is not yours."},
+		{"5", "The broker or a provider is not available, or you ask too fast: try again."},
+		{"6", "An identity problem: no SVID to connect with, one that the broker does not accept, or a broker that is not the pinned one."},
+		{"7", "The present state excludes it: closed, used up, or an idempotency key of another request."},
+		{"125", "exec: mayfly itself failed, for whatever reason of the above; the command was not started."},
+		{"126", "exec: the command was found and could not be started."},
+		{"127", "exec: the command was not found."},
+		{"128+n", "Ended by signal n. For exec: the command was."},
+		{"other", "exec: the command's own exit code. It is passed on as it is, so it may be one of the above."},
+	}
+}
+
+// codes gives the exit code of every reason; a test holds it complete.
+var codes = map[broker.Reason]int{
+	broker.ReasonUnauthenticated:  exitIdentity,
+	broker.ReasonSVIDExpired:      exitIdentity,
+	broker.ReasonSVIDNotYetValid:  exitIdentity,
+	broker.ReasonSVIDMalformed:    exitIdentity,
+	broker.ReasonUntrusted:        exitIdentity,
+	broker.ReasonTrustDomain:      exitIdentity,
+	broker.ReasonAgentUnknown:     exitRefused,
+	broker.ReasonAgentDisabled:    exitRefused,
+	broker.ReasonPermissionDenied: exitRefused,
+	broker.ReasonSelfService:      exitRefused,
+	broker.ReasonNoGrant:          exitRefused,
+	broker.ReasonGrantSuspended:   exitRefused,
+	broker.ReasonGrantUsed:        exitRefused,
+	broker.ReasonIncidentClosed:   exitRefused,
+	broker.ReasonProviderRefused:  exitRefused,
+	broker.ReasonNotFound:         exitNotFound,
+	broker.ReasonToolUnknown:      exitNotFound,
+	broker.ReasonInvalidArgument:  exitUsage,
+	broker.ReasonParameter:        exitUsage,
+	broker.ReasonTTL:              exitUsage,
+	broker.ReasonTooLarge:         exitUsage,
+	broker.ReasonProvider:         exitUnavailable,
+	broker.ReasonStore:            exitUnavailable,
+	broker.ReasonClock:            exitUnavailable,
+	broker.ReasonShuttingDown:     exitUnavailable,
+	broker.ReasonRateLimited:      exitUnavailable,
+	broker.ReasonConflict:         exitConflict,
+	broker.ReasonIncidentLimit:    exitConflict,
+	broker.ReasonKeyReused:        exitConflict,
+	broker.ReasonSecretGone:       exitConflict,
+	broker.ReasonInternal:         exitUnexpected,
+}
+
+// codeOf is the exit code of an error.
+func codeOf(err error) int {
+	var exit *exitError
+	var refusal *broker.Error
+	switch {
+	case err == nil:
+		return exitOK
+	case errors.As(err, &exit):
+		return exit.code
+	case errors.As(err, &refusal):
+		if code, ok := codes[refusal.Reason]; ok {
+			return code
+		}
+		return exitUnexpected
+	case errors.Is(err, client.ErrIdentity):
+		return exitIdentity
+	case errors.Is(err, client.ErrUnreachable):
+		return exitUnavailable
+	case errors.Is(err, context.Canceled):
+		return exitSignal + 2 // interrupted; SIGTERM is told as SIGINT
+	}
+	return exitUnexpected
+}
+
+// exitError gives an error an exit code of its own.
+type exitError struct {
+	code int
+	err  error // nil means that there is nothing to say
+}
+
+func (e *exitError) Error() string {
+	if e.err == nil {
+		return fmt.Sprintf("exit code %d", e.code)
+	}
+	return e.err.Error()
+}
+
+func (e *exitError) Unwrap() error { return e.err }
+
+// usagef is a wrong use of the command.
+func usagef(format string, args ...any) error {
+	return wrongUse(fmt.Errorf(format, args...))
+}
+
+func wrongUse(err error) error { return &exitError{exitUsage, err} }
+
+func exitCodesTopic() *cobra.Command {
+	var b strings.Builder
+	b.WriteString("What the exit codes of mayfly mean:\n\n")
+	for _, c := range exitCodes() {
+		fmt.Fprintf(&b, "  %-6s %s\n", c.code, c.meaning)
+	}
+	return &cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: strings.TrimRight(b.String(), "\n")}
+}
+
+// environment describes every variable that mayfly reads.
+func environment() []struct{ name, meaning string } {
+	return []struct{ name, meaning string }{
+		{client.EnvWorkload, "The Workload API that says who you are: unix:///path or tcp://ip:port."},
+		{client.EnvAddr, "The broker's address. Default: " + client.DefaultAddr + "."},
+		{client.EnvBrokerID, "The SPIFFE ID that the broker must have. Default: /mayfly in your own trust domain."},
+		{client.EnvCert, "An X.509-SVID as a PEM file, in place of a Workload API; with the next two."},
+		{client.EnvKey, "Its private key as a PEM file (PKCS #8)."},
+		{client.EnvBundle, "The authorities of its trust domain as a PEM file."},
+		{"HTTPS_PROXY, NO_PROXY", "As everywhere. TLS goes through the proxy from end to end."},
+	}
+}
+
+func environmentTopic() *cobra.Command {
+	var b strings.Builder
+	b.WriteString("The environment variables that mayfly reads. Flags come before them.\n\n")
+	for _, e := range environment() {
+		fmt.Fprintf(&b, "  %-23s %s\n", e.name, e.meaning)
+	}
+	return &cobra.Command{Use: "environment", Short: "The environment variables that mayfly reads", Long: strings.TrimRight(b.String(), "\n")}
+}

@@ -1,0 +1,166 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/client"
+)
+
+func (p *program) leasesCommand() *cobra.Command {
+	var agent, tool, grant, incident string
+	var f client.LeaseFilter
+	c := &cobra.Command{
+		Use:   "leases [LEASE]",
+		Short: "List leases: what was given, and whether it is dead",
+		Long: `Leases lists your leases that have not ended; for an operator, everybody's. With
+an ID, it shows one of them whole.
+
+The states: minting (it may be coming into being), active, revoking (it must die,
+and its death is not confirmed), revoked (the provider confirmed its death),
+expired (it died by itself). OVERDUE means that a lease is past its end without
+its death being confirmed.`,
+		Example: "  mayfly leases\n  mayfly leases --all --tool crm.read\n  mayfly leases --overdue --output json",
+		Args:    cobra.MaximumNArgs(1), ValidArgsFunction: p.completeArgs(p.leaseIDs),
+	}
+	c.Flags().BoolVar(&f.All, "all", false, "also those that have ended")
+	c.Flags().BoolVar(&f.Overdue, "overdue", false, "only those past their end whose death is not confirmed")
+	c.Flags().StringVar(&agent, "agent", "", "only of this agent (operators)")
+	c.Flags().StringVar(&tool, "tool", "", "only of this tool")
+	c.Flags().StringVar(&grant, "grant", "", "only under this grant")
+	c.Flags().StringVar(&incident, "incident", "", "only of this incident")
+	p.completeFlag(c, "tool", p.toolNames)
+	p.completeFlag(c, "grant", p.grantIDs)
+	p.completeFlag(c, "incident", p.incidentIDs(true))
+	return p.verb(c, func(ctx context.Context, args []string) error {
+		if len(args) == 1 {
+			return p.showLease(ctx, args[0])
+		}
+		var err error
+		if f.Agent, err = parseID("--agent", agent); err != nil {
+			return err
+		}
+		f.Tool, f.Grant, f.Incident = tool, broker.GrantID(grant), broker.IncidentID(incident)
+		return p.with(ctx, func(c *client.Client) error { return p.listLeases(ctx, c, f) })
+	})
+}
+
+func (p *program) listLeases(ctx context.Context, c *client.Client, f client.LeaseFilter) error {
+	view := struct {
+		Leases []leaseView `json:"leases"`
+	}{[]leaseView{}}
+	var rows [][]string
+	now := p.now()
+	for l, err := range c.Leases(ctx, f) {
+		if err != nil {
+			return err
+		}
+		view.Leases = append(view.Leases, viewLease(l))
+		rows = append(rows, []string{string(l.ID), l.Agent.String(), l.Tool, paramText(l.Params), stateText(l), endText(l, now), string(l.Cause), l.Survives})
+	}
+	return p.show(view, func(out *page) {
+		if len(rows) == 0 {
+			out.line("No leases%s.", map[bool]string{false: "; those that have ended are shown with --all"}[f.All])
+			return
+		}
+		out.table([]string{"LEASE", "AGENT", "TOOL", "PARAMETERS", "STATE", "END", "CAUSE", "SURVIVES"}, rows)
+	})
+}
+
+func (p *program) showLease(ctx context.Context, arg string) error {
+	id, err := broker.ParseLeaseID(arg)
+	if err != nil {
+		return err
+	}
+	return p.with(ctx, func(c *client.Client) error {
+		l, err := c.Lease(ctx, id)
+		if err != nil {
+			return err
+		}
+		return p.show(viewLease(l), func(out *page) { out.fields("", leaseFields(l, p.now())...) })
+	})
+}
+
+// leaseFields are a lease as pairs of name and value.
+func leaseFields(l client.Lease, now time.Time) []string {
+	return []string{
+		"lease", string(l.ID), "tool", l.Tool, "parameters", paramText(l.Params), "agent", l.Agent.String(),
+		"state", stateText(l), "cause", string(l.Cause), "reason", l.Reason,
+		"given", when(l.CreatedAt, now), "must end", when(l.End, now),
+		"dies by itself", when(l.DiesAt, now), "confirmed dead", when(l.EndedAt, now),
+		"survives", l.Survives, "grant", string(l.Grant), "incident", string(l.Incident),
+		"provider", l.Provider, "correlation", string(l.Correlation),
+	}
+}
+
+func stateText(l client.Lease) string {
+	s := string(l.State)
+	if l.State == broker.LeaseRevoking && l.Progress != "" {
+		s += " (" + string(l.Progress) + ")"
+	}
+	if l.PastEnd {
+		s = "OVERDUE, " + s
+	}
+	return s
+}
+
+// endText says when a lease ends, or since when it is dead.
+func endText(l client.Lease, now time.Time) string {
+	switch {
+	case !l.EndedAt.IsZero():
+		return "dead since " + span(now.Sub(l.EndedAt))
+	case l.PastEnd:
+		return "should be dead since " + span(now.Sub(l.End))
+	}
+	return relative(l.End, now)
+}
+
+func (p *program) revokeCommand() *cobra.Command {
+	var reason string
+	c := &cobra.Command{
+		Use:   "revoke LEASE",
+		Short: "End a lease: give a credential back",
+		Long: `Revoke ends one of your leases; an operator ends anybody's. It waits a moment for
+the credential's death and says how far it came. Revocation goes on until the
+provider confirms it, whether you wait or not.`,
+		Example: "  mayfly revoke l0mbp1x2q3w4e5r6t7y8u9i0o1\n  mayfly leases --output json | jq -r '.leases[].id' | xargs -n1 mayfly revoke",
+		Args:    cobra.ExactArgs(1), ValidArgsFunction: p.completeArgs(p.leaseIDs),
+	}
+	c.Flags().StringVar(&reason, "reason", "", "why, for the evidence")
+	return p.verb(c, func(ctx context.Context, args []string) error {
+		id, err := broker.ParseLeaseID(args[0])
+		if err != nil {
+			return err
+		}
+		return p.with(ctx, func(c *client.Client) error {
+			l, err := c.Revoke(ctx, id, reason)
+			if err != nil {
+				return err
+			}
+			return p.show(viewLease(l), func(out *page) {
+				switch l.State {
+				case broker.LeaseRevoked, broker.LeaseExpired:
+					out.line("Lease %s is dead: %s%s.", l.ID, l.State, inBrackets(string(l.Cause)))
+				default:
+					out.line("Lease %s is being revoked; its death is not confirmed yet%s.", l.ID, inBrackets(string(l.Progress)))
+				}
+				if l.Survives != "" {
+					out.line("What survives: %s", l.Survives)
+				}
+			})
+		})
+	})
+}
+
+// endedText says what became of the leases under what was ended.
+func endedText(e client.Ended) string {
+	s := fmt.Sprintf("%s confirmed dead", count(e.Dead, "lease"))
+	if e.Revoking > 0 {
+		s += fmt.Sprintf(", %s still being revoked (see `mayfly leases`)", count(e.Revoking, "lease"))
+	}
+	return s
+}

@@ -1,0 +1,124 @@
+// Mayfly is the command that agents, bots and people type.
+package main
+
+import (
+	"context"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/client"
+)
+
+// version is set by the linker.
+var version = "unknown"
+
+func main() { os.Exit(run()) }
+
+func run() int {
+	// A closed pipe is an error to handle (get gives a credential back that
+	// nobody could read), and not the end of the process.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	p := &program{
+		args: os.Args[1:], environ: os.Environ(),
+		stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr,
+		now: time.Now,
+	}
+	return p.run(ctx)
+}
+
+// program is one run of the command. Tests make their own.
+type program struct {
+	args           []string
+	environ        []string // as os.Environ
+	stdin          io.Reader
+	stdout, stderr io.Writer
+	now            func() time.Time
+
+	started bool // a verb's own code runs; what fails before it is a wrong use
+
+	// The global flags.
+	output   string
+	addr     string
+	brokerID string
+	timeout  durationFlag
+}
+
+// run runs the command and returns its exit code.
+func (p *program) run(ctx context.Context) int {
+	root := p.root()
+	root.SetArgs(p.args)
+	root.SetIn(p.stdin)
+	root.SetOut(p.stdout)
+	root.SetErr(p.stderr)
+	err := root.ExecuteContext(ctx)
+	if err != nil && !p.started {
+		err = wrongUse(err)
+	}
+	if err != nil {
+		p.complain(err)
+	}
+	return codeOf(err)
+}
+
+// getenv looks a variable up in the program's own environment.
+func (p *program) getenv(name string) string {
+	for i := len(p.environ) - 1; i >= 0; i-- {
+		if v, ok := strings.CutPrefix(p.environ[i], name+"="); ok {
+			return v
+		}
+	}
+	return ""
+}
+
+// config is what environment and flags say, flags first.
+func (p *program) config() (client.Config, error) {
+	getenv := func(name string) string {
+		if name == client.EnvBrokerID && p.brokerID != "" {
+			return ""
+		}
+		return p.getenv(name)
+	}
+	c, err := client.ConfigFromEnv(getenv)
+	if err != nil {
+		return c, err
+	}
+	if p.brokerID != "" {
+		if c.BrokerID, err = parseID("--broker-id", p.brokerID); err != nil {
+			return c, err
+		}
+	}
+	if p.addr != "" {
+		c.Addr = p.addr
+	}
+	c.Timeout = time.Duration(p.timeout)
+	return c, nil
+}
+
+// connect makes a client; the caller closes it.
+func (p *program) connect(ctx context.Context) (*client.Client, error) {
+	c, err := p.config()
+	if err != nil {
+		return nil, err
+	}
+	return client.New(ctx, c)
+}
+
+// with runs a verb that asks the broker.
+func (p *program) with(ctx context.Context, do func(c *client.Client) error) error {
+	c, err := p.connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.Close() // it holds nothing that could be lost
+	return do(c)
+}
+
+// clean is for everything that comes from others and goes to a person.
+func clean(s string) string { return broker.Clean(s) }

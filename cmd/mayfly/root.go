@@ -1,0 +1,80 @@
+package main
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/spf13/cobra"
+)
+
+func (p *program) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "mayfly",
+		Short: "Ask a Mayfly broker for short-lived credentials",
+		Long: `Mayfly asks a Mayfly broker for credentials: for one tool, for a short while, and
+only as long as a grant allows.
+
+Who you are is your SPIFFE SVID, from the Workload API at SPIFFE_ENDPOINT_SOCKET.
+The broker is at MAYFLY_ADDR. Begin with "mayfly whoami" and "mayfly tools".`,
+		Example:           "  mayfly tools\n  mayfly get crm.read --param customer=c-17 --ttl 5m\n  mayfly exec crm.read --param customer=c-17 -- ./report.sh",
+		Version:           version,
+		SilenceErrors:     true,
+		SilenceUsage:      true,
+		DisableAutoGenTag: true,
+		Args:              cobra.NoArgs,
+	}
+	root.SetVersionTemplate("mayfly {{.Version}}\n")
+	root.CompletionOptions.HiddenDefaultCmd = false
+	p.output = "text"
+	flags := root.PersistentFlags()
+	flags.SortFlags = false
+	flags.VarP(&outputFlag{&p.output}, "output", "o", "text, for people, or json, for programs")
+	flags.StringVar(&p.addr, "addr", "", "the broker's address, https://host:port; default: MAYFLY_ADDR, or https://localhost:8443")
+	flags.StringVar(&p.brokerID, "broker-id", "", "the SPIFFE ID that the broker must have; default: MAYFLY_BROKER_ID, or /mayfly in your own trust domain")
+	flags.Var(&p.timeout, "timeout", "how long one call may take, retries included; default: 1m")
+	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp)) // the flag is there: see above
+	root.AddCommand(
+		p.whoamiCommand(), p.toolsCommand(), p.getCommand(), p.execCommand(),
+		p.leasesCommand(), p.revokeCommand(), p.grantCommand(), p.incidentCommand(),
+		p.auditCommand(), p.svidCommand(), p.versionCommand(), p.docsCommand(),
+		exitCodesTopic(), environmentTopic(),
+	)
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	return root
+}
+
+// verb finishes a command: do is its own code, and whatever fails before it
+// runs is a wrong use of the command.
+func (p *program) verb(c *cobra.Command, do func(ctx context.Context, args []string) error) *cobra.Command {
+	c.Flags().SortFlags = false
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		if missing := missingFlags(cmd); missing != "" {
+			return fmt.Errorf("%s is needed", missing)
+		}
+		p.started = true
+		return do(cmd.Context(), args)
+	}
+	return c
+}
+
+// group is a command that only has others below it.
+func (p *program) group(use, short string, below ...*cobra.Command) *cobra.Command {
+	g := &cobra.Command{Use: use, Short: short, Args: cobra.ArbitraryArgs}
+	g.RunE = func(cmd *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			return fmt.Errorf("mayfly %s has no verb %q", use, args[0])
+		}
+		return fmt.Errorf("mayfly %s needs a verb", use)
+	}
+	g.AddCommand(below...)
+	return g
+}
+
+// need marks flags that a verb cannot do without. Cobra's own check would come
+// too late to be told from a failure of the verb.
+func need(c *cobra.Command, flags ...string) {
+	for _, f := range flags {
+		c.Flags().Lookup(f).Annotations = map[string][]string{annotationNeeded: {"true"}}
+	}
+}

@@ -1,0 +1,117 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/client"
+)
+
+func (p *program) toolsCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "tools [TOOL]",
+		Short: "List the tools that you can ask for",
+		Long: `Tools lists the tools that you have a grant for; for an operator, all tools. With
+a name, it shows one of them whole: its parameters, the environment variables
+that it sets, and what outlives a revocation.`,
+		Example:           "  mayfly tools\n  mayfly tools crm.read",
+		Args:              cobra.MaximumNArgs(1),
+		ValidArgsFunction: p.completeArgs(p.toolNames),
+	}
+	return p.verb(c, func(ctx context.Context, args []string) error {
+		return p.with(ctx, func(c *client.Client) error {
+			tools, err := c.Tools(ctx)
+			if err != nil {
+				return err
+			}
+			if len(args) == 1 {
+				return p.showTool(tools, args[0])
+			}
+			return p.showTools(tools)
+		})
+	})
+}
+
+func (p *program) showTools(tools []client.Tool) error {
+	view := struct {
+		Tools []toolView `json:"tools"`
+	}{[]toolView{}}
+	var rows [][]string
+	for _, t := range tools {
+		view.Tools = append(view.Tools, viewTool(t))
+		var params []string
+		for _, q := range t.Params {
+			params = append(params, paramName(q))
+		}
+		rows = append(rows, []string{t.Name, strings.Join(params, " "), span(t.MaxTTL), p.granted(t), t.Description})
+	}
+	return p.show(view, func(out *page) {
+		if len(rows) == 0 {
+			out.line("You have a grant for no tool. An operator makes grants, and an incident's opener opens windows.")
+			return
+		}
+		out.table([]string{"TOOL", "PARAMETERS", "MAX TTL", "GRANTED", "DESCRIPTION"}, rows)
+	})
+}
+
+func (p *program) showTool(tools []client.Tool, name string) error {
+	i := slices.IndexFunc(tools, func(t client.Tool) bool { return t.Name == name })
+	if i < 0 {
+		return broker.Refusef(broker.ReasonToolUnknown, "see `mayfly tools`", "there is no tool %q for you", name)
+	}
+	t := tools[i]
+	return p.show(viewTool(t), func(out *page) {
+		out.fields("", "tool", t.Name, "description", t.Description, "provider", t.Provider,
+			"max TTL", span(t.MaxTTL), "granted", p.granted(t),
+			"sets", strings.Join(slices.Sorted(maps.Keys(t.Env)), " "), "survives", t.Survives)
+		for _, q := range t.Params {
+			out.line("  --param %s=…  %s", q.Name, paramHelp(q))
+		}
+	})
+}
+
+func (p *program) granted(t client.Tool) string {
+	switch {
+	case t.Refusal != "":
+		return "no: " + string(t.Refusal)
+	case t.GrantedUntil.IsZero():
+		return "no"
+	}
+	return "ends " + relative(t.GrantedUntil, p.now())
+}
+
+func paramName(q broker.Param) string {
+	if q.Optional {
+		return "[" + q.Name + "]"
+	}
+	return q.Name
+}
+
+func paramHelp(q broker.Param) string {
+	parts := []string{string(q.Type)}
+	if q.Pattern != nil {
+		parts = append(parts, "matching "+q.Pattern.String())
+	}
+	if len(q.OneOf) > 0 {
+		parts = append(parts, "one of "+strings.Join(q.OneOf, ", "))
+	}
+	if q.Min != nil {
+		parts = append(parts, fmt.Sprintf("at least %d", *q.Min))
+	}
+	if q.Max != nil {
+		parts = append(parts, fmt.Sprintf("at most %d", *q.Max))
+	}
+	if q.Optional {
+		parts = append(parts, "optional")
+	}
+	if q.Description != "" {
+		parts = append(parts, q.Description)
+	}
+	return strings.Join(parts, "; ")
+}

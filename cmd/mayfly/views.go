@@ -1,0 +1,206 @@
+package main
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/client"
+)
+
+// The views are what --output json prints. Their fields have the names and
+// meanings of the API's JSON (broker/api/mayfly/v1/mayfly.proto; a test holds
+// the names to it). One thing differs from it: 64-bit numbers are numbers, and no
+// strings. Unset fields are left out.
+
+type identityView struct {
+	ID             string            `json:"id"`
+	Roles          []string          `json:"roles"`
+	Owner          string            `json:"owner,omitempty"`
+	Environment    string            `json:"environment,omitempty"`
+	Labels         map[string]string `json:"labels,omitempty"`
+	SVIDExpiresAt  time.Time         `json:"svidExpiresAt,omitzero"`
+	BrokerID       string            `json:"brokerId"`
+	InstallationID string            `json:"installationId"`
+	CatalogDigest  string            `json:"catalogDigest"`
+}
+
+type toolView struct {
+	Name         string            `json:"name"`
+	Description  string            `json:"description,omitempty"`
+	Provider     string            `json:"provider"`
+	MaxTTL       string            `json:"maxTtl"` // seconds, as "900s"
+	Parameters   []parameterView   `json:"parameters,omitempty"`
+	Env          map[string]string `json:"env,omitempty"`
+	Survives     string            `json:"survives,omitempty"`
+	GrantedUntil time.Time         `json:"grantedUntil,omitzero"`
+	Refusal      string            `json:"refusal,omitempty"`
+}
+
+type parameterView struct {
+	Name        string   `json:"name"`
+	Type        string   `json:"type"`
+	Pattern     string   `json:"pattern,omitempty"`
+	OneOf       []string `json:"oneOf,omitempty"`
+	Min         *int64   `json:"min,omitempty"`
+	Max         *int64   `json:"max,omitempty"`
+	Optional    bool     `json:"optional"`
+	Description string   `json:"description,omitempty"`
+}
+
+type leaseView struct {
+	ID            string            `json:"id"`
+	Agent         string            `json:"agent"`
+	Tool          string            `json:"tool"`
+	Provider      string            `json:"provider"`
+	Parameters    map[string]string `json:"parameters,omitempty"`
+	GrantID       string            `json:"grantId"`
+	IncidentID    string            `json:"incidentId,omitempty"`
+	Reason        string            `json:"reason,omitempty"`
+	CorrelationID string            `json:"correlationId"`
+	State         string            `json:"state"`
+	Progress      string            `json:"progress,omitempty"`
+	Cause         string            `json:"cause,omitempty"`
+	Overdue       bool              `json:"overdue"`
+	CreatedAt     time.Time         `json:"createdAt"`
+	End           time.Time         `json:"end"`
+	DiesAt        time.Time         `json:"diesAt,omitzero"`
+	EndedAt       time.Time         `json:"endedAt,omitzero"`
+	Survives      string            `json:"survives,omitempty"`
+}
+
+type credentialView struct {
+	Lease  leaseView         `json:"lease"`
+	Secret map[string]string `json:"secret"`
+	Env    map[string]string `json:"env,omitempty"`
+}
+
+type grantView struct {
+	ID         string            `json:"id"`
+	Agent      string            `json:"agent"`
+	Tool       string            `json:"tool"`
+	Parameters map[string]string `json:"parameters,omitempty"`
+	NotBefore  time.Time         `json:"notBefore"`
+	NotAfter   time.Time         `json:"notAfter"`
+	MaxUses    int               `json:"maxUses,omitempty"`
+	Uses       int               `json:"uses,omitempty"`
+	IncidentID string            `json:"incidentId,omitempty"`
+	Reason     string            `json:"reason,omitempty"`
+	CreatedBy  string            `json:"createdBy"`
+	CreatedAt  time.Time         `json:"createdAt"`
+	State      string            `json:"state"`
+	Suspended  bool              `json:"suspended"`
+	EndedAt    time.Time         `json:"endedAt,omitzero"`
+	EndedBy    string            `json:"endedBy,omitempty"`
+}
+
+type withdrawalView struct {
+	Grant          grantView `json:"grant"`
+	LeasesEnded    int       `json:"leasesEnded"`
+	LeasesRevoking int       `json:"leasesRevoking"`
+}
+
+type incidentView struct {
+	ID         string      `json:"id"`
+	Title      string      `json:"title"`
+	Reference  string      `json:"reference,omitempty"`
+	OpenedBy   string      `json:"openedBy"`
+	OpenedAt   time.Time   `json:"openedAt"`
+	EndsAt     time.Time   `json:"endsAt"`
+	Grants     []grantView `json:"grants"`
+	State      string      `json:"state"`
+	ClosedBy   string      `json:"closedBy,omitempty"`
+	ClosedAt   time.Time   `json:"closedAt,omitzero"`
+	LeasesOpen int         `json:"leasesOpen"`
+}
+
+type closingView struct {
+	Incident       incidentView `json:"incident"`
+	LeasesEnded    int          `json:"leasesEnded"`
+	LeasesRevoking int          `json:"leasesRevoking"`
+}
+
+type eventView struct {
+	Sequence      uint64            `json:"sequence"`
+	Time          time.Time         `json:"time"`
+	Type          string            `json:"type"`
+	Actor         string            `json:"actor,omitempty"`
+	Agent         string            `json:"agent,omitempty"`
+	Tool          string            `json:"tool,omitempty"`
+	Provider      string            `json:"provider,omitempty"`
+	LeaseID       string            `json:"leaseId,omitempty"`
+	GrantID       string            `json:"grantId,omitempty"`
+	IncidentID    string            `json:"incidentId,omitempty"`
+	Reason        string            `json:"reason,omitempty"`
+	Cause         string            `json:"cause,omitempty"`
+	CorrelationID string            `json:"correlationId,omitempty"`
+	Details       map[string]string `json:"details,omitempty"`
+}
+
+func viewIdentity(w client.Identity) identityView {
+	return identityView{
+		ID: w.ID.String(), Roles: w.Roles, Owner: w.Owner, Environment: w.Environment, Labels: w.Labels,
+		SVIDExpiresAt: w.SVIDExpiresAt, BrokerID: w.Broker.String(),
+		InstallationID: string(w.Installation), CatalogDigest: w.CatalogDigest,
+	}
+}
+
+func viewTool(t client.Tool) toolView {
+	v := toolView{
+		Name: t.Name, Description: t.Description, Provider: t.Provider, MaxTTL: fmt.Sprintf("%gs", t.MaxTTL.Seconds()),
+		Env: t.Env, Survives: t.Survives, GrantedUntil: t.GrantedUntil, Refusal: string(t.Refusal),
+	}
+	for _, p := range t.Params {
+		v.Parameters = append(v.Parameters, viewParameter(p))
+	}
+	return v
+}
+
+func viewParameter(p broker.Param) parameterView {
+	v := parameterView{
+		Name: p.Name, Type: string(p.Type), OneOf: p.OneOf, Min: p.Min, Max: p.Max,
+		Optional: p.Optional, Description: p.Description,
+	}
+	if p.Pattern != nil {
+		v.Pattern = p.Pattern.String()
+	}
+	return v
+}
+
+func viewLease(l client.Lease) leaseView {
+	return leaseView{
+		ID: string(l.ID), Agent: l.Agent.String(), Tool: l.Tool, Provider: l.Provider, Parameters: l.Params,
+		GrantID: string(l.Grant), IncidentID: string(l.Incident), Reason: l.Reason, CorrelationID: string(l.Correlation),
+		State: string(l.State), Progress: string(l.Progress), Cause: string(l.Cause), Overdue: l.PastEnd,
+		CreatedAt: l.CreatedAt, End: l.End, DiesAt: l.DiesAt, EndedAt: l.EndedAt, Survives: l.Survives,
+	}
+}
+
+func viewGrant(g client.Grant) grantView {
+	return grantView{
+		ID: string(g.ID), Agent: g.Agent.String(), Tool: g.Tool, Parameters: g.Params,
+		NotBefore: g.NotBefore, NotAfter: g.NotAfter, MaxUses: g.MaxUses, Uses: g.Uses,
+		IncidentID: string(g.Incident), Reason: g.Reason, CreatedBy: g.CreatedBy.String(), CreatedAt: g.CreatedAt,
+		State: string(g.State), Suspended: g.Suspended, EndedAt: g.EndedAt, EndedBy: g.EndedBy,
+	}
+}
+
+func viewIncident(in client.Incident) incidentView {
+	v := incidentView{
+		ID: string(in.ID), Title: in.Title, Reference: in.Reference, OpenedBy: in.OpenedBy.String(),
+		OpenedAt: in.OpenedAt, EndsAt: in.EndsAt, Grants: []grantView{}, State: string(in.State),
+		ClosedBy: in.ClosedBy, ClosedAt: in.ClosedAt, LeasesOpen: in.LeasesOpen,
+	}
+	for _, g := range in.Window {
+		v.Grants = append(v.Grants, viewGrant(g))
+	}
+	return v
+}
+
+func viewEvent(e client.Event) eventView {
+	return eventView{
+		Sequence: e.Sequence, Time: e.Time, Type: e.Type, Actor: e.Actor, Agent: e.Agent, Tool: e.Tool, Provider: e.Provider,
+		LeaseID: string(e.Lease), GrantID: string(e.Grant), IncidentID: string(e.Incident), Reason: e.Reason, Cause: e.Cause,
+		CorrelationID: string(e.Correlation), Details: e.Details,
+	}
+}
