@@ -18,7 +18,7 @@ import (
 const defaultTail = 100
 
 func (p *program) auditCommand() *cobra.Command {
-	return p.group("audit", "Read the evidence", p.auditListCommand())
+	return group("audit", "Read the evidence", p.auditListCommand())
 }
 
 func (p *program) auditListCommand() *cobra.Command {
@@ -32,7 +32,7 @@ func (p *program) auditListCommand() *cobra.Command {
 events that match, or --tail N of them. With --after it shows all events after a
 sequence number, so that a program can go on where it stopped. Operators only.`,
 		Example: "  mayfly audit list\n  mayfly audit list --incident i0mbp1x2q3w4e5r6t7y8u9i0o1\n  mayfly audit list --after 4711 --output json",
-		Args:    cobra.NoArgs,
+		Args:    none,
 	}
 	c.Flags().IntVar(&tail, "tail", defaultTail, "how many of the last events, from 1 to 1000")
 	c.Flags().Uint64Var(&f.After, "after", 0, "all events after this sequence number, in place of --tail")

@@ -16,7 +16,7 @@ func (p *program) docsCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:    "docs DIR",
 		Short:  "Write the reference of this command to DIR/cli.md",
-		Args:   cobra.ExactArgs(1),
+		Args:   exactly("DIR"),
 		Hidden: true,
 	}
 	return p.verb(c, func(_ context.Context, args []string) error {

@@ -126,7 +126,13 @@ func usagef(format string, args ...any) error {
 	return wrongUse(fmt.Errorf(format, args...))
 }
 
-func wrongUse(err error) error { return &exitError{exitUsage, err} }
+// wrongUse makes err one, unless it has an exit code already.
+func wrongUse(err error) error {
+	if exit := (*exitError)(nil); errors.As(err, &exit) {
+		return err
+	}
+	return &exitError{exitUsage, err}
+}
 
 func exitCodesTopic() *cobra.Command {
 	var b strings.Builder

@@ -66,7 +66,7 @@ If a credential cannot be put where it was wanted, it is revoked at once.`,
 		Example: `  eval "$(mayfly get crm.read --param customer=c-17 --ttl 5m --format env)"
   mayfly get crm.read --param customer=c-17 --format file --out token --field access_token
   mayfly get crm.read --param customer=c-17 --format json | jq -r .secret.access_token`,
-		Args:              cobra.ExactArgs(1),
+		Args:              exactly("TOOL"),
 		ValidArgsFunction: p.completeArgs(p.toolNames),
 	}
 	ask.add(c)

@@ -13,7 +13,7 @@ import (
 )
 
 func (p *program) grantCommand() *cobra.Command {
-	return p.group("grant", "Give and take rights: one agent, one tool, one span of time",
+	return group("grant", "Give and take rights: one agent, one tool, one span of time",
 		p.grantCreateCommand(), p.grantListCommand(), p.grantWithdrawCommand())
 }
 
@@ -32,7 +32,7 @@ the tool as it is now: if the tool is changed later, the grant is suspended.
 		Example: `  mayfly grant create --agent spiffe://acme.test/agent/troubleshooter --tool crm.read --for 1h --reason "OPS-12"
   mayfly grant create --agent spiffe://acme.test/agent/troubleshooter --tool crm.read --param customer=c-17 \
     --from 2026-05-01T08:00:00Z --for 1d --uses 3 --reason "migration"`,
-		Args: cobra.NoArgs,
+		Args: none,
 	}
 	c.Flags().StringVar(&agent, "agent", "", "the agent's SPIFFE ID (needed)")
 	c.Flags().StringVar(&r.Tool, "tool", "", "the tool (needed)")
@@ -79,7 +79,7 @@ func (p *program) grantListCommand() *cobra.Command {
 		Short:   "List grants",
 		Long:    "List lists your grants that are open; for an operator, everybody's. SUSPENDED\nmeans that the tool was changed after the grant was made.",
 		Example: "  mayfly grant list\n  mayfly grant list --all --agent spiffe://acme.test/agent/troubleshooter",
-		Args:    cobra.NoArgs,
+		Args:    none,
 	}
 	c.Flags().BoolVar(&f.All, "all", false, "also those that have ended")
 	c.Flags().StringVar(&agent, "agent", "", "only of this agent (operators)")
@@ -123,7 +123,7 @@ func (p *program) grantWithdrawCommand() *cobra.Command {
 		Short:   "End a grant and every lease under it",
 		Long:    "Withdraw ends a grant and every lease under it. It says how many leases are\nconfirmed dead, and how many are still being revoked.",
 		Example: "  mayfly grant withdraw g0mbp1x2q3w4e5r6t7y8u9i0o1 --reason \"no longer needed\"",
-		Args:    cobra.ExactArgs(1), ValidArgsFunction: p.completeArgs(p.grantIDs),
+		Args:    exactly("GRANT"), ValidArgsFunction: p.completeArgs(p.grantIDs),
 	}
 	c.Flags().StringVar(&reason, "reason", "", "why, for the evidence")
 	return p.verb(c, func(ctx context.Context, args []string) error {

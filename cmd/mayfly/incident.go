@@ -12,7 +12,7 @@ import (
 )
 
 func (p *program) incidentCommand() *cobra.Command {
-	return p.group("incident", "Open and close maintenance windows",
+	return group("incident", "Open and close maintenance windows",
 		p.incidentOpenCommand(), p.incidentCloseCommand(), p.incidentListCommand(), p.incidentShowCommand())
 }
 
@@ -28,7 +28,7 @@ as long as the incident is open. The catalog says who may open incidents, for
 which agents and tools, and how long; nobody opens one for itself.`,
 		Example: `  mayfly incident open --title "CRM answers slowly" --ref PD-4711 \
     --agent spiffe://acme.test/agent/troubleshooter --tool crm.read --for 30m`,
-		Args: cobra.NoArgs,
+		Args: none,
 	}
 	c.Flags().StringVar(&r.Title, "title", "", "what is the matter (needed)")
 	c.Flags().StringArrayVar(&agents, "agent", nil, "an agent's SPIFFE ID (needed); may be repeated")
@@ -69,7 +69,7 @@ func (p *program) incidentCloseCommand() *cobra.Command {
 any more. It says how many leases are confirmed dead, and how many are still
 being revoked. Closing what is closed shows how its leases stand.`,
 		Example: "  mayfly incident close i0mbp1x2q3w4e5r6t7y8u9i0o1 --reason resolved",
-		Args:    cobra.ExactArgs(1), ValidArgsFunction: p.completeArgs(p.incidentIDs(false)),
+		Args:    exactly("INCIDENT"), ValidArgsFunction: p.completeArgs(p.incidentIDs(false)),
 	}
 	c.Flags().StringVar(&reason, "reason", "", "why, for the evidence")
 	return p.verb(c, func(ctx context.Context, args []string) error {
@@ -96,7 +96,7 @@ func (p *program) incidentListCommand() *cobra.Command {
 		Short:   "List incidents",
 		Long:    "List lists your open incidents; for an operator, everybody's.",
 		Example: "  mayfly incident list --all",
-		Args:    cobra.NoArgs,
+		Args:    none,
 	}
 	c.Flags().BoolVar(&all, "all", false, "also those that are closed")
 	return p.verb(c, func(ctx context.Context, _ []string) error {
@@ -133,7 +133,7 @@ func (p *program) incidentShowCommand() *cobra.Command {
 		Use:     "show INCIDENT",
 		Short:   "Show one incident and its grants",
 		Example: "  mayfly incident show i0mbp1x2q3w4e5r6t7y8u9i0o1",
-		Args:    cobra.ExactArgs(1), ValidArgsFunction: p.completeArgs(p.incidentIDs(true)),
+		Args:    exactly("INCIDENT"), ValidArgsFunction: p.completeArgs(p.incidentIDs(true)),
 	}
 	return p.verb(c, func(ctx context.Context, args []string) error {
 		id, err := broker.ParseIncidentID(args[0])

@@ -25,7 +25,7 @@ and its death is not confirmed), revoked (the provider confirmed its death),
 expired (it died by itself). OVERDUE means that a lease is past its end without
 its death being confirmed.`,
 		Example: "  mayfly leases\n  mayfly leases --all --tool crm.read\n  mayfly leases --overdue --output json",
-		Args:    cobra.MaximumNArgs(1), ValidArgsFunction: p.completeArgs(p.leaseIDs),
+		Args:    atMostOne, ValidArgsFunction: p.completeArgs(p.leaseIDs),
 	}
 	c.Flags().BoolVar(&f.All, "all", false, "also those that have ended")
 	c.Flags().BoolVar(&f.Overdue, "overdue", false, "only those past their end whose death is not confirmed")
@@ -128,7 +128,7 @@ func (p *program) revokeCommand() *cobra.Command {
 the credential's death and says how far it came. Revocation goes on until the
 provider confirms it, whether you wait or not.`,
 		Example: "  mayfly revoke l0mbp1x2q3w4e5r6t7y8u9i0o1\n  mayfly leases --output json | jq -r '.leases[].id' | xargs -n1 mayfly revoke",
-		Args:    cobra.ExactArgs(1), ValidArgsFunction: p.completeArgs(p.leaseIDs),
+		Args:    exactly("LEASE"), ValidArgsFunction: p.completeArgs(p.leaseIDs),
 	}
 	c.Flags().StringVar(&reason, "reason", "", "why, for the evidence")
 	return p.verb(c, func(ctx context.Context, args []string) error {

@@ -118,7 +118,7 @@ func failureOf(err error) failureBody {
 		f.CorrelationID, f.LeaseID = string(refusal.Correlation), string(refusal.Lease)
 	case errors.As(err, &unheard):
 		f.Message, f.Next = unheard.Message, unheard.Next
-	case codeOf(err) == exitUsage:
+	case codeOf(err) == exitUsage, errors.As(err, new(*exitError)) && codeOf(err) == exitExec:
 		f.Next = "see `mayfly help`, or the verb with --help"
 	case codeOf(err) > exitSignal:
 		f.Message = "interrupted"

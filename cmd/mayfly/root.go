@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"strings"
 
 	"github.com/spf13/cobra"
 )
@@ -21,8 +22,8 @@ The broker is at MAYFLY_ADDR. Begin with "mayfly whoami" and "mayfly tools".`,
 		SilenceErrors:     true,
 		SilenceUsage:      true,
 		DisableAutoGenTag: true,
-		Args:              cobra.NoArgs,
 	}
+	holdsVerbs(root)
 	root.SetVersionTemplate("mayfly {{.Version}}\n")
 	root.CompletionOptions.HiddenDefaultCmd = false
 	p.output = "text"
@@ -50,7 +51,7 @@ func (p *program) verb(c *cobra.Command, do func(ctx context.Context, args []str
 	c.Flags().SortFlags = false
 	c.RunE = func(cmd *cobra.Command, args []string) error {
 		if missing := missingFlags(cmd); missing != "" {
-			return fmt.Errorf("%s is needed", missing)
+			return fmt.Errorf("%s needs %s", cmd.CommandPath(), missing)
 		}
 		p.started = true
 		return do(cmd.Context(), args)
@@ -59,16 +60,62 @@ func (p *program) verb(c *cobra.Command, do func(ctx context.Context, args []str
 }
 
 // group is a command that only has others below it.
-func (p *program) group(use, short string, below ...*cobra.Command) *cobra.Command {
-	g := &cobra.Command{Use: use, Short: short, Args: cobra.ArbitraryArgs}
-	g.RunE = func(cmd *cobra.Command, args []string) error {
-		if len(args) > 0 {
-			return fmt.Errorf("mayfly %s has no verb %q", use, args[0])
-		}
-		return fmt.Errorf("mayfly %s needs a verb", use)
-	}
+func group(use, short string, below ...*cobra.Command) *cobra.Command {
+	g := &cobra.Command{Use: use, Short: short}
+	holdsVerbs(g)
 	g.AddCommand(below...)
 	return g
+}
+
+// holdsVerbs makes a command help where no verb is named. Cobra itself would
+// help, and succeed, also where the verb is misspelt.
+func holdsVerbs(g *cobra.Command) {
+	g.Args = cobra.ArbitraryArgs
+	g.DisableFlagsInUseLine = true
+	g.SuggestionsMinimumDistance = 2
+	g.RunE = func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return cmd.Help()
+		}
+		near := ""
+		if all := cmd.SuggestionsFor(args[0]); len(all) > 0 {
+			near = "; did you mean " + strings.Join(all, " or ") + "?"
+		}
+		return fmt.Errorf("%s has no verb %q%s", cmd.CommandPath(), args[0], near)
+	}
+}
+
+// exactly wants one argument; what names it in the help.
+func exactly(what string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		switch {
+		case len(args) == 0:
+			return fmt.Errorf("%s needs a %s", cmd.CommandPath(), what)
+		case len(args) > 1:
+			return tooMany(cmd, args[1])
+		}
+		return nil
+	}
+}
+
+// atMostOne takes one argument, or none.
+func atMostOne(cmd *cobra.Command, args []string) error {
+	if len(args) > 1 {
+		return tooMany(cmd, args[1])
+	}
+	return nil
+}
+
+// none takes no arguments.
+func none(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return tooMany(cmd, args[0])
+	}
+	return nil
+}
+
+func tooMany(cmd *cobra.Command, arg string) error {
+	return fmt.Errorf("%s does not know what to do with %q", cmd.CommandPath(), arg)
 }
 
 // need marks flags that a verb cannot do without. Cobra's own check would come

@@ -36,7 +36,7 @@ again before the SVID ends.`,
 		Example: `  mayfly svid
   mayfly svid --dir ~/.mayfly && cd ~/.mayfly && curl --cert svid.pem --key key.pem --cacert bundle.pem \
     -H 'Content-Type: application/json' -d '{}' https://localhost:8443/mayfly.v1.AccessService/WhoAmI`,
-		Args: cobra.NoArgs,
+		Args: none,
 	}
 	c.Flags().StringVar(&dir, "dir", "", "the directory to write to; it is made with mode 0700 if it is not there")
 	return p.verb(c, func(ctx context.Context, _ []string) error {

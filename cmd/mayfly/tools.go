@@ -21,7 +21,7 @@ func (p *program) toolsCommand() *cobra.Command {
 a name, it shows one of them whole: its parameters, the environment variables
 that it sets, and what outlives a revocation.`,
 		Example:           "  mayfly tools\n  mayfly tools crm.read",
-		Args:              cobra.MaximumNArgs(1),
+		Args:              atMostOne,
 		ValidArgsFunction: p.completeArgs(p.toolNames),
 	}
 	return p.verb(c, func(ctx context.Context, args []string) error {

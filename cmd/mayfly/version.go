@@ -12,7 +12,7 @@ func (p *program) versionCommand() *cobra.Command {
 		Use:     "version",
 		Short:   "Show the version",
 		Example: "  mayfly version --output json",
-		Args:    cobra.NoArgs,
+		Args:    none,
 	}
 	return p.verb(c, func(context.Context, []string) error {
 		view := struct {

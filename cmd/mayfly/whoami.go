@@ -17,7 +17,7 @@ func (p *program) whoamiCommand() *cobra.Command {
 		Short:   "Show who you are to the broker",
 		Long:    "Whoami shows how the broker sees you: your SPIFFE ID, what you may be here, and\nuntil when your SVID is valid. It is the first thing to try.",
 		Example: "  mayfly whoami\n  mayfly whoami --output json",
-		Args:    cobra.NoArgs,
+		Args:    none,
 	}
 	return p.verb(c, func(ctx context.Context, _ []string) error {
 		return p.with(ctx, func(c *client.Client) error {
