@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"syscall"
 
 	"connectrpc.com/connect"
@@ -100,7 +101,8 @@ func (c *Client) explain(err error) *ConnectionError {
 		return final(unreachable(err, fmt.Sprintf("correct the address in %s (or --addr)", EnvAddr),
 			"the broker's host %q has no address", clean(dns.Name)), dns.IsNotFound)
 	}
-	if _, ok := asType[tls.RecordHeaderError](err); ok {
+	// Where the answer looks like plain HTTP, net/http has an error of its own.
+	if _, ok := asType[tls.RecordHeaderError](err); ok || errors.Is(err, http.ErrSchemeMismatch) {
 		return final(unreachable(err, fmt.Sprintf("correct the address in %s (or --addr); the broker speaks https", EnvAddr),
 			"what answers at %s does not speak TLS", c.addr), true)
 	}
@@ -117,9 +119,11 @@ func (c *Client) explain(err error) *ConnectionError {
 	case errors.Is(err, context.DeadlineExceeded), code == connect.CodeDeadlineExceeded:
 		return unreachable(err, "try again; if it goes on, see whether the broker is overloaded or a firewall drops packets",
 			"the broker at %s did not answer in time", c.addr)
-	case connect.IsWireError(err):
+	case code == connect.CodeUnimplemented, code == connect.CodeNotFound, code == connect.CodePermissionDenied,
+		code == connect.CodeUnauthenticated, code == connect.CodeInvalidArgument:
+		// An answer, and not one of Mayfly's: those have a detail.
 		return final(unreachable(err, "see whether a proxy stands before the broker, and whether the address is the broker's",
-			"what answers at %s does not answer as Mayfly does: %s", c.addr, clean(broker.Shorten(err.Error(), 300))), code != connect.CodeUnavailable)
+			"what answers at %s does not answer as Mayfly does: %s", c.addr, clean(broker.Shorten(err.Error(), 300))), true)
 	}
 	return unreachable(err, isRunning, "the connection to %s broke: %s", c.addr, clean(broker.Shorten(err.Error(), 300)))
 }
