@@ -71,10 +71,11 @@ If the credential ends before the command does, you are warned on standard error
 	return c
 }
 
-// ownFailure gives what failed before a command was started the code 125.
+// ownFailure gives what failed before a command was started the code 125. What
+// has nothing to say is the command's own exit code, which may be any.
 func ownFailure(err error) error {
 	var exit *exitError
-	if err == nil || errors.As(err, &exit) && exit.code != exitUsage {
+	if err == nil || errors.As(err, &exit) && (exit.err == nil || exit.code != exitUsage) {
 		return err
 	}
 	if code := codeOf(err); code > exitSignal {
