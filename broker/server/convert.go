@@ -28,7 +28,7 @@ func instant(field string, t *timestamppb.Timestamp) (time.Time, error) {
 		return time.Time{}, nil
 	}
 	if err := t.CheckValid(); err != nil {
-		return time.Time{}, broker.Refusef(broker.ReasonInvalidArgument, "send an RFC 3339 time", "%s is no time", field)
+		return time.Time{}, unheard{broker.Refusef(broker.ReasonInvalidArgument, "send an RFC 3339 time", "%s is no time", field)}
 	}
 	return t.AsTime(), nil
 }
@@ -39,7 +39,7 @@ func span(field string, reason broker.Reason, d *durationpb.Duration) (*time.Dur
 		return nil, nil
 	}
 	if err := d.CheckValid(); err != nil {
-		return nil, broker.Refusef(reason, `send seconds with an "s", such as "300s"`, "%s is no duration", field)
+		return nil, unheard{broker.Refusef(reason, `send seconds with an "s", such as "300s"`, "%s is no duration", field)}
 	}
 	v := d.AsDuration()
 	return &v, nil
@@ -52,10 +52,19 @@ func spiffeID(field, s string) (spiffeid.ID, error) {
 	}
 	id, err := spiffeid.FromString(s)
 	if err != nil {
-		return id, broker.Refusef(broker.ReasonInvalidArgument, "give it as spiffe://<trust domain>/<path>",
-			"%s %q is no SPIFFE ID", field, broker.Clean(broker.Shorten(s, 100)))
+		return id, unheard{broker.Refusef(broker.ReasonInvalidArgument, "give it as spiffe://<trust domain>/<path>",
+			"%s %q is no SPIFFE ID", field, broker.Clean(broker.Shorten(s, 100)))}
 	}
 	return id, nil
+}
+
+// requiredID reads a SPIFFE ID that must be there.
+func requiredID(field, s string) (spiffeid.ID, error) {
+	if s == "" {
+		return spiffeid.ID{}, unheard{broker.Refusef(broker.ReasonInvalidArgument, "give it as spiffe://<trust domain>/<path>",
+			"%s is missing, or one of them is empty", field)}
+	}
+	return spiffeID(field, s)
 }
 
 func leaseMessage(l broker.Lease, now time.Time) *mayflyv1.Lease {

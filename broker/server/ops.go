@@ -10,9 +10,14 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/net/netutil"
 
 	"github.com/mayfly-security/mayfly/broker"
 )
+
+// opsConnections is how many connections the ops listener takes at once:
+// scrapers and probers are few.
+const opsConnections = 64
 
 // OpsConfig is what an Ops listener is made of.
 type OpsConfig struct {
@@ -69,7 +74,7 @@ func NewOps(cfg OpsConfig) (*Ops, error) {
 
 // Serve answers on ln until Shutdown; then it returns nil.
 func (o *Ops) Serve(ln net.Listener) error {
-	if err := o.http.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+	if err := o.http.Serve(netutil.LimitListener(ln, opsConnections)); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return nil

@@ -95,7 +95,8 @@ func New(cfg Config) (*Server, error) {
 	s.slots = make(chan struct{}, s.limits.Requests)
 	options := []connect.HandlerOption{
 		connect.WithReadMaxBytes(int(s.limits.Body)),
-		connect.WithCodec(strictJSON{}),
+		connect.WithCodec(plainJSON),
+		connect.WithCodec(charsetJSON),
 		connect.WithRecover(s.recovered),
 	}
 	s.errors = connect.NewErrorWriter(options...)

@@ -2,6 +2,8 @@ package server
 
 import (
 	"context"
+	"errors"
+	"strings"
 
 	"connectrpc.com/connect"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -12,21 +14,60 @@ import (
 	"github.com/mayfly-security/mayfly/broker/lease"
 )
 
+// unheard is a refusal that the engine has not heard of: it was made here, or
+// by a read. call records it; those that the engine made, it recorded.
+type unheard struct{ error }
+
+func (u unheard) Unwrap() error { return u.error }
+
+func own[T any](v T, err error) (T, error) {
+	if err != nil {
+		err = unheard{err}
+	}
+	return v, err
+}
+
 // call runs a handler's body and gives its error the form that callers see.
-func call[Res any](ctx context.Context, s *Server, body func(caller broker.Caller) (*Res, error)) (*connect.Response[Res], error) {
+// act is what was asked for, as the evidence names it.
+func call[Res any](ctx context.Context, s *Server, act string, body func(caller broker.Caller) (*Res, error)) (*connect.Response[Res], error) {
 	caller := callerOf(ctx)
 	res, err := body(caller)
 	if err != nil {
+		if u := (unheard{}); errors.As(err, &u) {
+			s.engine.Refused(ctx, caller, act, "", u.error)
+		}
 		return nil, rpcError(ctx, s.log, caller.Correlation, err)
 	}
 	return connect.NewResponse(res), nil
+}
+
+// checkPage refuses a page that cannot be meant: a token that is no listing's
+// would otherwise pass for one that stands at the end, and show nothing. A
+// token is a key's end, and so ends with an ID of what is listed.
+func checkPage[ID ~string](size int32, token string, parse func(string) (ID, error)) error {
+	if size < 0 {
+		return unheard{broker.Refusef(broker.ReasonInvalidArgument, "leave it out, or give a number from 1 to 1000", "page_size is %d", size)}
+	}
+	_, err := parse(token[strings.LastIndexByte(token, '|')+1:])
+	if token != "" && (err != nil || len(token) > 512 || broker.Clean(token) != token) {
+		return unheard{broker.Refuse(broker.ReasonInvalidArgument, "the page token is malformed", "send the token of the page before, unchanged")}
+	}
+	return nil
+}
+
+// maybe reads an ID that may be left out.
+func maybe[ID ~string](s string, parse func(string) (ID, error)) (ID, error) {
+	if s == "" {
+		return "", nil
+	}
+	return own(parse(s))
 }
 
 // accessService is mayfly.v1.AccessService.
 type accessService struct{ s *Server }
 
 func (a accessService) WhoAmI(ctx context.Context, _ *connect.Request[mayflyv1.WhoAmIRequest]) (*connect.Response[mayflyv1.WhoAmIResponse], error) {
-	return call(ctx, a.s, func(caller broker.Caller) (*mayflyv1.WhoAmIResponse, error) {
+	return call(ctx, a.s, "who_am_i", func(caller broker.Caller) (*mayflyv1.WhoAmIResponse, error) {
 		c := a.s.engine.Catalog()
 		agent, _ := c.Agent(caller.ID)
 		return &mayflyv1.WhoAmIResponse{
@@ -40,7 +81,7 @@ func (a accessService) WhoAmI(ctx context.Context, _ *connect.Request[mayflyv1.W
 }
 
 func (a accessService) ListTools(ctx context.Context, _ *connect.Request[mayflyv1.ListToolsRequest]) (*connect.Response[mayflyv1.ListToolsResponse], error) {
-	return call(ctx, a.s, func(caller broker.Caller) (*mayflyv1.ListToolsResponse, error) {
+	return call(ctx, a.s, "list_tools", func(caller broker.Caller) (*mayflyv1.ListToolsResponse, error) {
 		views, err := a.s.engine.Tools(ctx, caller)
 		res := &mayflyv1.ListToolsResponse{}
 		for _, v := range views {
@@ -51,7 +92,7 @@ func (a accessService) ListTools(ctx context.Context, _ *connect.Request[mayflyv
 }
 
 func (a accessService) IssueLease(ctx context.Context, req *connect.Request[mayflyv1.IssueLeaseRequest]) (*connect.Response[mayflyv1.IssueLeaseResponse], error) {
-	return call(ctx, a.s, func(caller broker.Caller) (*mayflyv1.IssueLeaseResponse, error) {
+	return call(ctx, a.s, "issue", func(caller broker.Caller) (*mayflyv1.IssueLeaseResponse, error) {
 		m := req.Msg
 		ttl, err := span("ttl", broker.ReasonTTL, m.GetTtl())
 		if err != nil {
@@ -80,12 +121,12 @@ func (s *Server) owner(caller broker.Caller) spiffeid.ID {
 }
 
 func (a accessService) GetLease(ctx context.Context, req *connect.Request[mayflyv1.GetLeaseRequest]) (*connect.Response[mayflyv1.Lease], error) {
-	return call(ctx, a.s, func(caller broker.Caller) (*mayflyv1.Lease, error) {
-		id, err := broker.ParseLeaseID(req.Msg.GetId())
+	return call(ctx, a.s, "get_lease", func(caller broker.Caller) (*mayflyv1.Lease, error) {
+		id, err := own(broker.ParseLeaseID(req.Msg.GetId()))
 		if err != nil {
 			return nil, err
 		}
-		l, err := a.s.engine.Lease(ctx, id, a.s.owner(caller))
+		l, err := own(a.s.engine.Lease(ctx, id, a.s.owner(caller)))
 		if err != nil {
 			return nil, err
 		}
@@ -94,11 +135,19 @@ func (a accessService) GetLease(ctx context.Context, req *connect.Request[mayfly
 }
 
 func (a accessService) ListLeases(ctx context.Context, req *connect.Request[mayflyv1.ListLeasesRequest]) (*connect.Response[mayflyv1.ListLeasesResponse], error) {
-	return call(ctx, a.s, func(caller broker.Caller) (*mayflyv1.ListLeasesResponse, error) {
+	return call(ctx, a.s, "list_leases", func(caller broker.Caller) (*mayflyv1.ListLeasesResponse, error) {
 		m := req.Msg
-		f := lease.LeaseFilter{Tool: m.GetTool(), Grant: broker.GrantID(m.GetGrantId()),
-			Incident: broker.IncidentID(m.GetIncidentId()), All: m.GetAll(), Overdue: m.GetOverdue()}
+		if err := checkPage(m.GetPageSize(), m.GetPageToken(), broker.ParseLeaseID); err != nil {
+			return nil, err
+		}
+		f := lease.LeaseFilter{Tool: m.GetTool(), All: m.GetAll(), Overdue: m.GetOverdue()}
 		var err error
+		if f.Grant, err = maybe(m.GetGrantId(), broker.ParseGrantID); err != nil {
+			return nil, err
+		}
+		if f.Incident, err = maybe(m.GetIncidentId(), broker.ParseIncidentID); err != nil {
+			return nil, err
+		}
 		if f.Agent, err = spiffeID("agent", m.GetAgent()); err != nil {
 			return nil, err
 		}
@@ -107,9 +156,6 @@ func (a accessService) ListLeases(ctx context.Context, req *connect.Request[mayf
 				return &mayflyv1.ListLeasesResponse{}, nil // another's are not found
 			}
 			f.Agent = owner
-		}
-		if err := checkToken(m.GetPageToken()); err != nil {
-			return nil, err
 		}
 		p, err := a.s.engine.Leases(ctx, f, m.GetPageToken(), int(m.GetPageSize()))
 		if err != nil {
@@ -124,17 +170,9 @@ func (a accessService) ListLeases(ctx context.Context, req *connect.Request[mayf
 	})
 }
 
-// checkToken bounds a page token; what it says is only where to begin.
-func checkToken(token string) error {
-	if len(token) > 512 {
-		return broker.Refuse(broker.ReasonInvalidArgument, "the page token is malformed", "send the token of the page before, unchanged")
-	}
-	return nil
-}
-
 func (a accessService) RevokeLease(ctx context.Context, req *connect.Request[mayflyv1.RevokeLeaseRequest]) (*connect.Response[mayflyv1.Lease], error) {
-	return call(ctx, a.s, func(caller broker.Caller) (*mayflyv1.Lease, error) {
-		id, err := broker.ParseLeaseID(req.Msg.GetId())
+	return call(ctx, a.s, "revoke_lease", func(caller broker.Caller) (*mayflyv1.Lease, error) {
+		id, err := own(broker.ParseLeaseID(req.Msg.GetId()))
 		if err != nil {
 			return nil, err
 		}
@@ -150,12 +188,12 @@ func (a accessService) RevokeLease(ctx context.Context, req *connect.Request[may
 type grantService struct{ s *Server }
 
 func (g grantService) CreateGrant(ctx context.Context, req *connect.Request[mayflyv1.CreateGrantRequest]) (*connect.Response[mayflyv1.Grant], error) {
-	return call(ctx, g.s, func(caller broker.Caller) (*mayflyv1.Grant, error) {
+	return call(ctx, g.s, "create_grant", func(caller broker.Caller) (*mayflyv1.Grant, error) {
 		m := req.Msg
 		r := lease.GrantRequest{Tool: m.GetTool(), Params: m.GetParameters(), MaxUses: int(m.GetMaxUses()),
 			Reason: m.GetReason(), Key: m.GetIdempotencyKey()}
 		var err error
-		if r.Agent, err = spiffeID("agent", m.GetAgent()); err != nil {
+		if r.Agent, err = requiredID("agent", m.GetAgent()); err != nil {
 			return nil, err
 		}
 		if r.NotBefore, err = instant("not_before", m.GetNotBefore()); err != nil {
@@ -169,7 +207,7 @@ func (g grantService) CreateGrant(ctx context.Context, req *connect.Request[mayf
 			return nil, err
 		}
 		if (d == nil) == r.NotAfter.IsZero() {
-			return nil, broker.Refuse(broker.ReasonInvalidArgument, "a grant needs an end: exactly one of not_after and duration", "give one of them")
+			return nil, unheard{broker.Refuse(broker.ReasonInvalidArgument, "a grant needs an end: exactly one of not_after and duration", "give one of them")}
 		}
 		if d != nil {
 			r.For = *d
@@ -183,8 +221,8 @@ func (g grantService) CreateGrant(ctx context.Context, req *connect.Request[mayf
 }
 
 func (g grantService) WithdrawGrant(ctx context.Context, req *connect.Request[mayflyv1.WithdrawGrantRequest]) (*connect.Response[mayflyv1.WithdrawGrantResponse], error) {
-	return call(ctx, g.s, func(caller broker.Caller) (*mayflyv1.WithdrawGrantResponse, error) {
-		id, err := broker.ParseGrantID(req.Msg.GetId())
+	return call(ctx, g.s, "withdraw_grant", func(caller broker.Caller) (*mayflyv1.WithdrawGrantResponse, error) {
+		id, err := own(broker.ParseGrantID(req.Msg.GetId()))
 		if err != nil {
 			return nil, err
 		}
@@ -198,10 +236,16 @@ func (g grantService) WithdrawGrant(ctx context.Context, req *connect.Request[ma
 }
 
 func (g grantService) ListGrants(ctx context.Context, req *connect.Request[mayflyv1.ListGrantsRequest]) (*connect.Response[mayflyv1.ListGrantsResponse], error) {
-	return call(ctx, g.s, func(caller broker.Caller) (*mayflyv1.ListGrantsResponse, error) {
+	return call(ctx, g.s, "list_grants", func(caller broker.Caller) (*mayflyv1.ListGrantsResponse, error) {
 		m := req.Msg
-		f := lease.GrantFilter{Tool: m.GetTool(), Incident: broker.IncidentID(m.GetIncidentId()), All: m.GetAll()}
+		if err := checkPage(m.GetPageSize(), m.GetPageToken(), broker.ParseGrantID); err != nil {
+			return nil, err
+		}
+		f := lease.GrantFilter{Tool: m.GetTool(), All: m.GetAll()}
 		var err error
+		if f.Incident, err = maybe(m.GetIncidentId(), broker.ParseIncidentID); err != nil {
+			return nil, err
+		}
 		if f.Agent, err = spiffeID("agent", m.GetAgent()); err != nil {
 			return nil, err
 		}
@@ -210,9 +254,6 @@ func (g grantService) ListGrants(ctx context.Context, req *connect.Request[mayfl
 				return &mayflyv1.ListGrantsResponse{}, nil
 			}
 			f.Agent = owner
-		}
-		if err := checkToken(m.GetPageToken()); err != nil {
-			return nil, err
 		}
 		p, err := g.s.engine.Grants(ctx, f, m.GetPageToken(), int(m.GetPageSize()))
 		if err != nil {
@@ -230,11 +271,11 @@ func (g grantService) ListGrants(ctx context.Context, req *connect.Request[mayfl
 type incidentService struct{ s *Server }
 
 func (i incidentService) OpenIncident(ctx context.Context, req *connect.Request[mayflyv1.OpenIncidentRequest]) (*connect.Response[mayflyv1.Incident], error) {
-	return call(ctx, i.s, func(caller broker.Caller) (*mayflyv1.Incident, error) {
+	return call(ctx, i.s, "open_incident", func(caller broker.Caller) (*mayflyv1.Incident, error) {
 		m := req.Msg
 		r := lease.IncidentRequest{Title: m.GetTitle(), Reference: m.GetReference(), Tools: m.GetTools(), Key: m.GetIdempotencyKey()}
 		for _, a := range m.GetAgents() {
-			id, err := spiffeID("agent", a)
+			id, err := requiredID("agents", a)
 			if err != nil {
 				return nil, err
 			}
@@ -254,8 +295,8 @@ func (i incidentService) OpenIncident(ctx context.Context, req *connect.Request[
 }
 
 func (i incidentService) CloseIncident(ctx context.Context, req *connect.Request[mayflyv1.CloseIncidentRequest]) (*connect.Response[mayflyv1.CloseIncidentResponse], error) {
-	return call(ctx, i.s, func(caller broker.Caller) (*mayflyv1.CloseIncidentResponse, error) {
-		id, err := broker.ParseIncidentID(req.Msg.GetId())
+	return call(ctx, i.s, "close_incident", func(caller broker.Caller) (*mayflyv1.CloseIncidentResponse, error) {
+		id, err := own(broker.ParseIncidentID(req.Msg.GetId()))
 		if err != nil {
 			return nil, err
 		}
@@ -273,12 +314,12 @@ func (i incidentService) CloseIncident(ctx context.Context, req *connect.Request
 }
 
 func (i incidentService) GetIncident(ctx context.Context, req *connect.Request[mayflyv1.GetIncidentRequest]) (*connect.Response[mayflyv1.Incident], error) {
-	return call(ctx, i.s, func(caller broker.Caller) (*mayflyv1.Incident, error) {
-		id, err := broker.ParseIncidentID(req.Msg.GetId())
+	return call(ctx, i.s, "get_incident", func(caller broker.Caller) (*mayflyv1.Incident, error) {
+		id, err := own(broker.ParseIncidentID(req.Msg.GetId()))
 		if err != nil {
 			return nil, err
 		}
-		v, err := i.s.engine.Incident(ctx, caller, id)
+		v, err := own(i.s.engine.Incident(ctx, caller, id))
 		if err != nil {
 			return nil, err
 		}
@@ -287,9 +328,9 @@ func (i incidentService) GetIncident(ctx context.Context, req *connect.Request[m
 }
 
 func (i incidentService) ListIncidents(ctx context.Context, req *connect.Request[mayflyv1.ListIncidentsRequest]) (*connect.Response[mayflyv1.ListIncidentsResponse], error) {
-	return call(ctx, i.s, func(caller broker.Caller) (*mayflyv1.ListIncidentsResponse, error) {
+	return call(ctx, i.s, "list_incidents", func(caller broker.Caller) (*mayflyv1.ListIncidentsResponse, error) {
 		m := req.Msg
-		if err := checkToken(m.GetPageToken()); err != nil {
+		if err := checkPage(m.GetPageSize(), m.GetPageToken(), broker.ParseIncidentID); err != nil {
 			return nil, err
 		}
 		p, err := i.s.engine.Incidents(ctx, caller, m.GetAll(), m.GetPageToken(), int(m.GetPageSize()))
@@ -308,10 +349,22 @@ func (i incidentService) ListIncidents(ctx context.Context, req *connect.Request
 type auditService struct{ s *Server }
 
 func (a auditService) ListEvents(ctx context.Context, req *connect.Request[mayflyv1.ListEventsRequest]) (*connect.Response[mayflyv1.ListEventsResponse], error) {
-	return call(ctx, a.s, func(caller broker.Caller) (*mayflyv1.ListEventsResponse, error) {
+	return call(ctx, a.s, "list_events", func(caller broker.Caller) (*mayflyv1.ListEventsResponse, error) {
 		m := req.Msg
-		f := lease.EventFilter{Agent: m.GetAgent(), Tool: m.GetTool(), Lease: broker.LeaseID(m.GetLeaseId()),
-			Grant: broker.GrantID(m.GetGrantId()), Incident: broker.IncidentID(m.GetIncidentId()), Type: audit.Type(m.GetType())}
+		if err := checkPage(m.GetPageSize(), "", broker.ParseLeaseID); err != nil {
+			return nil, err
+		}
+		f := lease.EventFilter{Agent: m.GetAgent(), Tool: m.GetTool(), Type: audit.Type(m.GetType())}
+		var err error
+		if f.Lease, err = maybe(m.GetLeaseId(), broker.ParseLeaseID); err != nil {
+			return nil, err
+		}
+		if f.Grant, err = maybe(m.GetGrantId(), broker.ParseGrantID); err != nil {
+			return nil, err
+		}
+		if f.Incident, err = maybe(m.GetIncidentId(), broker.ParseIncidentID); err != nil {
+			return nil, err
+		}
 		events, looked, err := a.s.engine.Events(ctx, caller, f, m.GetAfter(), int(m.GetPageSize()), m.GetLatest())
 		if err != nil {
 			return nil, err
