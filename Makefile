@@ -25,7 +25,7 @@ demo: build ## The main job, from no access to access and back, on embedded defa
 
 .PHONY: test
 test: need-cc ## Run every test, with the race detector
-	$(GO) test -race -timeout 15m $(TEST_ARGS) ./...
+	$(GO) test -race -parallel 8 -timeout 15m $(TEST_ARGS) ./...
 
 .PHONY: need-cc
 need-cc:

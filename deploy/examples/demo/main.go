@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"time"
@@ -80,13 +81,13 @@ func (s *story) tell() error {
 
 	s.chapter("Something breaks. The pager bot opens an incident, and with it a window")
 	out, err = s.mayfly("pager", 0, "incident", "open", "--title", "CRM answers slowly", "--ref", "PD-4711",
-		"--agent", "spiffe://acme.test/agent/troubleshooter", "--tool", "crm.read", "--for", "30m", "--output", "json")
+		"--agent", "spiffe://acme.test/agent/troubleshooter", "--tool", "crm.read", "--for", "30m")
 	if err != nil {
 		return err
 	}
-	incident, err := field(out, "id", "i")
-	if err != nil {
-		return err
+	incident := incidentID.FindString(out)
+	if incident == "" {
+		return errors.New("the answer names no incident")
 	}
 
 	s.chapter("Now the agent gets a credential: for one tool, one customer, five minutes")
@@ -296,17 +297,8 @@ func expect(out string, words ...string) error {
 	return nil
 }
 
-// field finds the value of a JSON string field that begins with a letter.
-func field(out, name, letter string) (string, error) {
-	for line := range strings.Lines(out) {
-		line = strings.ReplaceAll(line, " ", "")
-		if _, value, ok := strings.Cut(line, `"`+name+`":"`+letter); ok {
-			value, _, _ = strings.Cut(value, `"`)
-			return letter + value, nil
-		}
-	}
-	return "", fmt.Errorf("the answer has no field %q", name)
-}
+// incidentID is what an incident's ID looks like.
+var incidentID = regexp.MustCompile(`\bi[0-9a-z]{25}\b`)
 
 // shellValue finds what an export line sets a variable to.
 func shellValue(out, name string) (string, error) {
