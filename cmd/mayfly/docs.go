@@ -41,9 +41,13 @@ func reference(root *cobra.Command) string {
 	walk(root, func(c *cobra.Command) { fmt.Fprintf(&b, "- [%s](#%s): %s\n", c.CommandPath(), anchor(c), c.Short) })
 	b.WriteByte('\n')
 	walk(root, func(c *cobra.Command) { describe(&b, c) })
-	b.WriteString("## Exit codes\n\n| Code | Meaning |\n|---|---|\n")
+	b.WriteString("## Exit codes\n\n| Code | Meaning | Reasons |\n|---|---|---|\n")
 	for _, e := range exitCodes() {
-		fmt.Fprintf(&b, "| %s | %s |\n", e.code, e.meaning)
+		var words []string
+		for _, r := range e.reasons {
+			words = append(words, "`"+string(r)+"`")
+		}
+		fmt.Fprintf(&b, "| %s | %s | %s |\n", e.code, e.meaning, strings.Join(words, ", "))
 	}
 	b.WriteString("\n## Environment\n\nFlags come before the environment.\n\n| Variable | Meaning |\n|---|---|\n")
 	for _, e := range environment() {

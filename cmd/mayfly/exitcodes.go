@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -21,65 +23,56 @@ const (
 	exitNotFound    = 4
 	exitUnavailable = 5
 	exitIdentity    = 6
-	exitConflict    = 7
 	exitExec        = 125
 	exitCannotRun   = 126
 	exitNoCommand   = 127
 	exitSignal      = 128 // and the number of the signal
 )
 
-// exitCodes describes every exit code, for the help and the reference.
-func exitCodes() []struct{ code, meaning string } {
-	return []struct{ code, meaning string }{
-		{"0", "It is done."},
-		{"1", "Something unexpected happened."},
-		{"2", "The command was not used as it is meant: a wrong flag, argument, parameter or TTL."},
-		{"3", "Refused: no permission, or no grant that is good now."},
-		{"4", "There is no such thing, or it is not yours."},
-		{"5", "The broker or a provider is not available, or you ask too fast: try again."},
-		{"6", "An identity problem: no SVID to connect with, one that the broker does not accept, or a broker that is not the pinned one."},
-		{"7", "The present state excludes it: closed, used up, or an idempotency key of another request."},
-		{"125", "exec: mayfly itself failed, for whatever reason of the above; the command was not started."},
-		{"126", "exec: the command was found and could not be started."},
-		{"127", "exec: the command was not found."},
-		{"128+n", "Ended by signal n. For exec: the command was."},
-		{"other", "exec: the command's own exit code. It is passed on as it is, so it may be one of the above."},
+// exitCode is one line of the table of exit codes.
+type exitCode struct {
+	code    string
+	meaning string
+	reasons []broker.Reason // what the broker says when it ends so
+}
+
+// exitCodes is the one table of exit codes: what the command does, its help and
+// the reference go by it. A test holds it complete.
+func exitCodes() []exitCode {
+	return []exitCode{
+		{"0", "It is done.", nil},
+		{"1", "Something unexpected happened.", []broker.Reason{broker.ReasonInternal}},
+		{"2", "It was asked in a way that cannot be right: a wrong flag, argument, parameter or TTL.", []broker.Reason{
+			broker.ReasonInvalidArgument, broker.ReasonParameter, broker.ReasonTTL, broker.ReasonTooLarge, broker.ReasonKeyReused}},
+		{"3", "Refused: no permission, no grant that is good now, or the present state excludes it.", []broker.Reason{
+			broker.ReasonPermissionDenied, broker.ReasonAgentUnknown, broker.ReasonAgentDisabled, broker.ReasonNoGrant,
+			broker.ReasonGrantSuspended, broker.ReasonGrantUsed, broker.ReasonIncidentClosed, broker.ReasonIncidentLimit,
+			broker.ReasonSelfService, broker.ReasonConflict, broker.ReasonSecretGone, broker.ReasonProviderRefused}},
+		{"4", "There is no such thing, or it is not yours.", []broker.Reason{broker.ReasonNotFound, broker.ReasonToolUnknown}},
+		{"5", "The broker or a provider is not available, or you ask too fast: try again later.", []broker.Reason{
+			broker.ReasonProvider, broker.ReasonStore, broker.ReasonClock, broker.ReasonShuttingDown, broker.ReasonRateLimited}},
+		{"6", "An identity problem: no SVID to connect with, one that the broker does not accept, or a broker that is not the pinned one.", []broker.Reason{
+			broker.ReasonUnauthenticated, broker.ReasonSVIDExpired, broker.ReasonSVIDNotYetValid, broker.ReasonSVIDMalformed,
+			broker.ReasonUntrusted, broker.ReasonTrustDomain}},
+		{"125", "exec: mayfly itself failed, for whatever reason of the above; the command was not started.", nil},
+		{"126", "exec: the command was found and could not be started.", nil},
+		{"127", "exec: the command was not found.", nil},
+		{"128+n", "Ended by signal n. For exec: the command was.", nil},
+		{"other", "exec: the command's own exit code. It is passed on as it is, so it may be one of the above.", nil},
 	}
 }
 
-// codes gives the exit code of every reason; a test holds it complete.
-var codes = map[broker.Reason]int{
-	broker.ReasonUnauthenticated:  exitIdentity,
-	broker.ReasonSVIDExpired:      exitIdentity,
-	broker.ReasonSVIDNotYetValid:  exitIdentity,
-	broker.ReasonSVIDMalformed:    exitIdentity,
-	broker.ReasonUntrusted:        exitIdentity,
-	broker.ReasonTrustDomain:      exitIdentity,
-	broker.ReasonAgentUnknown:     exitRefused,
-	broker.ReasonAgentDisabled:    exitRefused,
-	broker.ReasonPermissionDenied: exitRefused,
-	broker.ReasonSelfService:      exitRefused,
-	broker.ReasonNoGrant:          exitRefused,
-	broker.ReasonGrantSuspended:   exitRefused,
-	broker.ReasonGrantUsed:        exitRefused,
-	broker.ReasonIncidentClosed:   exitRefused,
-	broker.ReasonProviderRefused:  exitRefused,
-	broker.ReasonNotFound:         exitNotFound,
-	broker.ReasonToolUnknown:      exitNotFound,
-	broker.ReasonInvalidArgument:  exitUsage,
-	broker.ReasonParameter:        exitUsage,
-	broker.ReasonTTL:              exitUsage,
-	broker.ReasonTooLarge:         exitUsage,
-	broker.ReasonProvider:         exitUnavailable,
-	broker.ReasonStore:            exitUnavailable,
-	broker.ReasonClock:            exitUnavailable,
-	broker.ReasonShuttingDown:     exitUnavailable,
-	broker.ReasonRateLimited:      exitUnavailable,
-	broker.ReasonConflict:         exitConflict,
-	broker.ReasonIncidentLimit:    exitConflict,
-	broker.ReasonKeyReused:        exitConflict,
-	broker.ReasonSecretGone:       exitConflict,
-	broker.ReasonInternal:         exitUnexpected,
+// reasonCode is the exit code of a refusal. A reason that this version does not
+// know is unexpected.
+func reasonCode(r broker.Reason) int {
+	for _, e := range exitCodes() {
+		if slices.Contains(e.reasons, r) {
+			if n, err := strconv.Atoi(e.code); err == nil {
+				return n
+			}
+		}
+	}
+	return exitUnexpected
 }
 
 // codeOf is the exit code of an error.
@@ -92,10 +85,7 @@ func codeOf(err error) int {
 	case errors.As(err, &exit):
 		return exit.code
 	case errors.As(err, &refusal):
-		if code, ok := codes[refusal.Reason]; ok {
-			return code
-		}
-		return exitUnexpected
+		return reasonCode(refusal.Reason)
 	case errors.Is(err, client.ErrIdentity):
 		return exitIdentity
 	case errors.Is(err, client.ErrUnreachable):
@@ -136,9 +126,16 @@ func wrongUse(err error) error {
 
 func exitCodesTopic() *cobra.Command {
 	var b strings.Builder
-	b.WriteString("What the exit codes of mayfly mean:\n\n")
+	b.WriteString("What the exit codes of mayfly mean, and the reasons of the broker that end so:\n\n")
 	for _, c := range exitCodes() {
 		fmt.Fprintf(&b, "  %-6s %s\n", c.code, c.meaning)
+		for words := range slices.Chunk(c.reasons, 4) {
+			b.WriteString("        ")
+			for _, r := range words {
+				b.WriteString(" " + string(r))
+			}
+			b.WriteByte('\n')
+		}
 	}
 	return &cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: strings.TrimRight(b.String(), "\n")}
 }

@@ -1,11 +1,25 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"testing"
 
 	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/client"
 )
+
+// codes are the exit codes by reason.
+var codes = func() map[broker.Reason]int {
+	m := map[broker.Reason]int{}
+	for _, e := range exitCodes() {
+		for _, r := range e.reasons {
+			m[r] = reasonCode(r)
+		}
+	}
+	return m
+}()
 
 // Every code that a command of exec may end with is passed on, also those that
 // mean something else when mayfly itself says them.
@@ -35,13 +49,45 @@ func TestExecsOwnFailures(t *testing.T) {
 	}
 }
 
-func TestEveryReasonHasAnExitCode(t *testing.T) {
-	for _, doc := range broker.Reasons() {
-		if _, ok := codes[doc.Reason]; !ok {
-			t.Errorf("reason %s has no exit code", doc.Reason)
+func TestEveryReasonHasOneExitCode(t *testing.T) {
+	lines := map[broker.Reason]int{}
+	for _, e := range exitCodes() {
+		for _, r := range e.reasons {
+			lines[r]++
 		}
 	}
-	if len(codes) != len(broker.Reasons()) {
-		t.Errorf("%d reasons have exit codes, and there are %d reasons", len(codes), len(broker.Reasons()))
+	for _, doc := range broker.Reasons() {
+		if lines[doc.Reason] != 1 {
+			t.Errorf("reason %s is in %d lines of the table", doc.Reason, lines[doc.Reason])
+		}
+		delete(lines, doc.Reason)
+	}
+	if len(lines) != 0 {
+		t.Errorf("the table has what is no reason: %v", lines)
+	}
+}
+
+// Scripts rely on these.
+func TestExitCodes(t *testing.T) {
+	for reason, want := range map[broker.Reason]int{
+		broker.ReasonInternal: exitUnexpected, "a_reason_of_tomorrow": exitUnexpected,
+		broker.ReasonInvalidArgument: exitUsage, broker.ReasonParameter: exitUsage, broker.ReasonTTL: exitUsage,
+		broker.ReasonPermissionDenied: exitRefused, broker.ReasonNoGrant: exitRefused, broker.ReasonAgentDisabled: exitRefused,
+		broker.ReasonIncidentClosed: exitRefused,
+		broker.ReasonNotFound:       exitNotFound, broker.ReasonToolUnknown: exitNotFound,
+		broker.ReasonProvider: exitUnavailable, broker.ReasonShuttingDown: exitUnavailable,
+		broker.ReasonUnauthenticated: exitIdentity, broker.ReasonUntrusted: exitIdentity,
+	} {
+		if got := codeOf(fmt.Errorf("asking: %w", broker.Refuse(reason, "no", "ask"))); got != want {
+			t.Errorf("%s ends with %d, want %d", reason, got, want)
+		}
+	}
+	for err, want := range map[error]int{
+		client.ErrIdentity: exitIdentity, client.ErrUnreachable: exitUnavailable,
+		usagef("wrong"): exitUsage, errors.New("anything"): exitUnexpected, context.Canceled: exitSignal + 2,
+	} {
+		if got := codeOf(err); got != want {
+			t.Errorf("%v ends with %d, want %d", err, got, want)
+		}
 	}
 }

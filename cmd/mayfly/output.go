@@ -10,6 +10,8 @@ import (
 	"strings"
 	"syscall"
 	"text/tabwriter"
+	"unicode/utf16"
+	"unicode/utf8"
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/client"
@@ -27,9 +29,31 @@ func (p *program) show(v any, text func(*page)) error {
 }
 
 func writeJSON(w io.Writer, v any) error {
-	e := json.NewEncoder(w)
-	e.SetIndent("", "  ")
-	return e.Encode(v)
+	doc, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(append(escapeUnsafe(doc), '\n'))
+	return err
+}
+
+// escapeUnsafe escapes what a terminal could act on and JSON leaves as it is,
+// such as bidirectional overrides and the controls above ASCII. A document's
+// strings are the only place for such characters, and mean the same escaped.
+func escapeUnsafe(doc []byte) []byte {
+	out := make([]byte, 0, len(doc))
+	for len(doc) > 0 {
+		r, size := utf8.DecodeRune(doc)
+		if r < utf8.RuneSelf && r != 0x7f || clean(string(r)) == string(r) {
+			out = append(out, doc[:size]...)
+		} else {
+			for _, unit := range utf16.Encode([]rune{r}) {
+				out = fmt.Appendf(out, `\u%04x`, unit)
+			}
+		}
+		doc = doc[size:]
+	}
+	return out
 }
 
 // page is text for people. Everything that is put in is cleaned: no control,
