@@ -28,7 +28,7 @@ func (l *loader) providers(s source) {
 			continue
 		}
 		if named {
-			l.snapshot.providers[e.Name] = Provider{Name: e.Name, Driver: e.Driver, Config: e.Config}
+			l.snapshot.providers[e.Name] = Provider(e)
 		}
 	}
 }

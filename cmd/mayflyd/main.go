@@ -3,6 +3,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -22,7 +23,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := rootCommand().ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(os.Stderr, "mayflyd:", err)
+		fmt.Fprintln(os.Stderr, "mayflyd:", sentence(err))
 		stop()
 		os.Exit(1) // the deferred stop has nothing left to do
 	}
@@ -75,7 +76,8 @@ func onHangup(ctx context.Context) <-chan struct{} {
 
 // sentence is an error as a person reads it: what happened, and what to do.
 func sentence(err error) error {
-	if e, ok := err.(*broker.Error); ok && e.Next != "" {
+	var e *broker.Error
+	if errors.As(err, &e) && e.Next != "" {
 		return fmt.Errorf("%s; %s", e.Message, e.Next)
 	}
 	return err

@@ -35,6 +35,7 @@ func (d decoder) value(n *node, v reflect.Value) {
 	}
 	switch v.Type() {
 	case rawType:
+		n.raw = true
 		v.SetBytes(d.json(n))
 		return
 	case durationType:

@@ -11,10 +11,9 @@ import (
 // the place of the nearest value above that there is: what is missing is
 // reported where it is missing.
 //
-// An index may be left away: "introspectors.id" is that of the first item that
-// has one. And where the last name of a path is not where it should be, a key
-// of that name further below is taken. Both are for paths from decoders of
-// JSON, which are not exact.
+// Paths from decoders of JSON are not exact. So an index may be left away:
+// "introspectors.id" is that of the first item that has one. And a name that
+// is not at the top of a json.RawMessage is looked for further below.
 func (d *Document) At(path string) Position {
 	at := d.root.find(path).place
 	return Position{File: d.file, Line: at.line, Column: at.column}
@@ -36,7 +35,7 @@ func (n *node) find(path string) *node {
 	if next, rest := n.step(path); next != nil {
 		return next.find(rest)
 	}
-	if !strings.ContainsAny(path, ".[") {
+	if n.raw && !strings.ContainsAny(path, ".[") {
 		if found := n.below(path); found != nil {
 			return found
 		}

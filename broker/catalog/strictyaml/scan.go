@@ -46,8 +46,15 @@ func checkText(errs *collector, data []byte) bool {
 // alone and may count too much, never too little.
 func checkTokens(errs *collector, tokens token.Tokens) bool {
 	s := shape{errs: errs}
+	var content, ended bool // of the document so far; whether it was ended
 	for i, t := range tokens {
 		at := place{t.Position.Line, t.Position.Column}
+		if ended && t.Type != token.CommentType {
+			errs.add(at, "the document has ended, and there is more after it")
+			return false
+		}
+		begun := content
+		content = content || t.Type != token.CommentType
 		switch t.Type {
 		case token.InvalidType:
 			errs.add(at, "%s", broker.Clean(t.Error))
@@ -65,21 +72,21 @@ func checkTokens(errs *collector, tokens token.Tokens) bool {
 			errs.add(at, `"?" keys are not taken: write "key: value"`)
 			return false
 		case token.DocumentHeaderType:
-			if i > 0 && hasContent(tokens[:i]) {
+			if begun {
 				errs.add(at, "a second document begins here; one file is one document")
 				return false
 			}
 		case token.DocumentEndType:
-			if hasContent(tokens[i+1:]) {
-				errs.add(at, "the document ends here, and there is more after it")
-				return false
-			}
+			ended = true
 		case token.SequenceStartType, token.MappingStartType:
 			s.flow = append(s.flow, collection{mapping: t.Type == token.MappingStartType})
 		case token.SequenceEndType, token.MappingEndType:
-			if n := len(s.flow); n > 0 {
-				s.flow = s.flow[:n-1]
+			n := len(s.flow)
+			if n == 0 || s.flow[n-1].mapping != (t.Type == token.MappingEndType) {
+				errs.add(at, "%s closes nothing that is open here", t.Value)
+				return false
 			}
+			s.flow = s.flow[:n-1]
 		case token.CollectEntryType:
 			if n := len(s.flow); n > 0 {
 				s.flow[n-1].entries++
@@ -103,15 +110,6 @@ func checkTokens(errs *collector, tokens token.Tokens) bool {
 		}
 	}
 	return true
-}
-
-func hasContent(tokens token.Tokens) bool {
-	for _, t := range tokens {
-		if t.Type != token.CommentType && t.Type != token.DocumentHeaderType {
-			return true
-		}
-	}
-	return false
 }
 
 // shape is what is open at one token.

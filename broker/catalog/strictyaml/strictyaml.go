@@ -18,7 +18,7 @@ import (
 // Limits on a file. They are far above what people write and far below what
 // would cost the reader time, memory or stack.
 const (
-	MaxSize  = 4 << 20 // bytes
+	MaxSize  = 1 << 20 // bytes: some 5,000 agents; a catalog may have many files
 	MaxDepth = 32      // collections within one another
 	MaxKeys  = 1000    // keys of one mapping; the parser's time grows with their square
 	maxShown = 50      // errors in one report

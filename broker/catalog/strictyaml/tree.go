@@ -41,6 +41,7 @@ type node struct {
 	text    string // the value of a text, or a number as it is written in its plainest form
 	items   []*node
 	entries []entry // in the order of the file; no key twice
+	raw     bool    // taken as JSON: its keys are for others to judge
 }
 
 type entry struct {

@@ -111,7 +111,7 @@ func (s *story) tell() error {
 	}
 
 	s.chapter("The incident is over. The bot closes it")
-	if out, err = s.mayfly("pager", 0, "incident", "close", incident, "--reason", "resolved"); err != nil {
+	if _, err = s.mayfly("pager", 0, "incident", "close", incident, "--reason", "resolved"); err != nil {
 		return err
 	}
 	closed := time.Now()
