@@ -11,7 +11,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/net/netutil"
-	"golang.org/x/net/netutil"
 
 	"github.com/mayfly-security/mayfly/broker"
 )
@@ -73,12 +72,8 @@ func NewOps(cfg OpsConfig) (*Ops, error) {
 	}}, nil
 }
 
-// opsConnections is how many connections the listener takes at once.
-const opsConnections = 64
-
 // Serve answers on ln until Shutdown; then it returns nil.
 func (o *Ops) Serve(ln net.Listener) error {
-	ln = netutil.LimitListener(ln, opsConnections)
 	if err := o.http.Serve(netutil.LimitListener(ln, opsConnections)); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
