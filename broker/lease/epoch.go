@@ -163,7 +163,11 @@ func (e *Engine) load(ctx context.Context, next *catalog.Snapshot, actor string,
 	if !first {
 		// Deliveries that were decided by the old catalog end before this
 		// returns, and so do the leases that they were of.
-		return e.sweepCatalog(ctx)
+		grants, err := e.sweepCatalog(ctx)
+		if err != nil {
+			return err
+		}
+		return e.awaitDeliveries(ctx, grants...)
 	}
 	return nil
 }
@@ -224,6 +228,9 @@ func (e *Engine) exchange(ctx context.Context, next *catalog.Snapshot, actor str
 	if err != nil {
 		return opened, err
 	}
+	if old != nil {
+		e.keepNeeded(ctx, old, ep)
+	}
 	e.current.Store(ep)
 	e.startWorkers(ep)
 	if old != nil {
@@ -260,6 +267,30 @@ func (e *Engine) providersStay(ctx context.Context, ep *epoch) error {
 		}
 		return nil
 	})
+}
+
+// keepNeeded takes over the providers that the new catalog does not have but
+// that got a lease after providersStay had looked, from an attempt that the old
+// catalog had decided: somebody must end it. After the commit of the new
+// generation no more can come. The next reload is refused until they have ended.
+func (e *Engine) keepNeeded(ctx context.Context, old, ep *epoch) {
+	for name, p := range old.providers {
+		if _, stays := ep.providers[name]; stays {
+			continue
+		}
+		needed := false
+		err := e.store.View(context.WithoutCancel(ctx), func(r store.Reader) error {
+			needed = false
+			for _, err := range r.Scan(store.Prefix(prefixDueOf(name))) {
+				needed = err == nil
+				return err
+			}
+			return nil
+		})
+		if (needed || err != nil) && p.acquire() {
+			ep.providers[name] = p
+		}
+	}
 }
 
 // Introspectors are the providers whose credentials resource servers check

@@ -266,6 +266,9 @@ func (e *Engine) withdrawGrant(ctx context.Context, caller broker.Caller, id bro
 		e.house.poke() // it goes on with the sweep
 		return broker.Grant{}, Ended{}, err
 	}
+	if err := e.awaitDeliveries(ctx, id); err != nil {
+		return broker.Grant{}, Ended{}, err
+	}
 	var ended Ended
 	ended.Dead, ended.Revoking, err = e.awaitEnd(ctx, ids)
 	return g, ended, err

@@ -210,6 +210,9 @@ func (e *Engine) closeIncident(ctx context.Context, caller broker.Caller, id bro
 		e.house.poke() // it goes on with the sweep
 		return broker.Incident{}, Ended{}, err
 	}
+	if err := e.awaitDeliveries(ctx, in.Grants...); err != nil {
+		return broker.Incident{}, Ended{}, err
+	}
 	var ended Ended
 	ended.Dead, ended.Revoking, err = e.awaitEnd(ctx, ids)
 	return in, ended, err

@@ -90,16 +90,14 @@ func (m *minter) outside(ctx context.Context) (*Delivery, error) {
 	}
 
 	// From here on the attempt is carried through whatever the caller does:
-	// something may exist. The deadline is the engine's.
+	// something may exist.
 	detached := context.WithoutCancel(ctx)
-	attempt, cancel := context.WithTimeout(detached, m.p.traits.MintTimeout)
+	// The deadline is the one that the intent has, however long its commit took.
+	attempt, cancel := context.WithTimeout(detached, deadline.Sub(m.e.clock.now()))
 	minted, err := m.mint(attempt, m.request(), func(h providers.Handle) error {
 		return m.record(detached, h)
 	})
 	cancel()
-	if err == nil && minted.DiesAt.IsZero() {
-		err = errors.New("the provider made a credential that does not die by itself (I8)")
-	}
 	if err != nil {
 		m.fail(detached, minted.Handle, err)
 		return nil, m.providerRefusal(err)
@@ -129,7 +127,8 @@ func (m *minter) outside(ctx context.Context) (*Delivery, error) {
 	return m.deliver(minted.Secret, done), nil
 }
 
-// mint calls the provider and turns a panic into an error of unknown outcome.
+// mint calls the provider and turns a panic, and a credential that would live
+// for ever, into an error of unknown outcome.
 func (m *minter) mint(ctx context.Context, req providers.MintRequest, record func(providers.Handle) error) (minted providers.Minted, err error) {
 	start := time.Now()
 	defer func() {
@@ -138,7 +137,11 @@ func (m *minter) mint(ctx context.Context, req providers.MintRequest, record fun
 		}
 		m.e.metrics.minted(m.l.Provider, time.Since(start), err)
 	}()
-	return m.p.Mint(ctx, req, record)
+	minted, err = m.p.Mint(ctx, req, record)
+	if err == nil && minted.DiesAt.IsZero() {
+		err = errors.New("the provider made a credential that does not die by itself (I8)")
+	}
+	return minted, err
 }
 
 // settle takes over what the provider says of the credential's life.
@@ -264,7 +267,10 @@ func (m *minter) activate(ctx context.Context, h providers.Handle) (refusal *bro
 				return err
 			}
 			l.Handle, l.MintDone = h, true
-			l.DiesAt, l.End, l.Survives = m.l.DiesAt, earlier(l.End, m.l.End), m.l.Survives
+			l.DiesAt, l.Survives = m.l.DiesAt, m.l.Survives
+			if l.State == broker.LeaseMinting {
+				l.End = earlier(l.End, m.l.End) // one that is being ended has its end, and is indexed by it
+			}
 			cause, holds := f.Holds(now)
 			switch {
 			case l.State != broker.LeaseMinting:

@@ -28,17 +28,21 @@ type refusalKind struct {
 	reason     broker.Reason
 }
 
+// refusalCount is how often one kind of refusal happened in a window, and how
+// many of them were written one by one.
+type refusalCount struct{ seen, written int }
+
 type refusals struct {
 	e *Engine
 
 	mu      sync.Mutex
 	began   time.Time
 	written int
-	counts  map[refusalKind]int
+	counts  map[refusalKind]refusalCount
 }
 
 func newRefusals(e *Engine) *refusals {
-	return &refusals{e: e, counts: map[refusalKind]int{}}
+	return &refusals{e: e, counts: map[refusalKind]refusalCount{}}
 }
 
 // Refused records that a caller was refused: as a metric always, as evidence
@@ -95,12 +99,15 @@ func (r *refusals) admit(kind refusalKind) bool {
 	if _, known := r.counts[kind]; !known && len(r.counts) >= refusalKinds {
 		kind = refusalKind{actor: "others", act: kind.act, reason: kind.reason}
 	}
-	r.counts[kind]++
-	if r.counts[kind] > refusalsEach || r.written >= refusalsAll {
-		return false
+	c := r.counts[kind]
+	c.seen++
+	alone := c.written < refusalsEach && r.written < refusalsAll
+	if alone {
+		c.written++
+		r.written++
 	}
-	r.written++
-	return true
+	r.counts[kind] = c
+	return alone
 }
 
 // flush writes what was only counted, once the window is over.
@@ -113,20 +120,21 @@ func (r *refusals) flush(ctx context.Context) {
 		return
 	}
 	began, counts, budget := r.began, r.counts, refusalsAll
-	r.began, r.written, r.counts = time.Time{}, 0, map[refusalKind]int{}
+	r.began, r.written, r.counts = time.Time{}, 0, map[refusalKind]refusalCount{}
 	r.mu.Unlock()
 
 	var events []audit.Event
 	rest := 0
-	for kind, n := range counts {
-		if n <= refusalsEach {
+	for kind, c := range counts {
+		n := c.seen - c.written
+		if n == 0 {
 			continue
 		}
 		if len(events) == budget {
-			rest += n - refusalsEach
+			rest += n
 			continue
 		}
-		events = append(events, suppressed(now, began, kind, n-refusalsEach))
+		events = append(events, suppressed(now, began, kind, n))
 	}
 	if rest > 0 {
 		events = append(events, suppressed(now, began, refusalKind{actor: "others"}, rest))

@@ -70,7 +70,7 @@ func (e *Engine) resumeSweeps(ctx context.Context) error {
 		case sweepGrants:
 			_, err = e.sweepGrant(ctx, broker.GrantID(p.id), p.rec)
 		case sweepCatalog:
-			err = e.sweepCatalog(ctx)
+			_, err = e.sweepCatalog(ctx)
 		default:
 			err = fmt.Errorf("there is no sweep of kind %q", p.kind)
 		}
@@ -134,9 +134,9 @@ func (e *Engine) sweepGrant(ctx context.Context, id broker.GrantID, why sweepRec
 }
 
 // sweepCatalog ends the leases of every grant that does not hold by the
-// catalog as it is now. The grants stay: they hold again if what changed is
-// changed back.
-func (e *Engine) sweepCatalog(ctx context.Context) error {
+// catalog as it is now, and returns those grants. They stay: they hold again if
+// what changed is changed back.
+func (e *Engine) sweepCatalog(ctx context.Context) ([]broker.GrantID, error) {
 	ep := e.settled()
 	type over struct {
 		id    broker.GrantID
@@ -162,15 +162,17 @@ func (e *Engine) sweepCatalog(ctx context.Context) error {
 		return nil
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	for _, g := range gone {
+	grants := make([]broker.GrantID, len(gone))
+	for i, g := range gone {
+		grants[i] = g.id
 		if _, err := e.endGrantLeases(ctx, g.id, ending{cause: g.cause, actor: audit.Broker}); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	// A reload that came meanwhile has a sweep of its own to do.
-	return e.update(ctx, e.clock.now(), func(t store.Txn) error {
+	return grants, e.update(ctx, e.clock.now(), func(t store.Txn) error {
 		cat, _, err := get[catalogRecord](t, keyCatalog)
 		if err != nil || cat.Generation != ep.generation {
 			return err
@@ -179,12 +181,22 @@ func (e *Engine) sweepCatalog(ctx context.Context) error {
 	})
 }
 
-// endGrantLeases waits for the deliveries of a grant that can no longer give,
-// and then ends its leases. It returns those that had not ended.
-func (e *Engine) endGrantLeases(ctx context.Context, id broker.GrantID, why ending) ([]broker.LeaseID, error) {
-	if err := e.deliveries.wait(ctx, id); err != nil {
-		return nil, fmt.Errorf("waiting for deliveries under grant %s: %w", id, err)
+// awaitDeliveries returns when every delivery under the grants that had begun
+// is over. Whoever ended the grants calls it before it answers, and after the
+// leases were told: an agent that takes its secret slowly, or never, holds up
+// the answer and not the end.
+func (e *Engine) awaitDeliveries(ctx context.Context, grants ...broker.GrantID) error {
+	for _, id := range grants {
+		if err := e.deliveries.wait(ctx, id); err != nil {
+			return fmt.Errorf("waiting for deliveries under grant %s: %w", id, err)
+		}
 	}
+	return nil
+}
+
+// endGrantLeases ends the leases of a grant that can no longer give. It
+// returns those that had not ended.
+func (e *Engine) endGrantLeases(ctx context.Context, id broker.GrantID, why ending) ([]broker.LeaseID, error) {
 	var ids []broker.LeaseID
 	err := e.store.View(ctx, func(r store.Reader) error {
 		ids = ids[:0]

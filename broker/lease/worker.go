@@ -310,6 +310,14 @@ func (w *worker) ask(p *openProvider, leases []*leaseRecord, what string, call f
 	for i, l := range leases {
 		endings[i] = l.ending()
 	}
+	// What the answer is worth is decided by what was known before the provider
+	// looked: an attempt that comes back meanwhile may have made something
+	// after the look.
+	early := e.clock.early()
+	unsettled := make([]bool, len(leases))
+	for i, l := range leases {
+		unsettled[i] = e.unsettled(l, early)
+	}
 	ctx, cancel := context.WithTimeout(e.ctx, p.traits.RevokeTimeout)
 	start := time.Now()
 	deaths := safely(ctx, endings, call)
@@ -333,7 +341,7 @@ func (w *worker) ask(p *openProvider, leases []*leaseRecord, what string, call f
 	}
 	for i := 0; i < len(leases); i += chunk {
 		n := min(i+chunk, len(leases))
-		if err := w.write(leases[i:n], deaths[i:n]); err != nil {
+		if err := w.write(leases[i:n], deaths[i:n], unsettled[i:n], early); err != nil {
 			failed = errors.Join(failed, err)
 		}
 	}
@@ -354,10 +362,18 @@ func safely(ctx context.Context, endings []providers.Ending, call func(context.C
 	return call(ctx, endings)
 }
 
-// write brings the leases to where the provider says that they are.
-func (w *worker) write(leases []*leaseRecord, deaths []providers.Death) error {
+// unsettled reports whether something of the attempt to mint may still appear
+// at the provider: its outcome is not known, and there is time left for it.
+func (e *Engine) unsettled(l *leaseRecord, early time.Time) bool {
+	return l.State == broker.LeaseRevoking && l.ActiveAt.IsZero() && !l.MintDone &&
+		(early.Before(l.Settles) || e.isMinting(l.ID))
+}
+
+// write brings the leases to where the provider says that they are. unsettled
+// and early are of the moment before it was asked.
+func (w *worker) write(leases []*leaseRecord, deaths []providers.Death, unsettled []bool, early time.Time) error {
 	e := w.e
-	now, early := e.clock.now(), e.clock.early()
+	now := e.clock.now()
 	return e.update(e.ctx, now, func(t store.Txn) error {
 		for i, was := range leases {
 			l, err := mustLease(t, was.ID)
@@ -367,7 +383,7 @@ func (w *worker) write(leases []*leaseRecord, deaths []providers.Death) error {
 			if l.State.Ended() {
 				continue
 			}
-			if err := w.step(t, l, deaths[i], now, early); err != nil {
+			if err := w.step(t, l, deaths[i], unsettled[i], now, early); err != nil {
 				return err
 			}
 		}
@@ -376,17 +392,14 @@ func (w *worker) write(leases []*leaseRecord, deaths []providers.Death) error {
 }
 
 // step is what one Death means for one lease.
-func (w *worker) step(t store.Txn, l *leaseRecord, d providers.Death, now, early time.Time) error {
+func (w *worker) step(t store.Txn, l *leaseRecord, d providers.Death, unsettled bool, now, early time.Time) error {
 	e := w.e
 	dead := d.Progress == broker.ProgressVerified
-	// The outcome of the attempt is not known: something of it may appear
-	// after the provider looked. Dead is only believed when nothing can come
-	// any more.
-	unsettled := l.State == broker.LeaseRevoking && l.ActiveAt.IsZero() && !l.MintDone &&
-		(early.Before(l.Settles) || e.isMinting(l.ID))
 
 	switch {
 	case dead && unsettled:
+		// Something may have appeared after the provider looked. Dead is only
+		// believed when nothing can come any more.
 		at := l.Settles
 		if soon := now.Add(e.retryAfter(l.Attempts)); soon.Before(at) {
 			at = soon
