@@ -302,34 +302,71 @@ func (e *Engine) Events(ctx context.Context, caller broker.Caller, f EventFilter
 		return nil, 0, err
 	}
 	size = pageSize(size)
-	err = e.store.View(ctx, func(r store.Reader) error {
-		events, looked = nil, after
-		n := 0
-		for entry, err := range r.Log(audit.Log, after) {
-			if err != nil {
-				return err
-			}
-			ev, err := audit.Decode(entry.Seq, entry.Value)
-			if err != nil {
-				return err
-			}
-			looked = entry.Seq
-			if f.match(ev) {
-				events = append(events, ev)
-			}
-			if latest {
-				if len(events) > size {
-					events = events[1:]
-				}
-				continue
-			}
-			if n++; len(events) == size || n == maxLooked {
-				return nil
-			}
+	err = e.store.View(ctx, func(r store.Reader) (err error) {
+		if latest {
+			events, looked, err = f.last(r, size)
+		} else {
+			events, looked, err = f.read(r, after, size)
 		}
-		return nil
+		return err
 	})
 	return events, looked, storeRefusal(err)
+}
+
+// read lists up to size events after a sequence number that match.
+func (f EventFilter) read(r store.Reader, after uint64, size int) (events []audit.Event, looked uint64, err error) {
+	looked = after
+	n := 0
+	for entry, err := range r.Log(audit.Log, after) {
+		if err != nil {
+			return nil, 0, err
+		}
+		ev, err := audit.Decode(entry.Seq, entry.Value)
+		if err != nil {
+			return nil, 0, err
+		}
+		looked = entry.Seq
+		if f.match(ev) {
+			events = append(events, ev)
+		}
+		if n++; len(events) == size || n == maxLooked {
+			break
+		}
+	}
+	return events, looked, nil
+}
+
+// last lists the last size events that match, by reading ever longer ends of
+// the log, up to maxLooked.
+func (f EventFilter) last(r store.Reader, size int) (events []audit.Event, looked uint64, err error) {
+	end, err := lastOf(r, audit.Log)
+	if err != nil || end == 0 {
+		return nil, 0, err
+	}
+	for span := uint64(size); ; span = min(4*span, maxLooked) {
+		after := end - min(span, end)
+		if events, looked, err = f.read(r, after, maxLooked+1); err != nil {
+			return nil, 0, err
+		}
+		if len(events) >= size || after == 0 || span == maxLooked {
+			return events[max(len(events)-size, 0):], looked, nil
+		}
+	}
+}
+
+// lastOf is the sequence number of a log's last entry, 0 if it has none. It is
+// found bit by bit: a bit belongs to it if there is an entry from there on.
+func lastOf(r store.Reader, log string) (last uint64, err error) {
+	for bit := uint64(1) << 62; bit > 0; bit >>= 1 {
+		for _, err := range r.Log(log, (last|bit)-1) {
+			if err != nil {
+				return 0, err
+			}
+			last |= bit
+			break
+		}
+	}
+	return last, nil
 }
 
 // page reads one page of a listing: keys of a prefix, after a key, as many as
