@@ -93,9 +93,11 @@ func checkTokens(errs *collector, tokens token.Tokens) bool {
 				s.flow[n-1].values = 0
 			}
 		case token.SequenceEntryType:
-			if len(s.flow) == 0 {
-				s.entry(t.Position.Column, false)
+			if len(s.flow) > 0 {
+				errs.add(at, `"- " cannot stand within brackets; separate the items with commas`)
+				return false
 			}
+			s.entry(t.Position.Column, false)
 		case token.MappingValueType:
 			if n := len(s.flow); n > 0 {
 				s.flow[n-1].values++
