@@ -67,7 +67,7 @@ func (c *Client) decode(ctx context.Context, err error) error {
 	if e, ok := asType[*ConnectionError](err); ok {
 		return e
 	}
-	if ctx.Err() != nil && errors.Is(context.Cause(ctx), context.Canceled) {
+	if errors.Is(ctx.Err(), context.Canceled) {
 		return context.Canceled
 	}
 	return c.explain(err)

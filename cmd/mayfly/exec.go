@@ -106,7 +106,7 @@ func (r *runner) run(ctx context.Context, req client.GetRequest, argv []string) 
 	signals := listen()
 	defer signals.stop()
 	return r.p.with(ctx, func(c *client.Client) error {
-		cred, err := c.Get(ctx, req) // a signal to end stops it by ctx
+		cred, err := r.p.obtain(ctx, c, req)
 		if err != nil {
 			return err
 		}
@@ -135,7 +135,7 @@ func (r *runner) child(path string, argv []string, cred *client.Credential, sign
 		return 0, fmt.Errorf("tool %s sets no environment variables, so there is nothing to give to a command; use get", clean(cred.Lease.Tool))
 	}
 	if s, pending := signals.ending(); pending {
-		return exitSignal + int(s), nil // it came between the asking and here
+		return exitSignal + int(s), nil // it came while we were asking
 	}
 	cmd := &exec.Cmd{
 		Path: path, Args: argv, Env: r.environ(vars),

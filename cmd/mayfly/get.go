@@ -18,6 +18,10 @@ import (
 // endTimeout bounds the giving back of a lease on the way out.
 const endTimeout = 15 * time.Second
 
+// stopGrace is how long somebody who is told to stop waits for a credential that
+// is being made, in order to give it back.
+const stopGrace = 3 * time.Second
+
 // askFlags are what get and exec ask the broker with.
 type askFlags struct {
 	params []string
@@ -89,7 +93,7 @@ If a credential cannot be put where it was wanted, it is revoked at once.`,
 		}
 		defer giveUp()
 		return p.with(ctx, func(c *client.Client) error {
-			cred, err := c.Get(ctx, req)
+			cred, err := p.obtain(ctx, c, req)
 			if err != nil {
 				return err
 			}
@@ -191,6 +195,29 @@ func (p *program) writeSecret(cred *client.Credential, f *secretFile, field stri
 	}{viewLease(cred.Lease), f.path}, func(out *page) {
 		out.fields("", append(leaseFields(cred.Lease, p.now()), "file", f.path)...)
 	})
+}
+
+// obtain asks for a credential. Whoever is told to stop meanwhile waits a moment
+// for the answer: what was made by then can be given back, and would otherwise
+// live until its end without anybody having it.
+func (p *program) obtain(ctx context.Context, c *client.Client, req client.GetRequest) (*client.Credential, error) {
+	asking, giveUp := context.WithCancel(context.WithoutCancel(ctx))
+	defer giveUp()
+	defer context.AfterFunc(ctx, func() {
+		select {
+		case <-time.After(stopGrace):
+			giveUp()
+		case <-asking.Done():
+		}
+	})()
+	cred, err := c.Get(asking, req)
+	if ctx.Err() == nil {
+		return cred, err
+	}
+	if err == nil {
+		_ = p.giveBack(ctx, c, cred.Lease, "stopped before it was used") // it has told what went wrong
+	}
+	return nil, ctx.Err()
 }
 
 // giveBack ends a lease on the way out, also when the caller is being stopped.

@@ -3,6 +3,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"io"
 	"os"
 	"os/signal"
@@ -23,7 +24,7 @@ func run() int {
 	// A closed pipe is an error to handle (get gives a credential back that
 	// nobody could read), and not the end of the process.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, stop := untilSignalled()
 	defer stop()
 	p := &program{
 		args: os.Args[1:], environ: os.Environ(),
@@ -31,6 +32,30 @@ func run() int {
 		now: time.Now,
 	}
 	return p.run(ctx)
+}
+
+// stopped is why a context ended: a signal asked us to stop.
+type stopped struct{ signal syscall.Signal }
+
+func (s stopped) Error() string { return "stopped by a signal" }
+
+// untilSignalled is a context that ends with INT or TERM. A second signal then
+// does what it does to every process.
+func untilSignalled() (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, syscall.SIGINT, syscall.SIGTERM)
+	go func() {
+		select {
+		case s := <-c:
+			if n, ok := s.(syscall.Signal); ok {
+				cancel(stopped{n})
+			}
+			signal.Stop(c)
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() { signal.Stop(c); cancel(nil) }
 }
 
 // program is one run of the command. Tests make their own.
@@ -60,6 +85,9 @@ func (p *program) run(ctx context.Context) int {
 	err := root.ExecuteContext(ctx)
 	if err != nil && !p.started {
 		err = wrongUse(err)
+	}
+	if s, ok := context.Cause(ctx).(stopped); ok && errors.Is(err, context.Canceled) {
+		err = &exitError{exitSignal + int(s.signal), err}
 	}
 	if err != nil {
 		p.complain(err)

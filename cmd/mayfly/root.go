@@ -40,8 +40,6 @@ The broker is at MAYFLY_ADDR. Begin with "mayfly whoami" and "mayfly tools".`,
 		p.auditCommand(), p.svidCommand(), p.versionCommand(), p.docsCommand(),
 		exitCodesTopic(), environmentTopic(),
 	)
-	root.InitDefaultHelpCmd()
-	root.InitDefaultCompletionCmd()
 	return root
 }
 
