@@ -95,6 +95,10 @@ func New(cfg Config) (*Server, error) {
 	s.slots = make(chan struct{}, s.limits.Requests)
 	options := []connect.HandlerOption{
 		connect.WithReadMaxBytes(int(s.limits.Body)),
+		// Nothing is compressed: a secret beside a caller's own text would show
+		// in the length (the BREACH attack), and a small body could be made to
+		// unpack into a large one.
+		connect.WithCompression("gzip", nil, nil),
 		connect.WithCodec(plainJSON),
 		connect.WithCodec(charsetJSON),
 		connect.WithRecover(s.recovered),
