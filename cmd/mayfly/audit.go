@@ -15,7 +15,7 @@ import (
 )
 
 // defaultTail is how many events audit list shows unless told otherwise.
-const defaultTail = 100
+const defaultTail = 50
 
 func (p *program) auditCommand() *cobra.Command {
 	return group("audit", "Read the evidence", p.auditListCommand())
@@ -28,7 +28,7 @@ func (p *program) auditListCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "list",
 		Short: "List events: who did what, when and why",
-		Long: `List shows the evidence in the order in which it was committed: the last 100
+		Long: `List shows the evidence in the order in which it was committed: the last 50
 events that match, or --tail N of them. With --after it shows all events after a
 sequence number, so that a program can go on where it stopped. Operators only.`,
 		Example: "  mayfly audit list\n  mayfly audit list --incident i0mbp1x2q3w4e5r6t7y8u9i0o1\n  mayfly audit list --after 4711 --output json",
