@@ -53,7 +53,7 @@ tools:
     scope:
       b: [1, 2.50, true, null, <text>]
       a: {c: d}
-  - name: |
+  - name: | # kept as it is
       two
       lines
     scope:
@@ -138,6 +138,9 @@ func TestRefusals(t *testing.T) {
 		"octal":              {"number: 010\n", `1:1: "010" is no plain decimal number: write it without sign, leading zeros and underscores, or quote it if it is text`},
 		"hexadecimal":        {"number: 0x10\n", `1:1: "0x10" is no plain decimal number: write it without sign, leading zeros and underscores, or quote it if it is text`},
 		"underscores":        {"tools:\n- scope: [1_000]\n", `2:11: "1_000" is no plain decimal number: write it without sign, leading zeros and underscores, or quote it if it is text`},
+		"zeros and an eight": {"text: 0800\n", `1:1: "0800" is a number to some readers and text to others: write it plainly, or quote it if it is text`},
+		"exponent":           {"text: 1e3\n", `1:1: "1e3" is a number to some readers and text to others: write it plainly, or quote it if it is text`},
+		"many digits":        {"text: 99999999999999999999\n", `1:1: "99999999999999999999" is a number to some readers and text to others: write it plainly, or quote it if it is text`},
 		"not a number":       {"tools:\n- scope: .nan\n", "2:3: this kind of YAML value is not taken; quote it if it is text"},
 		"no duration":        {"tools:\n- max_ttl: 15 minutes\n", `2:3: "15 minutes" is no duration such as "90s", "15m" or "1h30m"`},
 		"bare duration":      {"tools:\n- max_ttl: 15\n", `2:3: a number stands where a duration such as "90s" or "15m" belongs`},
@@ -150,6 +153,7 @@ func TestRefusals(t *testing.T) {
 		"merge":              {"labels:\n  <<: {a: b}\n", "2:3: anchors, aliases and merge keys are not taken: write it out, or quote the text if it is text"},
 		"tag":                {"number: !!int \"3\"\n", "1:9: tags are not taken: leave it away, or quote the text if it is text"},
 		"directive":          {"%YAML 1.1\n---\non: true\n", "1:1: directives are not taken: leave it away, or quote the text if it is text"},
+		"text on two lines":  {"text: one\n  two\n", "1:7: text over several lines must be in quotes, or a block that begins with | or >"},
 		"question mark":      {"? on\n: true\n", `1:1: "?" keys are not taken: write "key: value"`},
 		"number as key":      {"labels: {1: a}\n", "1:10: a key must be text; quote it"},
 		"null as key":        {"labels: {null: a}\n", "1:10: a key must be text; quote it"},
@@ -233,6 +237,11 @@ func TestCanonical(t *testing.T) {
 	}
 	if got := free(" \"\\u2028<&>\\0\\\"\"\n"); got != `"\u2028<&>\u0000\""` {
 		t.Errorf("odd text is %s", got)
+	}
+	for _, plain := range []string{"15m", "10.0.0.1", "2026-01-01", "c-[0-9]{1,8}", "1.2.3", "no", "inf", "a:b"} {
+		if got := free(" " + plain + "\n"); got != `"`+plain+`"` {
+			t.Errorf("%s is %s", plain, got)
+		}
 	}
 	if got := free(" 18446744073709551615\n"); got != "18446744073709551615" {
 		t.Errorf("a large number is %s", got)

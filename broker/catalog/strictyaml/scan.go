@@ -2,6 +2,7 @@ package strictyaml
 
 import (
 	"bytes"
+	"slices"
 	"strings"
 	"unicode/utf8"
 
@@ -68,6 +69,13 @@ func checkTokens(errs *collector, tokens token.Tokens) bool {
 		case token.DirectiveType:
 			errs.add(at, "directives are not taken: leave it away, or quote the text if it is text")
 			return false
+		case token.StringType:
+			// Parsers do not agree on where such text ends, or on what is a
+			// comment in it.
+			if strings.Contains(strings.TrimSpace(t.Origin), "\n") && !blockText(tokens[:i]) {
+				errs.add(at, "text over several lines must be in quotes, or a block that begins with | or >")
+				return false
+			}
 		case token.MappingKeyType:
 			errs.add(at, `"?" keys are not taken: write "key: value"`)
 			return false
@@ -112,6 +120,16 @@ func checkTokens(errs *collector, tokens token.Tokens) bool {
 		}
 	}
 	return true
+}
+
+// blockText reports whether the tokens end with the header of a block of text.
+func blockText(tokens token.Tokens) bool {
+	for _, t := range slices.Backward(tokens) {
+		if t.Type != token.CommentType {
+			return t.Type == token.LiteralType || t.Type == token.FoldedType
+		}
+	}
+	return false
 }
 
 // shape is what is open at one token.

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
 	"github.com/goccy/go-yaml/lexer"
 	"github.com/goccy/go-yaml/parser"
+	"github.com/goccy/go-yaml/token"
 
 	"github.com/mayfly-security/mayfly/broker"
 )
@@ -137,6 +139,9 @@ func (t tree) value(n ast.Node, at place, depth int) *node {
 	case *ast.BoolNode:
 		return &node{place: at, kind: kindBool, text: strconv.FormatBool(n.Value)}
 	case *ast.StringNode:
+		if n.Token.Type == token.StringType && likeNumber(n.Value) {
+			t.errs.add(at, "%s is a number to some readers and text to others: write it plainly, or quote it if it is text", quote(n.Value))
+		}
 		return &node{place: at, kind: kindText, text: n.Value}
 	case *ast.LiteralNode:
 		return &node{place: at, kind: kindText, text: n.Value.Value}
@@ -196,6 +201,18 @@ func (t tree) integer(n *ast.IntegerNode, at place) *node {
 		t.errs.add(at, "%s is no plain decimal number: write it without sign, leading zeros and underscores, or quote it if it is text", quote(n.Token.Value))
 	}
 	return &node{place: at, kind: kindInteger, text: text}
+}
+
+// likeNumber reports whether plain text that is no number here may be one to
+// another parser: 1e3, 0800, 0o17, or more digits than an integer has.
+func likeNumber(s string) bool {
+	if !strings.ContainsAny(s[:min(len(s), 2)], "0123456789") {
+		return false
+	}
+	s = strings.ReplaceAll(s, "_", "")
+	_, notFloat := strconv.ParseFloat(s, 64)
+	_, notInteger := strconv.ParseInt(s, 0, 64)
+	return !errors.Is(notFloat, strconv.ErrSyntax) || !errors.Is(notInteger, strconv.ErrSyntax)
 }
 
 func (t tree) mapping(values []*ast.MappingValueNode, at place, depth int) *node {
