@@ -152,6 +152,7 @@ func TestRefusals(t *testing.T) {
 		"alias":              {"text: *x\n", "1:7: anchors, aliases and merge keys are not taken: write it out, or quote the text if it is text"},
 		"merge":              {"labels:\n  <<: {a: b}\n", "2:3: anchors, aliases and merge keys are not taken: write it out, or quote the text if it is text"},
 		"tag":                {"number: !!int \"3\"\n", "1:9: tags are not taken: leave it away, or quote the text if it is text"},
+		"tag at the end":     {"text: !x", "1:7: tags are not taken: leave it away, or quote the text if it is text"},
 		"directive":          {"%YAML 1.1\n---\non: true\n", "1:1: directives are not taken: leave it away, or quote the text if it is text"},
 		"text on two lines":  {"text: one\n  two\n", "1:7: text over several lines must be in quotes, or a block that begins with | or >"},
 		"question mark":      {"? on\n: true\n", `1:1: "?" keys are not taken: write "key: value"`},

@@ -103,7 +103,8 @@ func parseBody(errs *collector, data []byte) (body ast.Node, err error) {
 			body, err = nil, fmt.Errorf("this is no YAML that can be read: %v", p)
 		}
 	}()
-	tokens := lexer.Tokenize(string(data))
+	// The lexer drops a tag that ends the file without ending the line.
+	tokens := lexer.Tokenize(string(data) + "\n")
 	if !checkTokens(errs, tokens) {
 		return nil, nil
 	}
