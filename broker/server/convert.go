@@ -1,6 +1,7 @@
 package server
 
 import (
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -118,7 +119,8 @@ func toolMessage(v lease.ToolView) *mayflyv1.Tool {
 			Optional: p.Optional, Description: p.Description,
 		}
 		if p.Pattern != nil {
-			pm.Pattern = p.Pattern.String()
+			// As it was written: the catalog puts the anchors around it.
+			pm.Pattern = strings.TrimSuffix(strings.TrimPrefix(p.Pattern.String(), "^(?:"), ")$")
 		}
 		m.Parameters = append(m.Parameters, pm)
 	}

@@ -86,15 +86,19 @@ func rpcError(ctx context.Context, log *slog.Logger, correlation broker.Correlat
 
 // reasonOfCode names the reason of an error that the RPC library made itself,
 // before any of our code ran: a body that is too large or cannot be read, a
-// method that does not exist.
-func reasonOfCode(c connect.Code) *broker.Error {
+// method that does not exist. message is the library's; it is passed on only
+// where it speaks of the request, and not of our sockets.
+func reasonOfCode(c connect.Code, message string) *broker.Error {
+	message = broker.Clean(broker.Shorten(message, 300))
 	switch c {
-	case connect.CodeInvalidArgument:
-		return broker.Refuse(broker.ReasonInvalidArgument, "", "compare the request with the API's definition; unknown fields are refused")
+	case connect.CodeInvalidArgument, connect.CodeUnimplemented: // the latter is an encoding that is not known
+		return broker.Refuse(broker.ReasonInvalidArgument, message, "compare the request with the API's definition; unknown fields are refused")
 	case connect.CodeResourceExhausted:
-		return broker.Refuse(broker.ReasonTooLarge, "", "send less")
-	case connect.CodeUnimplemented, connect.CodeNotFound:
-		return broker.Refuse(broker.ReasonNotFound, "", "see the API's definition for what there is")
+		return broker.Refuse(broker.ReasonTooLarge, message, "send less")
+	case connect.CodeNotFound:
+		return broker.Refuse(broker.ReasonNotFound, message, "see the API's definition for what there is")
+	case connect.CodeDeadlineExceeded, connect.CodeCanceled:
+		return broker.Refuse(broker.ReasonInvalidArgument, "the request did not arrive as a whole in time", "send it at once")
 	}
-	return broker.Refuse(broker.ReasonInternal, "", "give the correlation ID to an operator")
+	return broker.Refuse(broker.ReasonInternal, "something unexpected happened", "give the correlation ID to an operator")
 }

@@ -111,8 +111,7 @@ func (f *errorFiller) fill(e connectError, body []byte) ([]byte, *broker.Error) 
 	if code.UnmarshalText([]byte(e.Code)) != nil {
 		return body, nil
 	}
-	refusal := reasonOfCode(code)
-	refusal.Message = broker.Clean(broker.Shorten(e.Message, 300))
+	refusal := reasonOfCode(code, e.Message)
 	detail := &mayflyv1.ErrorDetail{Reason: string(refusal.Reason), Next: refusal.Next, CorrelationId: string(f.correlation)}
 	value, err := proto.Marshal(detail)
 	if err != nil {

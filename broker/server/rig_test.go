@@ -232,7 +232,7 @@ func (r *rig) storeFile() string { return filepath.Join(r.dir, "mayfly.db") }
 
 func (r *rig) start() {
 	r.t.Helper()
-	db, err := bolt.Open(r.storeFile(), bolt.Config{MmapSize: 64 << 20})
+	db, err := bolt.Open(r.storeFile(), bolt.Config{MmapSize: 1 << 20})
 	if err != nil {
 		r.t.Fatal(err)
 	}
