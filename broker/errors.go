@@ -60,7 +60,7 @@ func Reasons() []ReasonDoc {
 		{ReasonSVIDMalformed, "The certificate is no X.509-SVID: it has no SPIFFE ID or more than one, or it is a CA certificate.", "Use a leaf certificate with exactly one SPIFFE ID as its URI SAN."},
 		{ReasonUntrusted, "The SVID does not chain to the current bundle of its trust domain.", "Its authority may have been rotated out: fetch a fresh SVID."},
 		{ReasonTrustDomain, "The SVID's trust domain is neither the broker's own nor federated with it.", "Ask an operator to federate the trust domain."},
-		{ReasonAgentUnknown, "The SPIFFE ID is authentic, but it is not in the catalog.", "Ask an operator to add the agent to the catalog."},
+		{ReasonAgentUnknown, "The SPIFFE ID is authentic, but the catalog does not know it, or not as an agent.", "Ask an operator to add the agent to the catalog."},
 		{ReasonAgentDisabled, "The agent is disabled in the catalog.", "Ask the agent's owner or an operator."},
 		{ReasonPermissionDenied, "The caller may not do this.", "The message says who may."},
 		{ReasonNotFound, "There is no such thing, or it is not the caller's.", "List what is yours and copy the ID whole."},

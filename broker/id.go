@@ -114,8 +114,8 @@ func checkID(s string, letter byte, kind string) error {
 	}
 	if !ok {
 		return Refuse(ReasonInvalidArgument,
-			fmt.Sprintf("%q is not a %s ID", Clean(Shorten(s, 40)), kind),
-			fmt.Sprintf("a %s ID is %d lowercase letters and digits and begins with %q; copy it whole from a listing", kind, idLength, letter))
+			fmt.Sprintf("%q is no %s ID", Clean(Shorten(s, 40)), kind),
+			fmt.Sprintf("the ID of a %s is %d lowercase letters and digits and begins with %q; copy it whole from a listing", kind, idLength, letter))
 	}
 	return nil
 }

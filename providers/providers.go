@@ -44,6 +44,16 @@ type Driver interface {
 	Open(ctx context.Context, config Config) (Provider, error)
 }
 
+// Meaning is implemented by a Driver part of whose configuration does not
+// decide what a lease can do: where keys lie, who may ask about tokens. A grant
+// is bound to what Meaning returns, and outlives a change of the rest. Without
+// it a grant is bound to the whole configuration.
+type Meaning interface {
+	// Meaning returns the part of a valid configuration that decides what a
+	// lease can do, as JSON.
+	Meaning(config json.RawMessage) (json.RawMessage, error)
+}
+
 // Config is what a Driver opens a Provider with.
 type Config struct {
 	Name         string                // the catalog's name for the provider

@@ -2,6 +2,7 @@ package catalog_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -116,6 +117,9 @@ func TestErrorsNameTheirPlace(t *testing.T) {
 		"pattern that escapes":  {with(t, "pattern: c-[0-9]{1,8}", `pattern: "a)|(?:.*"`), "the pattern is no regular expression (RE2)"},
 		"no pattern":            {with(t, "pattern: c-[0-9]{1,8}", "optional: false"), "a string needs either a pattern or one_of"},
 		"param type":            {with(t, "type: string", "type: strin"), `type is "strin"`},
+		"bidi in one_of":        {with(t, "pattern: c-[0-9]{1,8}", `one_of: [a, "b\u202e"]`), "a value has control, bidirectional or invisible characters"},
+		"one_of twice":          {with(t, "pattern: c-[0-9]{1,8}", "one_of: [a, b, a]"), `value "a" stands twice`},
+		"trust variable":        {with(t, "CRM_TOKEN: access_token", "NODE_EXTRA_CA_CERTS: access_token"), "NODE_EXTRA_CA_CERTS changes how programs run"},
 		"dangerous variable":    {with(t, "CRM_TOKEN: access_token", "LD_PRELOAD: access_token"), "LD_PRELOAD changes how programs run"},
 		"odd variable":          {with(t, "CRM_TOKEN: access_token", "crm-token: access_token"), "is no name for an environment variable"},
 		"unknown field":         {with(t, "CRM_TOKEN: access_token", "CRM_TOKEN: token"), `the secret has no field "token"`},
@@ -162,6 +166,8 @@ func TestDigests(t *testing.T) {
 		"pattern":       {with(t, "c-[0-9]{1,8}", "c-[0-9]{1,9}"), true, true},
 		"verification":  {with(t, "verification: introspect", "verification: offline"), true, true},
 		"provider":      {with(t, "issuer: https://mayfly.acme.test", "issuer: https://mayfly2.acme.test"), true, true},
+		"introspector":  {with(t, "spiffe://acme.test/service/crm\n", "spiffe://acme.test/service/crm2\n"), false, true},
+		"keys":          {with(t, "keys: /var/lib/mayfly/keys", "keys: /srv/keys"), false, true},
 		"another agent": {with(t, "environment: research", "environment: lab"), false, true},
 		"variable":      {with(t, "CRM_TOKEN: access_token", "CRM_BEARER: access_token"), false, true},
 	} {
@@ -186,12 +192,25 @@ func TestDiff(t *testing.T) {
 		"  - id: spiffe://acme.test/agent/research\n    owner: data-science@acme.test\n    environment: research\n", "",
 		"    labels: {team: support}\n", "    disabled: true\n"))
 	got := strings.Join(catalog.Diff(mustLoad(t, acme(t)), next), "\n")
-	want := `agent spiffe://acme.test/agent/research removed
+	want := `tool crm.read: max_ttl 15m0s -> 1h0m0s
+agent spiffe://acme.test/agent/research removed
 agent spiffe://acme.test/agent/support: disabled false -> true
-agent spiffe://acme.test/agent/support: labels {"team":"support"} -> null
-tool crm.read: max_ttl 15m0s -> 1h0m0s`
+agent spiffe://acme.test/agent/support: labels {"team":"support"} -> null`
 	if got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}
+
+// TestDiffHidesNoPower: a difference that is cut still tells of operators.
+func TestDiffHidesNoPower(t *testing.T) {
+	var agents strings.Builder
+	for i := range 150 {
+		fmt.Fprintf(&agents, "  - {id: \"spiffe://acme.test/agent/n%d\", owner: x, environment: y}\n", i)
+	}
+	next := mustLoad(t, with(t, "agents:\n", "agents:\n"+agents.String(), "operators:\n", "operators:\n  - id: spiffe://acme.test/operator/mallory\n"))
+	changes := catalog.Diff(mustLoad(t, acme(t)), next)
+	if !strings.Contains(changes[0], "mallory") || !strings.HasPrefix(changes[len(changes)-1], "and ") {
+		t.Errorf("the difference begins with %q and ends with %q", changes[0], changes[len(changes)-1])
 	}
 }
 

@@ -1,6 +1,7 @@
 package catalog
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -89,8 +90,13 @@ func Diff(old, next *Snapshot) []string {
 	for n := range after {
 		names[n] = true
 	}
+	// What gives power comes first: it must not be pushed out of a difference
+	// that is cut.
+	ordered := slices.SortedFunc(maps.Keys(names), func(a, b string) int {
+		return cmp.Or(cmp.Compare(weight(a), weight(b)), strings.Compare(a, b))
+	})
 	var changes []string
-	for _, n := range slices.Sorted(maps.Keys(names)) {
+	for _, n := range ordered {
 		b, was := before[n]
 		a, is := after[n]
 		switch {
@@ -110,6 +116,12 @@ func Diff(old, next *Snapshot) []string {
 		changes = append(changes[:maxChanges], fmt.Sprintf("and %d more", extra))
 	}
 	return changes
+}
+
+// weight orders kinds of entries by how much a change of one can give.
+func weight(name string) int {
+	kind, _, _ := strings.Cut(name, " ")
+	return slices.Index([]string{"operators", "opener", "group", "provider", "tool", "agent"}, kind)
 }
 
 func short(s string) string {

@@ -24,7 +24,6 @@ const (
 	maxLabels  = 32
 	maxText    = 1000 // bytes of a description, an owner or a label
 	maxPattern = 500  // bytes of a regular expression
-	maxWindow  = 24   // agents times tools of one opener: one incident makes a grant for each pair
 )
 
 var (

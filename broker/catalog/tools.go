@@ -74,7 +74,12 @@ func (l *loader) tools(s source) {
 		if !named {
 			continue
 		}
-		t.Digest = toolDigest(t, p)
+		meaning, err := l.meaning(p)
+		if err != nil {
+			l.field(s, path+".provider", err)
+			continue
+		}
+		t.Digest = toolDigest(t, p, meaning)
 		l.snapshot.tools[t.Name], l.snapshot.scopes[t.Name] = t, info
 	}
 }
@@ -87,7 +92,14 @@ func (l *loader) params(s source, path string, entries map[string]parameter) []b
 			continue
 		}
 		l.text(s, at+".description", "description", e.Description, false)
-		p := broker.Param{Name: name, Type: broker.ParamType(e.Type), OneOf: e.OneOf, Min: e.Min, Max: e.Max,
+		for j, v := range e.OneOf {
+			one := fmt.Sprintf("%s.one_of[%d]", at, j)
+			l.text(s, one, "a value", v, true)
+			if slices.Contains(e.OneOf[:j], v) {
+				l.fail(s, one, "value %s stands twice", show(v))
+			}
+		}
+		p := broker.Param{Name: name, Type: broker.ParamType(e.Type), OneOf: slices.Sorted(slices.Values(e.OneOf)), Min: e.Min, Max: e.Max,
 			Optional: e.Optional, Description: e.Description}
 		isString := p.Type == broker.ParamString
 		switch p.Type {
@@ -142,10 +154,13 @@ func dangerous(name string) bool {
 	switch name {
 	case "PATH", "HOME", "SHELL", "IFS", "ENV", "BASH_ENV", "CDPATH", "PROMPT_COMMAND", "PS1", "PS4", "TMPDIR", "USER", "LOGNAME",
 		"EDITOR", "VISUAL", "PAGER", "BROWSER", "NODE_OPTIONS", "NODE_PATH", "CLASSPATH", "SHELLOPTS", "BASHOPTS", "GLOBIGNORE",
-		"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "SSH_ASKPASS", "SSH_AUTH_SOCK", "TERM", "LANG":
+		"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "SSH_ASKPASS", "SSH_AUTH_SOCK", "TERM", "LANG",
+		"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "CURL_HOME", "NODE_EXTRA_CA_CERTS", "GLIBC_TUNABLES", "LESSOPEN", "LESSCLOSE", "MAKEFLAGS",
+		"HOSTALIASES", "RES_OPTIONS", "LOCALDOMAIN", "DOCKER_HOST", "DOCKER_CONFIG", "KUBECONFIG",
+		"GODEBUG", "GOFLAGS", "GOPATH", "GOROOT", "GOPROXY", "GOTOOLCHAIN", "GOENV":
 		return true
 	}
-	for _, prefix := range []string{"LD_", "DYLD_", "GIT_", "PYTHON", "PERL", "RUBY", "JAVA_", "_JAVA", "JDK_", "GO", "GCONV_", "MALLOC_", "LC_", "MAYFLY_", "SPIFFE_", "XDG_"} {
+	for _, prefix := range []string{"LD_", "DYLD_", "GIT_", "PYTHON", "PERL", "RUBY", "JAVA_", "_JAVA", "JDK_", "NPM_CONFIG_", "PIP_", "CARGO_", "RUSTC", "GCONV_", "MALLOC_", "LC_", "MAYFLY_", "SPIFFE_", "XDG_"} {
 		if strings.HasPrefix(name, prefix) {
 			return true
 		}
@@ -156,11 +171,19 @@ func dangerous(name string) bool {
 // toolDigest is what a grant is bound to: everything that decides what a lease
 // of the tool can do. The description is not part of it, nor are the names of
 // environment variables.
-func toolDigest(t broker.Tool, p Provider) string {
+func toolDigest(t broker.Tool, p Provider, meaning json.RawMessage) string {
 	return digest(map[string]any{
-		"name": t.Name, "provider": p.Name, "driver": p.Driver, "config": json.RawMessage(orEmpty(p.Config)),
-		"scope": json.RawMessage(orEmpty(t.Scope)), "max_ttl": t.MaxTTL, "params": paramsForDigest(t.Params),
+		"name": t.Name, "provider": p.Name, "driver": p.Driver, "config": orEmpty(meaning),
+		"scope": orEmpty(t.Scope), "max_ttl": t.MaxTTL, "params": paramsForDigest(t.Params),
 	})
+}
+
+// meaning is the part of a provider's configuration that decides what a lease can do.
+func (l *loader) meaning(p Provider) (json.RawMessage, error) {
+	if d, ok := l.drivers[p.Driver].(providers.Meaning); ok {
+		return d.Meaning(p.Config)
+	}
+	return p.Config, nil
 }
 
 func orEmpty(raw json.RawMessage) json.RawMessage {

@@ -223,6 +223,12 @@ func (e *Engine) exchange(ctx context.Context, next *catalog.Snapshot, actor str
 		if old != nil {
 			ev.Details["difference"] = broker.Shorten(strings.Join(catalog.Diff(old.catalog, next), "; "), 8000)
 		}
+		if old == nil {
+			if err := appendEvent(t, audit.Event{Time: now, Type: audit.BrokerStarted, Actor: audit.Broker,
+				Details: map[string]string{"installation": string(e.installation)}}); err != nil {
+				return err
+			}
+		}
 		return appendEvent(t, ev)
 	})
 	if err != nil {

@@ -196,7 +196,7 @@ func (e *Engine) closeIncident(ctx context.Context, caller broker.Caller, id bro
 		if !ok {
 			return policy.NotFound("incident", string(id))
 		}
-		if err := policy.CloseIncident(caller.ID, was, ep.isCloser(caller.ID, was)).Err(); err != nil {
+		if err := policy.CloseIncident(caller.ID, was, ep.isCloser(caller.ID, was), ep.sees(caller.ID, was)).Err(); err != nil {
 			return err
 		}
 		in, err = closeIncident(t, id, now, why)

@@ -71,7 +71,10 @@ func (m *metrics) died(provider string, after time.Duration) {
 // Counts are the leases that have not ended.
 type Counts struct {
 	ByState map[broker.LeaseState]int
-	Overdue int
+	Overdue int // past their end without their death being confirmed
+	// Surviving are those of the overdue that cannot be revoked, and of which
+	// it was known that they would live until they expire.
+	Surviving int
 }
 
 // Counts reads how many leases have not ended, by state, and how many of them
@@ -83,7 +86,7 @@ func (e *Engine) Counts(ctx context.Context) (Counts, error) {
 	now := e.clock.now()
 	err := e.store.View(ctx, func(r store.Reader) error {
 		clear(c.ByState)
-		c.Overdue = 0
+		c.Overdue, c.Surviving = 0, 0
 		from, to := store.Prefix(prefixDue)
 		for entry, err := range r.Scan(from, to) {
 			if err != nil {
@@ -100,11 +103,14 @@ func (e *Engine) Counts(ctx context.Context) (Counts, error) {
 			}
 		}
 		from, _ = store.Prefix(prefixRevoking)
-		for _, err := range r.Scan(from, prefixRevoking+keyTime(now)) {
+		for entry, err := range r.Scan(from, prefixRevoking+keyTime(now)) {
 			if err != nil {
 				return err
 			}
 			c.Overdue++
+			if string(entry.Value) == waitsExpiry {
+				c.Surviving++
+			}
 		}
 		return nil
 	})
@@ -116,7 +122,7 @@ type leaseCollector struct{ e *Engine }
 
 var (
 	leasesDesc  = prometheus.NewDesc("mayfly_leases", "Leases that have not ended, by state.", []string{"state"}, nil)
-	overdueDesc = prometheus.NewDesc("mayfly_leases_overdue", "Leases past their end whose death is not confirmed.", nil, nil)
+	overdueDesc = prometheus.NewDesc("mayfly_leases_overdue", "Leases past their end whose death is not confirmed, by what it waits for: the provider's word, or the expiry of what cannot be revoked.", []string{"waits_for"}, nil)
 )
 
 func (leaseCollector) Describe(ch chan<- *prometheus.Desc) {
@@ -135,5 +141,6 @@ func (c leaseCollector) Collect(ch chan<- prometheus.Metric) {
 	for _, s := range []broker.LeaseState{broker.LeaseMinting, broker.LeaseActive, broker.LeaseRevoking} {
 		ch <- prometheus.MustNewConstMetric(leasesDesc, prometheus.GaugeValue, float64(counts.ByState[s]), string(s))
 	}
-	ch <- prometheus.MustNewConstMetric(overdueDesc, prometheus.GaugeValue, float64(counts.Overdue))
+	ch <- prometheus.MustNewConstMetric(overdueDesc, prometheus.GaugeValue, float64(counts.Overdue-counts.Surviving), waitsProvider)
+	ch <- prometheus.MustNewConstMetric(overdueDesc, prometheus.GaugeValue, float64(counts.Surviving), waitsExpiry)
 }

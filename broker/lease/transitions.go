@@ -51,6 +51,20 @@ func moveDue(t store.Txn, l *leaseRecord, at time.Time) error {
 	return put(t, keyLease(l.ID), l)
 }
 
+// What the death of a lease in state revoking waits for: the value of its
+// revoking key, so that the overdue can be counted without reading them.
+const (
+	waitsProvider = "provider" // to confirm it
+	waitsExpiry   = "expiry"   // it cannot be revoked, and dies by itself
+)
+
+func waitsFor(l *leaseRecord) string {
+	if l.Survives != "" {
+		return waitsExpiry
+	}
+	return waitsProvider
+}
+
 // startRevoking moves a lease that has not ended to revoking: from now on it
 // must be dead. One that is there already stays as it is.
 func startRevoking(t store.Txn, l *leaseRecord, now time.Time, why ending) error {
@@ -60,7 +74,7 @@ func startRevoking(t store.Txn, l *leaseRecord, now time.Time, why ending) error
 	l.State, l.Cause = broker.LeaseRevoking, why.cause
 	l.End = earlier(l.End, now)
 	l.Refund = l.Refund || why.refund
-	if err := t.Put(keyRevoking(l.End, l.ID), nil); err != nil {
+	if err := t.Put(keyRevoking(l.End, l.ID), []byte(waitsFor(l))); err != nil {
 		return err
 	}
 	if err := moveDue(t, l, now); err != nil {

@@ -112,8 +112,8 @@ func (f GrantFacts) refusal(cause broker.Cause) *broker.Error {
 // AgentRefusal is the refusal of an agent that is unknown or disabled.
 func AgentRefusal(id string, known bool) *broker.Error {
 	if !known {
-		return broker.Refusef(broker.ReasonAgentUnknown, "ask an operator to add it to the catalog",
-			"%s is not in the catalog", id)
+		return broker.Refusef(broker.ReasonAgentUnknown, "ask an operator to add it to the catalog's agents",
+			"%s is no agent of the catalog", id)
 	}
 	return broker.Refusef(broker.ReasonAgentDisabled, "ask its owner or an operator",
 		"%s is disabled in the catalog", id)

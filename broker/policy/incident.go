@@ -71,14 +71,21 @@ func AnotherIncident(opener Opener, open int) Decision {
 // CloseIncident decides whether an identity may close an incident: the one
 // that opened it, or a member of the closers' group that the catalog names for
 // that opener. Nobody else, not even an operator, who can withdraw its grants.
-func CloseIncident(caller spiffeid.ID, incident broker.Incident, isCloser bool) Decision {
+//
+// sees says whether the caller may know of the incident at all.
+func CloseIncident(caller spiffeid.ID, incident broker.Incident, isCloser, sees bool) Decision {
 	switch {
 	case caller == incident.OpenedBy:
 		return Allow("opener:" + caller.String())
 	case isCloser:
 		return Allow("closer:" + caller.String())
 	}
-	// Whoever may not close it learns nothing of it.
+	if sees {
+		return Deny(broker.Refuse(broker.ReasonPermissionDenied,
+			"only the one that opened an incident, or a member of its closers' group, closes it",
+			"withdraw its grants to end the access now (`mayfly grant withdraw`)"))
+	}
+	// Whoever may not see it learns nothing of it.
 	return Deny(NotFound("incident", string(incident.ID)))
 }
 

@@ -180,13 +180,16 @@ func TestOpenIncident(t *testing.T) {
 
 func TestCloseIncident(t *testing.T) {
 	in := broker.Incident{ID: "i1", OpenedBy: bot}
-	if err := policy.CloseIncident(bot, in, false).Err(); err != nil {
+	if err := policy.CloseIncident(bot, in, false, false).Err(); err != nil {
 		t.Errorf("the opener may not close: %v", err)
 	}
-	if err := policy.CloseIncident(agent, in, true).Err(); err != nil {
+	if err := policy.CloseIncident(agent, in, true, true).Err(); err != nil {
 		t.Errorf("a closer may not close: %v", err)
 	}
-	if err := policy.CloseIncident(agent, in, false).Err(); broker.ReasonOf(err) != broker.ReasonNotFound {
+	if err := policy.CloseIncident(agent, in, false, false).Err(); broker.ReasonOf(err) != broker.ReasonNotFound {
 		t.Errorf("a stranger is told %v; want not_found", err)
+	}
+	if err := policy.CloseIncident(agent, in, false, true).Err(); broker.ReasonOf(err) != broker.ReasonPermissionDenied {
+		t.Errorf("one who sees it and may not close is told %v; want permission_denied", err)
 	}
 }

@@ -79,10 +79,15 @@ func (s *Server) guard(next http.Handler) http.Handler {
 			v.caller = caller
 			err = s.known(r, caller)
 		}
+		if err == nil && !s.shares.take(caller.ID, s.limits.Identity) {
+			err = broker.Refusef(broker.ReasonRateLimited, "ask less at once",
+				"%s has %d requests under way, and no caller has more", caller.ID, s.limits.Identity)
+		}
 		if err != nil {
 			s.refuse(w, r, v, err)
 			return
 		}
+		defer s.shares.give(caller.ID)
 		ctx := context.WithValue(r.Context(), visitKey{}, v)
 		filled := &errorFiller{ResponseWriter: w, correlation: v.caller.Correlation}
 		defer s.caught(ctx, filled, r, v)

@@ -37,6 +37,7 @@ type Limits struct {
 	Connections int           // connections at once; 4,096
 	Requests    int           // requests at once, over all connections; 1,024
 	Streams     int           // requests at once on one HTTP/2 connection; 128
+	Identity    int           // requests at once of one SPIFFE ID, so that no caller can take all; a quarter of Requests
 	ReadTimeout time.Duration // for a whole request to arrive; 15 seconds
 	// WriteTimeout is for a whole answer to be made and taken; 90 seconds. It
 	// must leave time for a provider to mint, and it bounds how long a client
@@ -51,6 +52,7 @@ func (l Limits) withDefaults() Limits {
 	orDefault(&l.Connections, 4096)
 	orDefault(&l.Requests, 1024)
 	orDefault(&l.Streams, 128)
+	orDefault(&l.Identity, max(l.Requests/4, 1))
 	orDefault(&l.ReadTimeout, 15*time.Second)
 	orDefault(&l.WriteTimeout, 90*time.Second)
 	orDefault(&l.IdleTimeout, 2*time.Minute)
@@ -73,6 +75,7 @@ type Server struct {
 	limits   Limits
 	http     *http.Server
 	slots    chan struct{} // one for each request at once
+	shares   shares
 	errors   *connect.ErrorWriter
 }
 

@@ -207,7 +207,7 @@ func (d *daemon) close(ctx context.Context) error {
 			errs = append(errs, d.store.Close())
 		}
 		d.closeErr = errors.Join(errs...)
-		if d.log != nil {
+		if d.ln != nil {
 			d.log.Info("stopped")
 		}
 	})

@@ -309,4 +309,3 @@ func writeCatalog(t testing.TB, dir, text string) string {
 	}
 	return file
 }
-

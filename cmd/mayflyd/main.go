@@ -43,6 +43,7 @@ machine, for trying things out.`,
 		SilenceUsage:      true,
 		DisableAutoGenTag: true,
 	}
+	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(devCommand(), serverCommand(), checkCommand(), keyCommand(), docsCommand())
 	return root
 }

@@ -125,7 +125,7 @@ no provider and changes nothing. It exits with 1 if anything is wrong.`,
 			if err != nil {
 				return err
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s is good: %d agents, %d providers, %d tools; catalog digest %s\n",
+			fmt.Fprintf(cmd.OutOrStdout(), "%s is good: agents %d, providers %d, tools %d; catalog digest %s\n",
 				config, len(snapshot.Agents()), len(snapshot.Providers()), len(snapshot.Tools()), snapshot.Digest())
 			for _, t := range snapshot.Tools() {
 				if survives := snapshot.ScopeInfo(t.Name).Survives; survives != "" {

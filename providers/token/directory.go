@@ -69,7 +69,7 @@ func openDirectory(path string, now func() time.Time, log *slog.Logger) (*direct
 		return nil, fmt.Errorf("reading signing keys: %w", err)
 	}
 	if len(files) == 0 {
-		return nil, fmt.Errorf("reading signing keys: there is no %s file in %s; make one with `mayflyd key new %s`", keySuffix, path, path)
+		return nil, fmt.Errorf("reading signing keys: there is no %s file in %s; make one with `mayflyd key new --dir %s`", keySuffix, path, path)
 	}
 	return d, d.use(files)
 }

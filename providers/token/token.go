@@ -48,12 +48,25 @@ type Driver struct {
 	OpenSigner func(ctx context.Context, name string) (crypto.Signer, error)
 }
 
-var _ providers.Driver = Driver{}
+var (
+	_ providers.Driver  = Driver{}
+	_ providers.Meaning = Driver{}
+)
 
 // ValidateConfig implements providers.Driver. It does not look at the keys.
 func (d Driver) ValidateConfig(raw json.RawMessage) error {
 	_, err := d.decodeConfig(raw)
 	return err
+}
+
+// Meaning implements providers.Meaning. The issuer is what resource servers
+// trust. Who may introspect, and where the keys lie, gives a token no more.
+func (d Driver) Meaning(raw json.RawMessage) (json.RawMessage, error) {
+	c, err := d.decodeConfig(raw)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(map[string]string{"issuer": c.Issuer})
 }
 
 // ValidateScope implements providers.Driver.

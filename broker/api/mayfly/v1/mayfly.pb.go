@@ -140,7 +140,7 @@ type WhoAmIResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The caller's SPIFFE ID.
 	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// What the caller may be here: "agent", "operator", "opener", "resource_server".
+	// What the caller may be here: "agent", "operator", "opener", "closer".
 	Roles []string `protobuf:"bytes,2,rep,name=roles,proto3" json:"roles,omitempty"`
 	// The agent's owner, environment and labels; empty for others.
 	Owner       string            `protobuf:"bytes,3,opt,name=owner,proto3" json:"owner,omitempty"`

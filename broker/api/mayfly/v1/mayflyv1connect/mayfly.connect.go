@@ -91,7 +91,7 @@ type AccessServiceClient interface {
 	IssueLease(context.Context, *connect.Request[v1.IssueLeaseRequest]) (*connect.Response[v1.IssueLeaseResponse], error)
 	// GetLease shows one lease.
 	GetLease(context.Context, *connect.Request[v1.GetLeaseRequest]) (*connect.Response[v1.Lease], error)
-	// ListLeases lists leases, newest first.
+	// ListLeases lists leases, in the order of their making.
 	ListLeases(context.Context, *connect.Request[v1.ListLeasesRequest]) (*connect.Response[v1.ListLeasesResponse], error)
 	// RevokeLease ends one lease and waits a moment for its death to be
 	// confirmed; the lease in the answer says how far it came.
@@ -198,7 +198,7 @@ type AccessServiceHandler interface {
 	IssueLease(context.Context, *connect.Request[v1.IssueLeaseRequest]) (*connect.Response[v1.IssueLeaseResponse], error)
 	// GetLease shows one lease.
 	GetLease(context.Context, *connect.Request[v1.GetLeaseRequest]) (*connect.Response[v1.Lease], error)
-	// ListLeases lists leases, newest first.
+	// ListLeases lists leases, in the order of their making.
 	ListLeases(context.Context, *connect.Request[v1.ListLeasesRequest]) (*connect.Response[v1.ListLeasesResponse], error)
 	// RevokeLease ends one lease and waits a moment for its death to be
 	// confirmed; the lease in the answer says how far it came.
@@ -432,7 +432,7 @@ type IncidentServiceClient interface {
 	CloseIncident(context.Context, *connect.Request[v1.CloseIncidentRequest]) (*connect.Response[v1.CloseIncidentResponse], error)
 	// GetIncident shows one incident.
 	GetIncident(context.Context, *connect.Request[v1.GetIncidentRequest]) (*connect.Response[v1.Incident], error)
-	// ListIncidents lists incidents, newest first: the caller's own, or, for an operator, all.
+	// ListIncidents lists incidents in the order of their opening: the caller's own, or, for an operator, all.
 	ListIncidents(context.Context, *connect.Request[v1.ListIncidentsRequest]) (*connect.Response[v1.ListIncidentsResponse], error)
 }
 
@@ -511,7 +511,7 @@ type IncidentServiceHandler interface {
 	CloseIncident(context.Context, *connect.Request[v1.CloseIncidentRequest]) (*connect.Response[v1.CloseIncidentResponse], error)
 	// GetIncident shows one incident.
 	GetIncident(context.Context, *connect.Request[v1.GetIncidentRequest]) (*connect.Response[v1.Incident], error)
-	// ListIncidents lists incidents, newest first: the caller's own, or, for an operator, all.
+	// ListIncidents lists incidents in the order of their opening: the caller's own, or, for an operator, all.
 	ListIncidents(context.Context, *connect.Request[v1.ListIncidentsRequest]) (*connect.Response[v1.ListIncidentsResponse], error)
 }
 
