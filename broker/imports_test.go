@@ -1,0 +1,216 @@
+package broker_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"io"
+	"os/exec"
+	"path"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/mayfly-security/mayfly"
+
+// listed is what `go list -json` says of a package. Imports are those of the
+// package without its tests: tests may import anything.
+type listed struct {
+	ImportPath string
+	Imports    []string
+	Deps       []string
+}
+
+// levels is the design's table of imports. A package may import lower levels,
+// and nothing else of ours but what is allowed below. The first pattern that
+// matches decides; a package without one fails the test.
+var levels = []struct {
+	pattern string
+	level   int
+}{
+	{"broker", 0},
+	{"store", 1},
+	{"providers", 1},
+	{"attestation", 1},
+	{"broker/api/...", 1},
+	{"store/...", 2},
+	{"providers/...", 2},
+	{"attestation/...", 2},
+	{"broker/policy", 2},
+	{"broker/audit/...", 2},
+	{"broker/catalog/...", 3},
+	{"broker/lease", 4},
+	{"broker/server", 5},
+	{"broker/client", 5},
+	{"broker/client/clienttest", 5},
+	{"deploy/examples", 0}, // the sample catalog, which imports nothing
+	{"deploy/...", 6},
+	{"cmd/...", 6},
+}
+
+// within names what may import what of its own level: a part of a package may
+// be a folder of it.
+var within = map[string][]string{
+	"broker/catalog":                       {"broker/catalog/strictyaml"},
+	"broker/api/mayfly/v1/mayflyv1connect": {"broker/api/mayfly/v1"},
+	"attestation/attestationtest":          {"attestation/devtrust"}, // the suite's callers come from a real trust domain
+}
+
+// only are packages that may import these of ours and no others, whatever
+// their level.
+var only = map[string][]string{
+	"broker/client":            {"broker", "broker/api/..."},
+	"broker/client/clienttest": {"broker", "broker/api/..."},
+	"cmd/mayfly":               {"broker", "broker/api/...", "broker/client", "broker/policy", "broker/audit/..."},
+}
+
+func level(pkg string) (int, bool) {
+	for _, l := range levels {
+		if matches(l.pattern, pkg) {
+			return l.level, true
+		}
+	}
+	return 0, false
+}
+
+// matches reports whether a pattern as go's commands have it matches pkg.
+func matches(pattern, pkg string) bool {
+	prefix, all := strings.CutSuffix(pattern, "/...")
+	return pkg == pattern || all && (pkg == prefix || strings.HasPrefix(pkg, prefix+"/"))
+}
+
+// implementation reports whether pkg is one of several ways to do a thing: it
+// is chosen by the wiring, and named by nobody else. Suites for them are for
+// tests.
+func implementation(pkg string) bool {
+	return slices.Contains([]string{"store", "providers", "attestation"}, path.Dir(pkg))
+}
+
+// wrong says what is wrong with one import, or nothing.
+func wrong(from, to string) string {
+	high, ok := level(from)
+	if !ok {
+		return from + " is not in the design's table of imports; add it there and here"
+	}
+	low, ok := level(to)
+	switch allowed, limited := only[from]; {
+	case !ok:
+		return to + " is not in the design's table of imports; add it there and here"
+	case slices.Contains(within[from], to):
+		return ""
+	case limited && !slices.ContainsFunc(allowed, func(p string) bool { return matches(p, to) }):
+		return from + " may not import " + to
+	case strings.HasSuffix(to, "test"):
+		return from + " may not import " + to + ": it is for tests"
+	case low >= high:
+		return from + " may not import " + to + ": it is not below it"
+	case implementation(to) && high < 6:
+		return from + " may not import " + to + ": only the wiring chooses implementations"
+	case matches("broker/api/...", to) && from == "broker/lease":
+		return from + " may not import " + to + ": the engine does not know the API"
+	}
+	return ""
+}
+
+// TestImports holds the packages to the design's table of imports.
+func TestImports(t *testing.T) {
+	packages := list(t)
+	if len(packages) < 15 {
+		t.Fatalf("only %d packages were listed", len(packages))
+	}
+	for _, p := range packages {
+		from := strings.TrimPrefix(p.ImportPath, module+"/")
+		if _, ok := level(from); !ok {
+			t.Errorf("%s is not in the design's table of imports; add it there and here", from)
+		}
+		for _, i := range p.Imports {
+			if to, ours := strings.CutPrefix(i, module+"/"); ours {
+				if problem := wrong(from, to); problem != "" {
+					t.Error(problem)
+				}
+			}
+		}
+	}
+}
+
+// TestClientLinks: the command that agents run has no store, no provider and
+// no engine in it, not even by way of another package.
+func TestClientLinks(t *testing.T) {
+	for _, p := range list(t) {
+		from := strings.TrimPrefix(p.ImportPath, module+"/")
+		allowed, limited := only[from]
+		if !limited {
+			continue
+		}
+		for _, d := range p.Deps {
+			to, ours := strings.CutPrefix(d, module+"/")
+			if ours && !slices.ContainsFunc(allowed, func(p string) bool { return matches(p, to) }) {
+				t.Errorf("%s links %s", from, to)
+			}
+			if strings.HasPrefix(d, "go.etcd.io/") || strings.HasPrefix(d, "github.com/prometheus/") {
+				t.Errorf("%s links %s", from, d)
+			}
+		}
+	}
+}
+
+// TestWrong: the table refuses what it is there to refuse.
+func TestWrong(t *testing.T) {
+	for _, c := range []struct{ from, to string }{
+		{"broker", "broker/policy"},
+		{"broker", "store"},
+		{"store", "providers"},
+		{"providers/token", "providers/vault"},
+		{"providers/token", "providers/providertest"},
+		{"store/etcd", "store/bolt"},
+		{"broker/policy", "broker/audit"},
+		{"broker/policy", "providers/token"},
+		{"broker/catalog", "providers/token"},
+		{"broker/lease", "broker/server"},
+		{"broker/lease", "broker/api/mayfly/v1"},
+		{"broker/lease", "store/bolt"},
+		{"broker/server", "broker/client"},
+		{"broker/server", "attestation/spiffe"},
+		{"broker/client", "broker/policy"},
+		{"cmd/mayfly", "broker/lease"},
+		{"cmd/mayfly", "store"},
+		{"cmd/mayfly", "providers/token"},
+		{"cmd/mayflyd", "providers/providertest"},
+		{"cmd/mayfly", "broker/client/clienttest"},
+		{"broker/util", "broker"},
+		{"broker/server", "broker/util"},
+	} {
+		if wrong(c.from, c.to) == "" {
+			t.Errorf("%s may import %s", c.from, c.to)
+		}
+	}
+	for _, c := range []struct{ from, to string }{
+		{"broker/server", "broker/lease"}, {"broker/server", "attestation"}, {"broker/client", "broker/api/mayfly/v1"},
+		{"cmd/mayflyd", "store/bolt"}, {"cmd/mayflyd", "deploy/examples"}, {"cmd/mayfly", "broker/client"}, {"broker/catalog", "broker/policy"},
+	} {
+		if problem := wrong(c.from, c.to); problem != "" {
+			t.Error(problem)
+		}
+	}
+}
+
+// list returns every package of the module.
+func list(t *testing.T) (all []listed) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "go", "list", "-json=ImportPath,Imports,Deps", module+"/...")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list: %v\n%s", err, stderr.Bytes())
+	}
+	for dec := json.NewDecoder(bytes.NewReader(out)); ; {
+		var p listed
+		if err := dec.Decode(&p); err == io.EOF {
+			return all
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, p)
+	}
+}
