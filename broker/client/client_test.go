@@ -11,12 +11,15 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"connectrpc.com/connect"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -336,6 +339,35 @@ func TestForgetsAnAuthority(t *testing.T) {
 	}
 }
 
+// oneSVID is a source that keeps its SVID and exchanges its bundle.
+type oneSVID struct {
+	*x509svid.SVID
+	bundle atomic.Pointer[x509bundle.Bundle]
+}
+
+func (s *oneSVID) GetX509BundleForTrustDomain(spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	return s.bundle.Load(), nil
+}
+func (s *oneSVID) Close() error { return nil }
+
+func TestANewBundleMeansNewConnections(t *testing.T) {
+	w := newWorld(t)
+	svid, err := source(t, w.socket).GetX509SVID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &oneSVID{SVID: svid}
+	s.bundle.Store(w.trust.Bundle().X509Bundle())
+	c := w.client(t, func(cfg *client.Config) { cfg.Source = s })
+	if _, err := c.WhoAmI(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.bundle.Store(newWorld(t).trust.Bundle().X509Bundle())
+	if _, err := c.WhoAmI(t.Context()); !errors.Is(err, client.ErrIdentity) {
+		t.Errorf("the broker's authority is gone, and a call gives %v", err)
+	}
+}
+
 // writeFiles writes the agent's identity as PEM files.
 func (w *world) writeFiles(t *testing.T) client.Files {
 	t.Helper()
@@ -409,7 +441,11 @@ func TestExplainsWhyNobodyAnswers(t *testing.T) {
 func TestTimeLimits(t *testing.T) {
 	w := newWorld(t)
 	w.Hold = func(ctx context.Context, _ string) { <-ctx.Done() }
+	began := time.Now()
 	_, err := w.client(t, func(c *client.Config) { c.Timeout = 50 * time.Millisecond }).WhoAmI(t.Context())
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("a limit of 50ms took %v", took)
+	}
 	if !errors.Is(err, client.ErrUnreachable) || !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "did not answer in time") {
 		t.Errorf("a broker that does not answer: %v", err)
 	}
