@@ -10,17 +10,6 @@ import (
 	"github.com/mayfly-security/mayfly/broker/client"
 )
 
-// codes are the exit codes by reason.
-var codes = func() map[broker.Reason]int {
-	m := map[broker.Reason]int{}
-	for _, e := range exitCodes() {
-		for _, r := range e.reasons {
-			m[r] = reasonCode(r)
-		}
-	}
-	return m
-}()
-
 // Every code that a command of exec may end with is passed on, also those that
 // mean something else when mayfly itself says them.
 func TestExecPassesEveryCodeOn(t *testing.T) {
