@@ -75,7 +75,7 @@ func Reasons() []ReasonDoc {
 		{ReasonIncidentLimit, "The opener has as many incidents open as it may.", "Close one first."},
 		{ReasonSelfService, "Nobody opens a window, or makes a grant, for itself.", "Let another identity do it."},
 		{ReasonKeyReused, "The idempotency key was used for a different request.", "Use a new key for a new request."},
-		{ReasonSecretGone, "The lease of this idempotency key exists, but its secret can no longer be handed out. The lease is being ended and its use given back.", "Ask again with a new idempotency key."},
+		{ReasonSecretGone, "The lease of this idempotency key exists, but its secret can no longer be handed out. The lease is being ended.", "Ask again with a new idempotency key; a grant that counts its uses has spent one."},
 		{ReasonProvider, "The provider did not answer, or not in time. What it may have made is being ended.", "Try again later; operators see the cause in the log by correlation ID."},
 		{ReasonProviderRefused, "The provider refused to make the credential.", "An operator finds the cause in the log by correlation ID."},
 		{ReasonStore, "The broker cannot write its store, so it gives nothing.", "Try again later; operators see the cause in the log."},

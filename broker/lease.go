@@ -49,7 +49,8 @@ const (
 	CauseToolChanged     Cause = "tool_changed"   // or removed from the catalog
 	CauseMintFailed      Cause = "mint_failed"    // the provider failed, or did not answer: what it may have made is ended
 	CauseRestarted       Cause = "broker_restarted"
-	CauseUndelivered     Cause = "undelivered" // nobody was there to take it
+	CauseClockSetBack    Cause = "clock_set_back" // it was made while the clock ran ahead, and would live too long
+	CauseUndelivered     Cause = "undelivered"    // nobody was there to take it
 )
 
 // Lease is one credential that was, or may have been, made under a grant. It

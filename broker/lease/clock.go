@@ -18,8 +18,8 @@ const clockTolerance = 30 * time.Second
 // machine's clock that jumps therefore changes no decision in a caller's
 // favour. Where the two come to differ by more than clockTolerance, one of
 // them is wrong and the engine cannot know which: it gives nothing until they
-// agree, or until an operator restarts the broker (a forward jump is then
-// taken for true). Ending goes on, by whichever clock is later.
+// agree, or until an operator decides: a restart takes a forward jump for true,
+// and AcceptClock a step back. Ending goes on, by whichever clock is later.
 type clock struct {
 	wall func() time.Time // the machine's clock; time.Now but in tests
 

@@ -43,7 +43,8 @@ type Config struct {
 	Retention time.Duration
 	// ReplayWindow is how long, after an answer, the same idempotency key is
 	// given the same secret again; zero means 2 minutes. For so long the
-	// secret stays in memory.
+	// secret stays in memory. Secrets of inert providers are made again
+	// instead, for as long as their lease lives, and never kept.
 	ReplayWindow time.Duration
 	// EndWait is how long a call that ends leases waits for their deaths to be
 	// confirmed before it answers how many are still being revoked; zero means

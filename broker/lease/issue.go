@@ -175,6 +175,9 @@ func (e *Engine) attempt(ctx context.Context, ep *epoch, caller broker.Caller, r
 		},
 		Key: req.Key,
 	}
+	if req.Key != "" && caller.Certificate != [32]byte{} {
+		l.Certificate = caller.Certificate[:]
+	}
 	m := &minter{e: e, ep: ep, p: p, tool: tool, caller: caller, ask: ask, l: l, digest: req.digest()}
 	if p.traits.Inert {
 		return m.inert(ctx)
@@ -238,7 +241,11 @@ func (e *Engine) replay(ctx context.Context, caller broker.Caller, req IssueRequ
 		return nil, err
 	}
 	if held {
-		if s, ok := e.replays.get(key, e.clock.now()); ok {
+		s, ok := e.replays.get(key, e.clock.now())
+		if !ok {
+			s, ok = e.remint(ctx, caller, l)
+		}
+		if ok {
 			now := e.clock.now()
 			ev := l.event(now, audit.LeaseReplayed)
 			ev.Actor, ev.Correlation = caller.ID.String(), caller.Correlation
@@ -253,8 +260,31 @@ func (e *Engine) replay(ctx context.Context, caller broker.Caller, req IssueRequ
 	return nil, e.lost(ctx, l)
 }
 
+// remint makes the secret of a lease of an inert provider once more: the same
+// lease, with the same end, for the same certificate. Such a secret need not be
+// kept anywhere, and survives a restart.
+func (e *Engine) remint(ctx context.Context, caller broker.Caller, l leaseRecord) (replayed, bool) {
+	ep := e.settled()
+	tool, ok := ep.catalog.Tool(l.Tool)
+	p := ep.providers[l.Provider]
+	if !ok || tool.Digest != l.ToolDigest || p == nil || !p.traits.Inert || !p.acquire() {
+		return replayed{}, false
+	}
+	defer p.release()
+	copy(caller.Certificate[:], l.Certificate)
+	m := &minter{e: e, ep: ep, p: p, tool: tool, caller: caller, l: &l}
+	minted, err := m.mint(ctx, m.request(), nil)
+	if err != nil {
+		e.log.Warn("making the secret of a lease again", "lease", l.ID, "provider", l.Provider, "error", err)
+		return replayed{}, false
+	}
+	return replayed{secret: minted.Secret, env: tool.Env}, true
+}
+
 // lost says what became of a lease whose secret can no longer be given. One
-// that is still alive is ended, and its use is given back.
+// that is still alive is ended. Its use is not given back: whether the secret
+// came to its agent is not known, and an agent that says it did not may have
+// used it.
 func (e *Engine) lost(ctx context.Context, l leaseRecord) error {
 	next := "ask again with a new idempotency key"
 	var refusal *broker.Error
@@ -262,11 +292,11 @@ func (e *Engine) lost(ctx context.Context, l leaseRecord) error {
 	case l.Cause == broker.CauseMintFailed, l.State == broker.LeaseMinting:
 		refusal = broker.Refusef(broker.ReasonProvider, next, "lease %s of this key was not made: the provider failed", l.ID)
 	case l.State == broker.LeaseActive:
-		if _, err := e.endLeases(ctx, []broker.LeaseID{l.ID}, ending{cause: broker.CauseUndelivered, actor: audit.Broker, refund: true}); err != nil {
+		if _, err := e.endLeases(ctx, []broker.LeaseID{l.ID}, ending{cause: broker.CauseUndelivered, actor: audit.Broker}); err != nil {
 			return err
 		}
 		refusal = broker.Refusef(broker.ReasonSecretGone, next,
-			"lease %s of this key exists, but its secret can no longer be handed out; the lease is being ended and its use given back", l.ID)
+			"lease %s of this key exists, but its secret can no longer be handed out; the lease is being ended", l.ID)
 	default:
 		refusal = broker.Refusef(broker.ReasonConflict, next, "lease %s of this key is %s (%s)", l.ID, l.State, l.Cause)
 	}

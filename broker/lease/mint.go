@@ -376,7 +376,7 @@ func (m *minter) providerRefusal(err error) error {
 }
 
 func (m *minter) deliver(secret broker.Secret, done func()) *Delivery {
-	if m.l.Key != "" {
+	if m.l.Key != "" && !m.p.traits.Inert { // an inert provider can make it again
 		m.e.replays.put(keyIdem(m.l.Agent, m.l.Key), replayed{secret: secret, env: m.tool.Env}, m.e.clock.now())
 	}
 	m.e.dueAt(m.l.Provider, m.l.End)

@@ -90,6 +90,9 @@ type leaseRecord struct {
 	Attempts int `json:",omitempty"`
 	// Key is the caller's idempotency key; empty if it gave none.
 	Key string `json:",omitempty"`
+	// Certificate is the SHA-256 of the certificate that the lease was asked
+	// with; kept where there is a Key, for making the same secret again.
+	Certificate []byte `json:",omitempty"`
 	// Refund: the use of the grant is given back once the lease is dead.
 	Refund bool `json:",omitempty"`
 }

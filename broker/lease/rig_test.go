@@ -172,7 +172,8 @@ func (r *rig) snapshot() *catalog.Snapshot {
 	return s
 }
 
-func (r *rig) start() {
+// openStore opens the rig's store, without an engine.
+func (r *rig) openStore() {
 	r.t.Helper()
 	db, err := bolt.Open(filepath.Join(r.dir, "mayfly.db"), bolt.Config{MmapSize: 64 << 20})
 	if err != nil {
@@ -182,6 +183,12 @@ func (r *rig) start() {
 	if r.wrap != nil {
 		r.db = r.wrap(db)
 	}
+}
+
+func (r *rig) start() {
+	r.t.Helper()
+	r.openStore()
+	var err error
 	config := lease.Config{
 		Store: r.db, Catalog: r.snapshot(), Drivers: r.drivers,
 		Log: slog.New(slog.NewJSONHandler(r.logs, &slog.HandlerOptions{Level: slog.LevelDebug})),
