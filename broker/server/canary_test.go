@@ -94,6 +94,7 @@ func (c *canary) find(places map[string][]byte) (found []string) {
 // the broker leaves behind. What a hostile provider says comes no further than
 // the operator's log.
 func TestI7_NoSecretAtRest(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	c := &canary{}
 	c.watch(signingKeys(t, filepath.Join(r.dir, "keys")))

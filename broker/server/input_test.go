@@ -176,6 +176,7 @@ func numbered(n int, between string) string {
 // HTTP/1.1, as curl does, Connect with protobuf, and gRPC. Each time there is
 // a reason, and nothing is stored.
 func TestBadInput(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	r.grant(support, "crm.read")
 	r.grant(support, "crm.customer")
@@ -282,6 +283,7 @@ func (r *rig) wantNothingStored(name string, before contents) contents {
 // TestBadHTTP sends what does not come as far as a message: bodies that are no
 // message, or no body, and requests for what there is not.
 func TestBadHTTP(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	r.grant(support, "crm.read")
 	before := r.contents()

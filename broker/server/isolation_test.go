@@ -25,6 +25,7 @@ const (
 
 // TestIsolation is an attacker who holds the SVID of one agent.
 func TestIsolation(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	victims := r.grant(support, "crm.read")
 	r.grant(other, "db.read")
@@ -188,6 +189,7 @@ func TestResourceServers(t *testing.T) {
 // TestStrangers come with a certificate that is no SVID of this trust domain,
 // or without one.
 func TestStrangers(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	r.grant(support, "crm.read")
 	evil := newTrust(t, spiffeid.RequireTrustDomainFromString("evil.test"))

@@ -66,6 +66,7 @@ func TestRequestsAtOnce(t *testing.T) {
 // TestGracefulShutdown: a request under way is carried through, with its lease,
 // while nobody new is let in.
 func TestGracefulShutdown(t *testing.T) {
+	t.Parallel()
 	for _, protocol := range protocols {
 		t.Run(protocol, func(t *testing.T) {
 			r := newRig(t)
@@ -126,6 +127,7 @@ func TestShutdownHasAnEnd(t *testing.T) {
 
 // TestHeaderLimit: large headers are refused by either side of the connection.
 func TestHeaderLimit(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	r.grant(support, "db.read")
 	for _, protocol := range protocols {
@@ -148,6 +150,7 @@ func TestHeaderLimit(t *testing.T) {
 // TestSlowCallers: who sends slowly, or nothing, is not waited for, whether it
 // stops in the TLS handshake, the header or the body.
 func TestSlowCallers(t *testing.T) {
+	t.Parallel()
 	const limit = 200 * time.Millisecond
 	r := newRig(t, func(r *rig) { r.limits.ReadTimeout, r.limits.IdleTimeout = limit, limit })
 	r.grant(support, "db.read")
@@ -213,25 +216,48 @@ func (r *rig) sendSlowly(name, bytes string, config *tls.Config) {
 // TestConnectionsAtOnce: one connection more than may be is not served before
 // another ends.
 func TestConnectionsAtOnce(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, func(r *rig) { r.limits.Connections = 1 })
 	r.grant(support, "db.read")
 	first := r.client(support)
 	if a := first.post("AccessService/WhoAmI", "{}"); a.status != 200 {
 		t.Fatalf("%d %s", a.status, a.body)
 	}
-	second := r.client(other)
-	answers := make(chan error, 1)
-	go func() { answers <- second.whoami(bounded(t)) }()
+	conn, err := net.Dial("tcp", r.addr) // the kernel takes it
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(300 * time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	err = tls.Client(conn, r.client(other).tls).Handshake()
+	if e, ok := err.(net.Error); !ok || !e.Timeout() {
+		t.Fatalf("the second connection was served beside the first: %v", err)
+	}
+	conn.Close()
 	if a := first.post("AccessService/WhoAmI", "{}"); a.status != 200 || !a.reused {
 		t.Fatalf("%d %s", a.status, a.body)
 	}
-	select {
-	case err := <-answers:
-		t.Fatalf("the second connection was served beside the first: %v", err)
-	default:
-	}
 	first.transport.CloseIdleConnections()
-	if err := <-answers; err != nil {
+	if err := r.client(other).whoami(bounded(t)); err != nil {
 		t.Errorf("the second connection, when the first had ended: %v", err)
+	}
+}
+
+// TestBodyLimit: what is exactly as long as may be is taken, and not a byte more.
+func TestBodyLimit(t *testing.T) {
+	r := newRig(t)
+	agent := r.client(support)
+	for size, status := range map[int]int{64 << 10: 200, 64<<10 + 1: 429} {
+		for how, body := range map[string]io.Reader{
+			"with its length": strings.NewReader("{}" + strings.Repeat(" ", size-2)),
+			"in chunks":       struct{ io.Reader }{strings.NewReader("{}" + strings.Repeat(" ", size-2))},
+		} {
+			a := agent.send(request(t, "POST", agent.base()+"/mayfly.v1.AccessService/WhoAmI", "application/json", body))
+			if a.status != status {
+				t.Errorf("%d bytes %s: %d %s", size, how, a.status, a.body)
+			}
+		}
 	}
 }

@@ -22,6 +22,7 @@ import (
 
 // TestCurl is what the user guide says that curl can do.
 func TestCurl(t *testing.T) {
+	t.Parallel()
 	curl, err := exec.LookPath("curl")
 	if err != nil {
 		t.Fatal("curl is missing; install it (Debian: apt-get install curl)")

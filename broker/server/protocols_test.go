@@ -19,6 +19,7 @@ import (
 
 // TestProtocols lives one lease by each way to speak with the API.
 func TestProtocols(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	r.grant(support, "crm.read")
 	ctx := bounded(t)
@@ -68,6 +69,7 @@ func TestProtocols(t *testing.T) {
 // TestIntrospection keeps RFC 7662: active with its claims while the lease
 // lives, inactive with nothing else from the instant at which it does not.
 func TestIntrospection(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	r.grant(support, "crm.read")
 	agent, server, bot := r.client(support), r.client(crm), r.client(pager)
