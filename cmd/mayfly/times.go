@@ -49,9 +49,10 @@ func parseInstant(s string, now time.Time) (time.Time, error) {
 	return time.Time{}, errors.New("it is a time such as 2026-05-01T08:00:00Z, or a span from now such as 2h")
 }
 
-// span is a span of time as people say it: its two largest units, rounded down.
+// span is a span of time as people say it: its two largest units, rounded
+// to the second and then down.
 func span(d time.Duration) string {
-	d = d.Abs()
+	d = d.Abs().Round(time.Second)
 	two := func(big time.Duration, a string, small time.Duration, b string) string {
 		if rest := d % big / small; rest > 0 {
 			return fmt.Sprintf("%d%s%d%s", d/big, a, rest, b)

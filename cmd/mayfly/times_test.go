@@ -20,7 +20,7 @@ func TestParseDuration(t *testing.T) {
 func TestRelative(t *testing.T) {
 	now := time.Date(2026, 5, 1, 8, 0, 0, 0, time.UTC)
 	for d, want := range map[time.Duration]string{
-		0: "now", 999 * time.Millisecond: "now", 59 * time.Second: "in 59s", 4*time.Minute + 59*time.Second: "in 4m",
+		0: "now", 999 * time.Millisecond: "now", 59 * time.Second: "in 59s", 4*time.Minute + 59*time.Second: "in 4m", time.Hour - time.Millisecond: "in 1h",
 		-2 * time.Minute: "2m ago", -(time.Hour + 5*time.Minute): "1h5m ago", 3 * time.Hour: "in 3h", 50 * time.Hour: "in 2d2h", -24 * time.Hour: "1d ago",
 	} {
 		if got := relative(now.Add(d), now); got != want {
