@@ -162,6 +162,10 @@ type Provider interface {
 	// What it makes before that must be harmless and die by itself. record is
 	// nil for an inert provider. Mint may call it again with a better handle.
 	//
+	// An error that is ErrNothingMade and holds a *broker.Error is told to the
+	// agent in those words, so they must be the provider's own and never
+	// upstream text. Every other error goes to the log alone.
+	//
 	// Mint must not repeat a step that may have had an effect. ctx carries the
 	// attempt's deadline and not the agent's patience. A panic in Mint is a
 	// failure of unknown outcome.

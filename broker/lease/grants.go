@@ -55,28 +55,21 @@ func (e *Engine) createGrant(ctx context.Context, caller broker.Caller, req Gran
 	if err := checkKey(req.Key); err != nil {
 		return broker.Grant{}, err
 	}
-	key, digest := "", requestDigest("grant", req.Agent, req.Tool, req.Params, req.NotBefore, req.NotAfter, req.For, req.MaxUses)
-	if req.Key != "" {
-		key = keyIdem(caller.ID, req.Key)
-	}
+	once := asked{caller: caller.ID, key: req.Key, kind: "grant",
+		digest: requestDigest("grant", req.Agent, req.Tool, req.Params, req.NotBefore, req.NotAfter, req.For, req.MaxUses)}
 	made := g
 	err = e.update(ctx, now, func(t store.Txn) error {
 		made = g
 		if err := ep.same(t); err != nil {
 			return err
 		}
-		id, err := idem(t, key, "grant", digest)
+		id, err := once.take(t, string(g.ID))
 		if err != nil {
 			return err
 		}
 		if id != "" {
 			made, _, err = get[broker.Grant](t, keyGrant(broker.GrantID(id)))
 			return err
-		}
-		if key != "" {
-			if err := put(t, key, idemRecord{Kind: "grant", ID: string(g.ID), Digest: digest}); err != nil {
-				return err
-			}
 		}
 		return openGrant(t, g, caller)
 	})

@@ -3,8 +3,11 @@ package lease
 import (
 	"errors"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/policy"
+	"github.com/mayfly-security/mayfly/store"
 )
 
 // errStale means that the catalog was exchanged between a decision and its
@@ -46,19 +49,35 @@ func (ep *epoch) read(r getter, grant broker.GrantID) (policy.GrantFacts, error)
 	return ep.facts(g, in), nil
 }
 
-// idem looks up what an idempotency key of this caller made. It returns "" if
-// the key is empty or new, and a refusal if it was used for something else.
-func idem(r getter, key string, kind, digest string) (id string, err error) {
-	if key == "" {
+// asked is a request that may carry an idempotency key.
+type asked struct {
+	caller spiffeid.ID
+	key    string // empty: the request stands alone
+	kind   string // of what it makes: "lease", "grant" or "incident"
+	digest string // of the request, so that a key is not used for two
+}
+
+// made returns the ID of what the key has made: "" if it is new or empty, and
+// a refusal if it was used for something else.
+func (a asked) made(r getter) (id string, err error) {
+	if a.key == "" {
 		return "", nil
 	}
-	rec, ok, err := get[idemRecord](r, key)
+	rec, ok, err := get[idemRecord](r, keyIdem(a.caller, a.key))
 	if err != nil || !ok {
 		return "", err
 	}
-	if rec.Kind != kind || rec.Digest != digest {
+	if rec.Kind != a.kind || rec.Digest != a.digest {
 		return "", broker.Refuse(broker.ReasonKeyReused,
 			"this idempotency key was used for a different request", "use a new key for a new request")
 	}
 	return rec.ID, nil
+}
+
+// take notes that the key makes id, or returns what it has made already.
+func (a asked) take(t store.Txn, id string) (already string, err error) {
+	if already, err = a.made(t); err != nil || already != "" || a.key == "" {
+		return already, err
+	}
+	return "", put(t, keyIdem(a.caller, a.key), idemRecord{Kind: a.kind, ID: id, Digest: a.digest})
 }

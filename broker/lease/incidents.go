@@ -73,28 +73,21 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 			in.Grants = append(in.Grants, g.ID)
 		}
 	}
-	key, digest := "", requestDigest("incident", req.Title, req.Reference, req.Agents, req.Tools, req.Duration)
-	if req.Key != "" {
-		key = keyIdem(caller.ID, req.Key)
-	}
+	once := asked{caller: caller.ID, key: req.Key, kind: "incident",
+		digest: requestDigest("incident", req.Title, req.Reference, req.Agents, req.Tools, req.Duration)}
 	made := in
 	err := e.update(ctx, now, func(t store.Txn) error {
 		made = in
 		if err := ep.same(t); err != nil {
 			return err
 		}
-		id, err := idem(t, key, "incident", digest)
+		id, err := once.take(t, string(in.ID))
 		if err != nil {
 			return err
 		}
 		if id != "" {
 			made, _, err = get[broker.Incident](t, keyIncident(broker.IncidentID(id)))
 			return err
-		}
-		if key != "" {
-			if err := put(t, key, idemRecord{Kind: "incident", ID: string(in.ID), Digest: digest}); err != nil {
-				return err
-			}
 		}
 		open, _, err := get[int](t, keyOpener(caller.ID))
 		if err != nil {

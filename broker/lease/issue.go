@@ -29,9 +29,9 @@ type IssueRequest struct {
 	Key string
 }
 
-// digest is what an idempotency key is bound to.
-func (r IssueRequest) digest() string {
-	return requestDigest("issue", r.Tool, r.Params, r.TTL)
+// asked is the request as its idempotency key is bound to it.
+func (r IssueRequest) asked(caller spiffeid.ID) asked {
+	return asked{caller: caller, key: r.Key, kind: "lease", digest: requestDigest("issue", r.Tool, r.Params, r.TTL)}
 }
 
 func requestDigest(parts ...any) string {
@@ -178,7 +178,7 @@ func (e *Engine) attempt(ctx context.Context, ep *epoch, caller broker.Caller, r
 	if req.Key != "" && caller.Certificate != [32]byte{} {
 		l.Certificate = caller.Certificate[:]
 	}
-	m := &minter{e: e, ep: ep, p: p, tool: tool, caller: caller, ask: ask, l: l, digest: req.digest()}
+	m := &minter{e: e, ep: ep, p: p, tool: tool, caller: caller, ask: ask, l: l, asked: req.asked(caller.ID)}
 	if p.traits.Inert {
 		return m.inert(ctx)
 	}
@@ -221,7 +221,7 @@ func (e *Engine) replay(ctx context.Context, caller broker.Caller, req IssueRequ
 	var held bool
 	var done func()
 	err := e.store.View(ctx, func(r store.Reader) error {
-		id, err := idem(r, key, "lease", req.digest())
+		id, err := req.asked(caller.ID).made(r)
 		if err != nil || id == "" {
 			return err
 		}

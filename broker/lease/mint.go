@@ -22,7 +22,7 @@ type minter struct {
 	caller broker.Caller
 	ask    policy.Ask
 	l      *leaseRecord
-	digest string // of the request, for the idempotency key
+	asked  asked
 }
 
 func (m *minter) request() providers.MintRequest {
@@ -169,17 +169,11 @@ func (m *minter) admit(t store.Txn, now time.Time) error {
 			return err
 		}
 	}
-	if m.l.Key == "" {
-		return nil
+	already, err := m.asked.take(t, string(m.l.ID))
+	if err == nil && already != "" {
+		err = broker.Refuse(broker.ReasonConflict, "another request with this idempotency key is under way", "ask again with the same key")
 	}
-	key := keyIdem(m.l.Agent, m.l.Key)
-	if id, err := idem(t, key, "lease", m.digest); err != nil || id != "" {
-		if err == nil {
-			err = broker.Refuse(broker.ReasonConflict, "another request with this idempotency key is under way", "ask again with the same key")
-		}
-		return err
-	}
-	return put(t, key, idemRecord{Kind: "lease", ID: string(m.l.ID), Digest: m.digest})
+	return err
 }
 
 // create writes the lease and its indexes.
@@ -360,7 +354,10 @@ func (m *minter) providerRefusal(err error) error {
 	var refusal *broker.Error
 	switch {
 	case errors.As(err, &refusal) && errors.Is(err, providers.ErrNothingMade):
-		return refusal // the provider's own word to the caller, such as "connect with a certificate"
+		// The provider's own word to the caller, such as "connect with a
+		// certificate"; bounded, and safe to show.
+		return broker.Refuse(refusal.Reason, broker.Clean(broker.Shorten(refusal.Message, 300)),
+			broker.Clean(broker.Shorten(refusal.Next, 300))).Because(err)
 	case errors.Is(err, providers.ErrRefused):
 		refusal = broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
 			"provider %s refused to make a credential for %s", m.l.Provider, m.l.Tool)
