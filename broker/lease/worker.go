@@ -96,10 +96,10 @@ func (w *worker) run() {
 		if failures >= troubleAfter {
 			limit = 1 // one batch at a time finds out whether it is over
 		}
-		now := e.clock.late()
+		now := e.clock.now()
 		next := now.Add(idleSleep)
 		if running < limit && !now.Before(notBefore) {
-			ids, upcoming, err := w.due(now, size)
+			ids, upcoming, err := w.due(now, e.clock.late(), size)
 			switch {
 			case err != nil:
 				e.log.Error("reading due leases", "provider", w.provider, "error", err)
@@ -139,7 +139,7 @@ func (w *worker) run() {
 				pause.Reset()
 			} else if failures++; failures >= troubleAfter {
 				d := pause.NextBackOff()
-				notBefore = e.clock.late().Add(d)
+				notBefore = e.clock.now().Add(d)
 				e.log.Error("the provider is in trouble", "provider", w.provider, "failures", failures, "pause", d.String(), "error", err)
 			}
 		}
@@ -159,8 +159,12 @@ func newBackOff(first, longest time.Duration) *backoff.ExponentialBackOff {
 }
 
 // due returns the next leases that are due and in no batch, and marks them
-// busy; or, if there are none, when the next one will be.
-func (w *worker) due(now time.Time, size int) (ids []broker.LeaseID, upcoming time.Time, err error) {
+// busy; or, if there are none, when the next one will be, by the engine's time.
+//
+// A lease ends by the later of both clocks. When to try again is a matter of
+// the engine's time alone: a jump of the machine's clock forward must not take
+// the pauses between tries away, and one back not stretch them.
+func (w *worker) due(now, late time.Time, size int) (ids []broker.LeaseID, upcoming time.Time, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	err = w.e.store.View(w.e.ctx, func(r store.Reader) error {
@@ -174,11 +178,18 @@ func (w *worker) due(now time.Time, size int) (ids []broker.LeaseID, upcoming ti
 			if err != nil {
 				return err
 			}
-			if at.After(now) {
-				if len(ids) == 0 {
-					upcoming = at
+			wait := at.Sub(now)
+			if broker.LeaseState(entry.Value) == broker.LeaseActive {
+				wait = at.Sub(late)
+			}
+			if wait > 0 {
+				if soon := now.Add(wait); upcoming.IsZero() || soon.Before(upcoming) {
+					upcoming = soon
 				}
-				return nil
+				if at.After(late) {
+					return nil
+				}
+				continue
 			}
 			id := broker.LeaseID(lastPart(entry.Key))
 			if _, busy := w.busy[id]; busy {
@@ -228,11 +239,10 @@ func (w *worker) batch(ids []broker.LeaseID) error {
 		return err
 	}
 	var revoke, confirm []*leaseRecord
-	late := e.clock.late()
 	for _, l := range leases {
 		switch {
 		case l.State == broker.LeaseMinting && e.isMinting(l.ID):
-			if err := w.postpone(l, late.Add(time.Second)); err != nil {
+			if err := w.postpone(l, e.clock.now().Add(time.Second)); err != nil {
 				return err
 			}
 		case l.State == broker.LeaseActive && l.diedByItself(e.clock.early()):
@@ -400,12 +410,9 @@ func (w *worker) step(t store.Txn, l *leaseRecord, d providers.Death, unsettled 
 	case dead && unsettled:
 		// Something may have appeared after the provider looked. Dead is only
 		// believed when nothing can come any more.
-		at := l.Settles
-		if soon := now.Add(e.retryAfter(l.Attempts)); soon.Before(at) {
-			at = soon
-		}
-		if e.isMinting(l.ID) {
-			at = now.Add(e.retryAfter(l.Attempts))
+		at := now.Add(e.retryAfter(l.Attempts))
+		if l.Settles.After(now) && l.Settles.Before(at) && !e.isMinting(l.ID) {
+			at = l.Settles
 		}
 		l.Attempts++
 		return moveDue(t, l, at)
@@ -428,7 +435,7 @@ func (w *worker) step(t store.Txn, l *leaseRecord, d providers.Death, unsettled 
 		e.log.Warn("ending a lease", "lease", l.ID, "provider", l.Provider, "attempts", l.Attempts+1, "error", d.Err)
 	}
 	at := d.RetryAt
-	if at.IsZero() || d.Err != nil {
+	if !at.After(now) || d.Err != nil { // not said, or past by the engine's time and not by the provider's
 		at = now.Add(e.retryAfter(l.Attempts))
 		l.Attempts++
 	}
