@@ -134,9 +134,6 @@ func (r *runner) child(path string, argv []string, cred *client.Credential, sign
 	if len(vars) == 0 {
 		return 0, fmt.Errorf("tool %s sets no environment variables, so there is nothing to give to a command; use get", clean(cred.Lease.Tool))
 	}
-	if s, pending := signals.ending(); pending {
-		return exitSignal + int(s), nil // it came while we were asking
-	}
 	cmd := &exec.Cmd{
 		Path: path, Args: argv, Env: r.environ(vars),
 		Stdin: r.p.stdin, Stdout: r.p.stdout, Stderr: r.p.stderr,
@@ -150,8 +147,8 @@ func (r *runner) child(path string, argv []string, cred *client.Credential, sign
 	defer end.Stop()
 	for {
 		select {
-		case s := <-signals.c:
-			if sig, ok := s.(syscall.Signal); ok && !fromTerminal(sig) {
+		case sig := <-signals.c:
+			if !fromTerminal(sig) {
 				_ = cmd.Process.Signal(sig) // an error means that it has just ended
 			}
 		case <-end.C:

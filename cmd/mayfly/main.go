@@ -39,12 +39,16 @@ type stopped struct{ signal syscall.Signal }
 
 func (s stopped) Error() string { return "stopped by a signal" }
 
-// untilSignalled is a context that ends with INT or TERM. A second signal then
-// does what it does to every process.
+// untilSignalled is a context that ends with INT, TERM, or HUP (unless we were
+// told to ignore it, as nohup does). A second signal then does what it does to
+// every process.
 func untilSignalled() (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	c := make(chan os.Signal, 1)
 	signal.Notify(c, syscall.SIGINT, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) {
+		signal.Notify(c, syscall.SIGHUP)
+	}
 	go func() {
 		select {
 		case s := <-c:

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -17,44 +18,57 @@ var passed = []syscall.Signal{
 	syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGWINCH,
 }
 
-// ends are those of them that end whoever does nothing about them.
-var ends = []syscall.Signal{
-	syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGUSR2,
-}
-
 // typed are those that a terminal sends to everybody in the foreground.
 var typed = []syscall.Signal{syscall.SIGINT, syscall.SIGQUIT, syscall.SIGWINCH}
 
 // signals are the signals that come in while a command runs.
-type signals struct{ c chan os.Signal }
+type signals struct {
+	c    chan syscall.Signal
+	from []chan os.Signal
+	done chan struct{}
+	wait sync.WaitGroup
+}
 
 // listen takes the signals that would otherwise end us, so that nothing keeps
 // us from giving a credential back. Those that we were told to ignore (nohup)
 // stay ignored, for the command, too.
+//
+// As with the kernel, a signal that comes while one of its kind is waiting is
+// one with it, and none is lost to others: each kind has a place of its own.
 func listen() *signals {
-	s := &signals{make(chan os.Signal, 32)}
+	s := &signals{c: make(chan syscall.Signal), done: make(chan struct{})}
 	for _, sig := range passed {
-		if !signal.Ignored(sig) {
-			signal.Notify(s.c, sig)
+		if signal.Ignored(sig) {
+			continue
 		}
+		from := make(chan os.Signal, 1)
+		signal.Notify(from, sig)
+		s.from = append(s.from, from)
+		s.wait.Go(func() {
+			for {
+				select {
+				case <-from:
+				case <-s.done:
+					return
+				}
+				select {
+				case s.c <- sig:
+				case <-s.done:
+					return
+				}
+			}
+		})
 	}
 	return s
 }
 
-func (s *signals) stop() { signal.Stop(s.c) }
-
-// ending reports whether a signal to end is waiting.
-func (s *signals) ending() (syscall.Signal, bool) {
-	for {
-		select {
-		case sig := <-s.c:
-			if n, ok := sig.(syscall.Signal); ok && slices.Contains(ends, n) {
-				return n, true
-			}
-		default:
-			return 0, false
-		}
+// stop ends the taking.
+func (s *signals) stop() {
+	for _, from := range s.from {
+		signal.Stop(from)
 	}
+	close(s.done)
+	s.wait.Wait()
 }
 
 // fromTerminal reports whether a terminal has sent the signal to the command,
