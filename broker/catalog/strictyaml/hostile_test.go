@@ -13,10 +13,10 @@ import (
 
 // TestHostileFiles: a large file costs a bounded time and stack, whatever its
 // shape. A stack that is used up cannot be recovered from: it would take the
-// broker down on a reload. The size is a quarter of what is taken: enough for
+// broker down on a reload. The size is an eighth of what is taken: enough for
 // what grows with the square, and short under the race detector.
 func TestHostileFiles(t *testing.T) {
-	const size = strictyaml.MaxSize / 4
+	const size = strictyaml.MaxSize / 8
 	fill := func(unit string) string { return strings.Repeat(unit, size/len(unit)) }
 	var keys, stairs strings.Builder
 	for i := 0; keys.Len() < size; i++ {
