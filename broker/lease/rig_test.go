@@ -29,7 +29,6 @@ var (
 	other   = spiffeid.RequireFromString("spiffe://acme.test/agent/other")
 	pager   = spiffeid.RequireFromString("spiffe://acme.test/bot/pager")
 	sam     = spiffeid.RequireFromString("spiffe://acme.test/operator/sam")
-	olga    = spiffeid.RequireFromString("spiffe://acme.test/operator/olga")
 )
 
 // baseCatalog is the catalog of most tests: one provider of each kind, and a

@@ -36,7 +36,6 @@ var (
 	other   = spiffeid.RequireFromPath(domain, "/agent/other")
 	pager   = spiffeid.RequireFromPath(domain, "/bot/pager")
 	sam     = spiffeid.RequireFromPath(domain, "/operator/sam")
-	olga    = spiffeid.RequireFromPath(domain, "/operator/olga")
 	crm     = spiffeid.RequireFromPath(domain, "/service/crm")
 	billing = spiffeid.RequireFromPath(domain, "/service/billing")
 	nobody  = spiffeid.RequireFromPath(domain, "/nobody")

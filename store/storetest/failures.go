@@ -191,7 +191,7 @@ func testCloseWaits(t *testing.T, open Open) {
 			<-goOn
 			v, _, err := r.Get("k")
 			if string(v) != "v" {
-				err = errors.Join(err, fmt.Errorf("View reads %q while Close waits", v))
+				err = errors.Join(err, fmt.Errorf("reading %q in a View while Close waits", v))
 			}
 			return err
 		})
