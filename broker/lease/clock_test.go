@@ -97,7 +97,7 @@ func TestI4_ClockBackwardExpiresNothing(t *testing.T) {
 		if l := r.lease(d.Lease.ID); l.State != broker.LeaseRevoking {
 			t.Errorf("it is %s; resource servers may go by the machine's clock", l.State)
 		}
-		r.wantState(d.Lease.ID, broker.LeaseExpired, 26*time.Minute)
+		r.wantState(d.Lease.ID, broker.LeaseExpired, 28*time.Minute) // a try a minute or so
 	})
 }
 
