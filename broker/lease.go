@@ -50,6 +50,7 @@ const (
 	CauseMintFailed      Cause = "mint_failed"    // the provider failed, or did not answer: what it may have made is ended
 	CauseRestarted       Cause = "broker_restarted"
 	CauseClockSetBack    Cause = "clock_set_back" // it was made while the clock ran ahead, and would live too long
+	CauseSecretGone      Cause = "secret_gone"    // its agent asked for the secret again, which cannot be handed out any more
 	CauseUndelivered     Cause = "undelivered"    // nobody was there to take it
 )
 

@@ -1,6 +1,7 @@
 package spiffe
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
@@ -18,7 +19,9 @@ const (
 	// maxChain is the most certificates that a caller may send. Nested
 	// authorities make chains of four or five; each more costs us signatures
 	// to check, with every request.
-	maxChain = 10
+	maxChain = 5
+	// maxChainSize is the most bytes of them together.
+	maxChainSize = 16 << 10
 	// maxID is the most bytes of a SPIFFE ID (SPIFFE-ID section 2.3).
 	maxID = 2048
 )
@@ -39,9 +42,17 @@ func (s *Source) Attest(r *http.Request, now time.Time) (broker.Caller, error) {
 			"connect over TLS with your X.509-SVID as the client certificate")
 	}
 	certs := r.TLS.PeerCertificates
-	if len(certs) > maxChain {
+	size := 0
+	for _, c := range certs {
+		size += len(c.Raw)
+	}
+	if len(certs) > maxChain || size > maxChainSize {
 		return broker.Caller{}, broker.Refusef(broker.ReasonSVIDMalformed, "send the SVID with its own chain and nothing else",
-			"the client sent %d certificates; at most %d are taken", len(certs), maxChain)
+			"the client sent %d certificates of %d bytes; at most %d of %d bytes are taken", len(certs), size, maxChain, maxChainSize)
+	}
+	if sameAuthorityTwice(certs[1:]) {
+		return broker.Caller{}, broker.Refuse(broker.ReasonSVIDMalformed,
+			"the client sent two certificates of one authority", "send the SVID with its own chain and nothing else")
 	}
 	if now.IsZero() { // Verify takes it for "not given" and uses the machine's clock
 		return broker.Caller{}, broker.Refuse(broker.ReasonClock, "the broker has no clock to judge the SVID by", "tell an operator")
@@ -58,6 +69,20 @@ func (s *Source) Attest(r *http.Request, now time.Time) (broker.Caller, error) {
 	}
 	leaf := certs[0]
 	return broker.Caller{ID: id, Certificate: sha256.Sum256(leaf.Raw), ValidUntil: leaf.NotAfter}, nil
+}
+
+// sameAuthorityTwice reports whether two certificates have one subject and one
+// key. No chain needs that. Whoever wants to cost us signature checks does: the
+// search for a chain would go through every order of such certificates.
+func sameAuthorityTwice(certs []*x509.Certificate) bool {
+	for i, a := range certs {
+		for _, b := range certs[:i] {
+			if bytes.Equal(a.RawSubject, b.RawSubject) && bytes.Equal(a.RawSubjectPublicKeyInfo, b.RawSubjectPublicKeyInfo) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // fresh refuses where the bundles can be current no longer: a Workload API that

@@ -24,6 +24,7 @@ const (
 	maxLabels  = 32
 	maxText    = 1000 // bytes of a description, an owner or a label
 	maxPattern = 500  // bytes of a regular expression
+	maxID      = 512  // bytes of a SPIFFE ID: it is part of the store's keys
 )
 
 var (
@@ -132,6 +133,10 @@ func (l *loader) id(s source, path, text string) (spiffeid.ID, bool) {
 	case strings.ContainsAny(text, "*?"):
 		l.fail(s, path, "%s has a wildcard; name each identity by itself", show(text))
 	default:
+		if len(text) > maxID {
+			l.fail(s, path, "the SPIFFE ID has %d bytes; at most %d are taken", len(text), maxID)
+			break
+		}
 		id, err := spiffeid.FromString(text)
 		if err == nil && id.Path() != "" {
 			return id, true

@@ -46,6 +46,10 @@ type Config struct {
 	// secret stays in memory. Secrets of inert providers are made again
 	// instead, for as long as their lease lives, and never kept.
 	ReplayWindow time.Duration
+	// Room reports an error while the store has so little room left that it is
+	// kept for ending: then nothing is given. Nil means that there is always
+	// room. It is asked at most once a second.
+	Room func() error
 	// EndWait is how long a call that ends leases waits for their deaths to be
 	// confirmed before it answers how many are still being revoked; zero means
 	// 5 seconds.
@@ -65,7 +69,8 @@ type Engine struct {
 	installation broker.InstallationID
 	metrics      *metrics
 
-	loadMu  sync.RWMutex // held while the catalog is exchanged
+	loading sync.Mutex   // one Load at a time
+	loadMu  sync.RWMutex // held while the catalog is exchanged, which is one commit
 	current atomic.Pointer[epoch]
 
 	deliveries *deliveries
@@ -83,6 +88,10 @@ type Engine struct {
 
 	highWater atomic.Int64 // the clock mark in the store, Unix nanoseconds
 	clockBad  atomic.Bool  // as last told to operators
+
+	roomMu   sync.Mutex
+	roomAt   time.Time // when room was last asked for
+	roomLeft error     // what it said
 
 	ctx    context.Context // ends when Close is called
 	cancel context.CancelFunc
@@ -198,6 +207,10 @@ func (e *Engine) Catalog() *catalog.Snapshot { return e.current.Load().catalog }
 // Now is the engine's time.
 func (e *Engine) Now() time.Time { return e.clock.now() }
 
+// Late is the later of the engine's time and the machine's clock: what must be
+// over is judged by it.
+func (e *Engine) Late() time.Time { return e.clock.late() }
+
 // Ready returns an error while the engine gives nothing: its clock is not
 // trusted, its store cannot be written, or it is closed.
 func (e *Engine) Ready(ctx context.Context) error {
@@ -207,7 +220,27 @@ func (e *Engine) Ready(ctx context.Context) error {
 	if err := e.clock.trusted(); err != nil {
 		return err
 	}
+	if err := e.room(); err != nil {
+		return err
+	}
 	return e.house.storeError()
+}
+
+// room refuses while the store's last room is kept for ending.
+func (e *Engine) room() error {
+	if e.cfg.Room == nil {
+		return nil
+	}
+	e.roomMu.Lock()
+	defer e.roomMu.Unlock()
+	if now := e.clock.now(); e.roomAt.IsZero() || now.Sub(e.roomAt) >= time.Second {
+		e.roomAt, e.roomLeft = now, e.cfg.Room()
+	}
+	if e.roomLeft == nil {
+		return nil
+	}
+	return broker.Refuse(broker.ReasonStore, "the broker's store is nearly full, and what is left is kept for ending",
+		"an operator makes room; see the log").Because(e.roomLeft)
 }
 
 // update runs one transaction that gives or ends something. It keeps the

@@ -36,6 +36,7 @@ type openProvider struct {
 	traits providers.Traits
 	driver string
 	raw    []byte
+	system string // a digest of the driver and of what of the configuration says which system it is
 
 	mu   sync.Mutex
 	refs int
@@ -55,7 +56,14 @@ func openOne(ctx context.Context, driver providers.Driver, name string, cfg prov
 	if t.Concurrency <= 0 {
 		t.Concurrency = 4
 	}
-	return &openProvider{Provider: p, traits: t, driver: name, raw: cfg.Raw, refs: 1}, nil
+	meaning := cfg.Raw
+	if m, ok := driver.(providers.Meaning); ok {
+		if meaning, err = m.Meaning(cfg.Raw); err != nil {
+			p.Close()
+			return nil, fmt.Errorf("opening provider %s: %w", cfg.Name, err)
+		}
+	}
+	return &openProvider{Provider: p, traits: t, driver: name, raw: cfg.Raw, system: requestDigest(name, meaning), refs: 1}, nil
 }
 
 // acquire takes a reference; it reports false if the provider is closed.
@@ -129,6 +137,10 @@ func (e *Engine) Load(ctx context.Context, next *catalog.Snapshot, actor string)
 	return e.load(ctx, next, actor, false)
 }
 
+// ErrExchanged goes with an error of Load that came after the exchange: the new
+// catalog decides, and what it ends is being ended.
+var ErrExchanged = errors.New("the catalog was exchanged, and what it ends is still being ended")
+
 // RefuseLoad records that a new catalog was refused before it came to Load.
 func (e *Engine) RefuseLoad(ctx context.Context, cause error, actor string) {
 	e.loadRefused(ctx, cause, actor)
@@ -149,7 +161,7 @@ func (e *Engine) load(ctx context.Context, next *catalog.Snapshot, actor string,
 	if e.closed.Load() {
 		return broker.Refuse(broker.ReasonShuttingDown, "the broker is stopping", "try again")
 	}
-	opened, err := e.exchange(ctx, next, actor, first)
+	opened, err := e.exchange(ctx, next, actor)
 	if err != nil {
 		for _, p := range opened {
 			p.release()
@@ -164,22 +176,60 @@ func (e *Engine) load(ctx context.Context, next *catalog.Snapshot, actor string,
 		// Deliveries that were decided by the old catalog end before this
 		// returns, and so do the leases that they were of.
 		grants, err := e.sweepCatalog(ctx)
-		if err != nil {
-			return err
+		if err == nil {
+			err = e.awaitDeliveries(ctx, grants...)
 		}
-		return e.awaitDeliveries(ctx, grants...)
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrExchanged, err)
+		}
 	}
 	return nil
 }
 
 // exchange commits the new generation and puts the new epoch in place. The
 // providers it opened are returned in any case.
-func (e *Engine) exchange(ctx context.Context, next *catalog.Snapshot, actor string, first bool) (opened []*openProvider, err error) {
-	e.loadMu.Lock()
-	defer e.loadMu.Unlock()
+//
+// Opening providers may take its time; nothing waits for it. Only the commit
+// and the exchange itself keep others out.
+func (e *Engine) exchange(ctx context.Context, next *catalog.Snapshot, actor string) (opened []*openProvider, err error) {
+	e.loading.Lock()
+	defer e.loading.Unlock()
 	old := e.current.Load()
 	ep := &epoch{catalog: next, providers: map[string]*openProvider{}}
-	for _, pc := range next.Providers() {
+	if opened, err = e.openProviders(ctx, ep, old); err != nil {
+		return opened, err
+	}
+	e.loadMu.Lock()
+	defer e.loadMu.Unlock()
+	if err := e.providersStay(ctx, ep); err != nil {
+		return opened, err
+	}
+	if err := e.commitEpoch(ctx, ep, old, actor); err != nil {
+		return opened, err
+	}
+	if old != nil {
+		e.keepNeeded(ctx, old, ep)
+	}
+	e.current.Store(ep)
+	e.startWorkers(ep)
+	if old != nil {
+		for _, p := range old.providers {
+			p.release()
+		}
+	}
+	return nil, nil
+}
+
+// openTimeout bounds the opening of all providers of a catalog.
+const openTimeout = time.Minute
+
+// openProviders opens the providers of a new epoch, or takes over those of the
+// old one that stay as they are. It returns what it opened or took, also with
+// an error.
+func (e *Engine) openProviders(ctx context.Context, ep, old *epoch) (opened []*openProvider, err error) {
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	for _, pc := range ep.catalog.Providers() {
 		if old != nil {
 			if p := old.providers[pc.Name]; p != nil && p.driver == pc.Driver && bytes.Equal(p.raw, pc.Config) && p.acquire() {
 				ep.providers[pc.Name] = p
@@ -201,56 +251,50 @@ func (e *Engine) exchange(ctx context.Context, next *catalog.Snapshot, actor str
 		ep.providers[pc.Name] = p
 		opened = append(opened, p)
 	}
-	if err := e.providersStay(ctx, ep); err != nil {
-		return opened, err
-	}
+	return opened, nil
+}
 
+// commitEpoch commits the new generation: from here on the old epoch gives
+// nothing.
+func (e *Engine) commitEpoch(ctx context.Context, ep, old *epoch, actor string) error {
 	now := e.clock.now()
-	err = e.update(ctx, now, func(t store.Txn) error {
+	return e.update(ctx, now, func(t store.Txn) error {
 		was, _, err := get[catalogRecord](t, keyCatalog)
 		if err != nil {
 			return err
 		}
 		ep.generation = was.Generation + 1
-		if err := put(t, keyCatalog, catalogRecord{Generation: ep.generation, Digest: next.Digest()}); err != nil {
+		systems := map[string]string{}
+		for name, p := range ep.providers {
+			systems[name] = p.system
+		}
+		if err := put(t, keyCatalog, catalogRecord{Generation: ep.generation, Digest: ep.catalog.Digest(), Systems: systems}); err != nil {
 			return err
 		}
 		if err := put(t, keySweep(sweepCatalog, "all"), sweepRecord{Actor: actor}); err != nil {
 			return err
 		}
 		ev := audit.Event{Time: now, Type: audit.CatalogLoaded, Actor: actor,
-			Details: map[string]string{"digest": next.Digest(), "previous_digest": was.Digest}}
+			Details: map[string]string{"digest": ep.catalog.Digest(), "previous_digest": was.Digest}}
 		if old != nil {
-			ev.Details["difference"] = broker.Shorten(strings.Join(catalog.Diff(old.catalog, next), "; "), 8000)
-		}
-		if old == nil {
-			if err := appendEvent(t, audit.Event{Time: now, Type: audit.BrokerStarted, Actor: audit.Broker,
-				Details: map[string]string{"installation": string(e.installation)}}); err != nil {
-				return err
-			}
+			ev.Details["difference"] = broker.Shorten(strings.Join(catalog.Diff(old.catalog, ep.catalog), "; "), 8000)
+		} else if err := appendEvent(t, audit.Event{Time: now, Type: audit.BrokerStarted, Actor: audit.Broker,
+			Details: map[string]string{"installation": string(e.installation)}}); err != nil {
+			return err
 		}
 		return appendEvent(t, ev)
 	})
-	if err != nil {
-		return opened, err
-	}
-	if old != nil {
-		e.keepNeeded(ctx, old, ep)
-	}
-	e.current.Store(ep)
-	e.startWorkers(ep)
-	if old != nil {
-		for _, p := range old.providers {
-			p.release()
-		}
-	}
-	return nil, nil
 }
 
-// providersStay refuses a catalog without a provider that still has leases:
-// nobody could end them.
+// providersStay refuses a catalog in which a provider that still has leases is
+// missing, or stands for another system: nobody could end them, and a system
+// that does not know them would say that they are dead.
 func (e *Engine) providersStay(ctx context.Context, ep *epoch) error {
 	return e.store.View(ctx, func(r store.Reader) error {
+		was, _, err := get[catalogRecord](r, keyCatalog)
+		if err != nil {
+			return err
+		}
 		from, to := store.Prefix(prefixDue)
 		for from != "" {
 			name := ""
@@ -268,6 +312,11 @@ func (e *Engine) providersStay(ctx context.Context, ep *epoch) error {
 				return broker.Refusef(broker.ReasonConflict,
 					"keep the provider until its leases have ended (`mayfly leases`), then remove it",
 					"provider %s is not in the catalog, but it has leases that have not ended", name)
+			}
+			if system := was.Systems[name]; system != "" && system != ep.providers[name].system {
+				return broker.Refusef(broker.ReasonConflict,
+					"give the new system a new provider name, or wait until the leases have ended (`mayfly leases`)",
+					"provider %s would stand for another system, but it has leases of the present one that have not ended", name)
 			}
 			_, from = store.Prefix(prefixDueOf(name))
 		}

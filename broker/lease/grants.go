@@ -254,7 +254,7 @@ func (e *Engine) withdrawGrant(ctx context.Context, caller broker.Caller, id bro
 	if err != nil {
 		return broker.Grant{}, Ended{}, err
 	}
-	ids, err := e.sweepGrant(ctx, id, why)
+	ids, err := e.sweepGrant(context.WithoutCancel(ctx), id, why) // only the waiting is the caller's
 	if err != nil {
 		e.house.poke() // it goes on with the sweep
 		return broker.Grant{}, Ended{}, err

@@ -3,6 +3,7 @@ package lease
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -40,6 +41,7 @@ type housekeeper struct {
 type orphan struct {
 	handle []byte
 	cause  broker.Cause
+	refund bool // the use of the grant is given back
 }
 
 func newHousekeeper(e *Engine) *housekeeper {
@@ -71,9 +73,12 @@ func (h *housekeeper) storeError() error {
 
 // endLater ends a lease as soon as the store can be told. The handle, if not
 // nil, replaces the one in the store.
-func (e *Engine) endLater(id broker.LeaseID, handle []byte, cause broker.Cause) {
+//
+// The use of the grant is given back unless spent: a secret that can be made
+// again from the lease may be, before the store is told.
+func (e *Engine) endLater(id broker.LeaseID, handle []byte, cause broker.Cause, spent bool) {
 	e.house.mu.Lock()
-	e.house.orphans[id] = orphan{handle: handle, cause: cause}
+	e.house.orphans[id] = orphan{handle: handle, cause: cause, refund: !spent}
 	e.house.mu.Unlock()
 	e.house.poke()
 }
@@ -98,6 +103,9 @@ func (h *housekeeper) run() {
 			next = now.Add(time.Second)
 		} else if at, ok := h.next(ctx); ok && at.Before(next) {
 			next = at
+			if !at.After(now) {
+				next = now.Add(time.Second) // it waits for the earlier clock
+			}
 		}
 		h.mu.Lock()
 		h.sleep = next
@@ -114,28 +122,33 @@ func (h *housekeeper) run() {
 	}
 }
 
-// work does everything that is due.
+// work does everything that is due, a page at a time: what must end never waits
+// behind a long page of what is only to be forgotten.
 func (h *housekeeper) work(ctx context.Context) error {
 	e := h.e
-	if err := h.endOrphans(ctx); err != nil {
-		return err
-	}
-	if err := e.resumeSweeps(ctx); err != nil {
-		return err
-	}
-	for {
+	for more := true; more; {
+		if err := h.endOrphans(ctx); err != nil {
+			return err
+		}
+		if err := e.resumeSweeps(ctx); err != nil {
+			return err
+		}
 		keys, err := h.due(ctx)
 		if err != nil {
 			return err
 		}
-		if len(keys) == 0 {
-			break
-		}
+		var old []string
 		for _, key := range keys {
-			if err := h.one(ctx, key); err != nil {
+			if strings.Contains(key, "|"+houseLease+"|") {
+				old = append(old, key)
+			} else if err := h.one(ctx, key); err != nil {
 				return err
 			}
 		}
+		if err := h.forget(ctx, old); err != nil {
+			return err
+		}
+		more = len(keys) > 0
 	}
 	e.replays.forget(e.clock.now())
 	e.refusals.flush(ctx)
@@ -144,13 +157,46 @@ func (h *housekeeper) work(ctx context.Context) error {
 	return e.update(ctx, now, func(t store.Txn) error { return nil })
 }
 
-// due lists keys whose time has come.
+// forget removes the records of leases that ended long ago.
+func (h *housekeeper) forget(ctx context.Context, keys []string) error {
+	const each = 20 // one takes up to five operations
+	for part := range slices.Chunk(keys, each) {
+		err := h.e.update(ctx, h.e.clock.now(), func(t store.Txn) error {
+			for _, key := range part {
+				if err := t.Delete(key); err != nil {
+					return err
+				}
+				if err := forget(t, broker.LeaseID(lastPart(key))); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// due lists keys whose time has come. What is to be forgotten is judged by the
+// earlier clock: a jump forward must not cost records, and with them the
+// idempotency keys that keep a second lease from being made.
 func (h *housekeeper) due(ctx context.Context) (keys []string, err error) {
+	early := h.e.clock.early()
 	err = h.e.store.View(ctx, func(r store.Reader) error {
 		keys = keys[:0]
 		for entry, err := range r.Scan(prefixHouse, prefixHouse+keyTime(h.e.clock.late())+"~") {
 			if err != nil {
 				return err
+			}
+			if strings.Contains(entry.Key, "|"+houseLease+"|") {
+				if at, err := timeOfKey(entry.Key, 1); err != nil || at.After(early) {
+					if err != nil {
+						return err
+					}
+					continue
+				}
 			}
 			if keys = append(keys, entry.Key); len(keys) == 256 {
 				return nil
@@ -209,13 +255,6 @@ func (h *housekeeper) one(ctx context.Context, key string) error {
 		}
 		_, err = e.sweepIncident(ctx, broker.IncidentID(id), why)
 		return err
-	case houseLease:
-		return e.update(ctx, now, func(t store.Txn) error {
-			if err := t.Delete(key); err != nil {
-				return err
-			}
-			return forget(t, broker.LeaseID(id))
-		})
 	default:
 		return fmt.Errorf("there is no housekeeping of kind %q", kind)
 	}
@@ -263,7 +302,7 @@ func (h *housekeeper) endOrphans(ctx context.Context) error {
 			if l.State == broker.LeaseRevoking {
 				return moveDue(t, &l, now)
 			}
-			return startRevoking(t, &l, now, ending{cause: o.cause, actor: audit.Broker, refund: true})
+			return startRevoking(t, &l, now, ending{cause: o.cause, actor: audit.Broker, refund: o.refund})
 		})
 		if err != nil {
 			return err

@@ -135,7 +135,7 @@ func TestLostAnswer(t *testing.T) {
 				} else {
 					r.wantReason(err, broker.ReasonSecretGone)
 					l := r.wantState(first.Lease.ID, broker.LeaseRevoked, 10*time.Second)
-					if l.Cause != broker.CauseUndelivered {
+					if l.Cause != broker.CauseSecretGone {
 						t.Errorf("it ended because of %q", l.Cause)
 					}
 					if n := len(r.world.Live()) + len(r.asked.Live()); n != 0 {

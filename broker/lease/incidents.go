@@ -177,7 +177,7 @@ func (e *Engine) closeIncident(ctx context.Context, caller broker.Caller, id bro
 	if err := broker.CheckText("reason", reason, broker.MaxReason); err != nil {
 		return broker.Incident{}, Ended{}, err
 	}
-	ep := e.settled()
+	ep := e.current.Load() // ending does not wait for a reload
 	why := sweepRecord{Cause: broker.CauseIncidentClosed, Actor: caller.ID.String(), Reason: reason, Correlation: caller.Correlation}
 	var in broker.Incident
 	now := e.clock.now()
@@ -198,7 +198,7 @@ func (e *Engine) closeIncident(ctx context.Context, caller broker.Caller, id bro
 	if err != nil {
 		return broker.Incident{}, Ended{}, err
 	}
-	ids, err := e.sweepIncident(ctx, id, why)
+	ids, err := e.sweepIncident(context.WithoutCancel(ctx), id, why) // only the waiting is the caller's
 	if err != nil {
 		e.house.poke() // it goes on with the sweep
 		return broker.Incident{}, Ended{}, err

@@ -396,3 +396,60 @@ func TestI8_FailDead(t *testing.T) {
 		}
 	})
 }
+
+// TestI6_NearlyFull: while the store's last room is kept for ending, nothing is
+// given and everything that must end ends.
+func TestI6_NearlyFull(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var full atomic.Bool
+		r := newRig(t, func(r *rig) {
+			r.tune = func(c *lease.Config) {
+				c.Room = func() error {
+					if full.Load() {
+						return errors.New("nearly full")
+					}
+					return nil
+				}
+			}
+		})
+		in := r.open(time.Hour, "db.read")
+		d := r.mustIssue("db.read")
+		full.Store(true)
+		time.Sleep(2 * time.Second)
+		_, err := r.issue("db.read")
+		r.wantReason(err, broker.ReasonStore)
+		r.wantReason(r.engine.Ready(context.Background()), broker.ReasonStore)
+		if _, ended, err := r.engine.CloseIncident(context.Background(), as(pager), in.ID, ""); err != nil || ended.Dead != 1 {
+			t.Fatalf("closing while the store is nearly full: %+v, %v", ended, err)
+		}
+		if l := r.lease(d.Lease.ID); l.State != broker.LeaseRevoked {
+			t.Errorf("the lease is %s", l.State)
+		}
+		full.Store(false)
+		time.Sleep(2 * time.Second)
+		if err := r.engine.Ready(context.Background()); err != nil {
+			t.Errorf("Ready = %v", err)
+		}
+	})
+}
+
+// TestI4_AProviderStaysItself: a provider with leases cannot be pointed at
+// another system, which would know nothing of them and call them dead.
+func TestI4_AProviderStaysItself(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t)
+		g := r.grant(support, "db.read", time.Hour)
+		d := r.mustIssue("db.read")
+		err := r.reload("{mode: planned, mint_timeout: 10s", "{mode: planned, mint_timeout: 11s")
+		r.wantReason(err, broker.ReasonConflict)
+		if l := r.lease(d.Lease.ID); l.State != broker.LeaseActive || len(r.world.Live()) != 1 {
+			t.Errorf("after the refused reload the lease is %s, and %d credentials live", l.State, len(r.world.Live()))
+		}
+		if _, _, err := r.engine.WithdrawGrant(context.Background(), as(sam), g.ID, ""); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.engine.Load(context.Background(), r.snapshot(), "test"); err != nil {
+			t.Errorf("after its leases have ended: %v", err)
+		}
+	})
+}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -104,6 +105,9 @@ func (e *Engine) giving() error {
 	if e.closed.Load() {
 		return broker.Refuse(broker.ReasonShuttingDown, "the broker is stopping", "try again")
 	}
+	if err := e.room(); err != nil {
+		return err
+	}
 	return e.clock.trusted()
 }
 
@@ -150,15 +154,23 @@ func (e *Engine) attempt(ctx context.Context, ep *epoch, caller broker.Caller, r
 	if err := ep.agent(caller.ID); err != nil {
 		return nil, err
 	}
-	tool, ask, err := ep.ask(req)
+	candidates, err := e.candidates(ctx, ep, caller.ID, req.Tool)
 	if err != nil {
 		return nil, err
 	}
 	now := e.clock.now()
-	grant, end, err := e.pick(ctx, ep, caller.ID, tool.Name, ask, now)
-	if err != nil {
+	tool, ask, err := ep.ask(req)
+	switch {
+	case broker.ReasonOf(err) == broker.ReasonToolUnknown:
+		return nil, err
+	case err != nil && len(candidates) > 0:
+		return nil, err // without a grant, what the tool takes is not told
+	}
+	i, end, d := policy.Pick(tool.Name, candidates, ask, now)
+	if err := d.Err(); err != nil {
 		return nil, err
 	}
+	grant := candidates[i].Grant
 	p := ep.providers[tool.Provider]
 	if !p.acquire() {
 		return nil, errStale
@@ -185,10 +197,12 @@ func (e *Engine) attempt(ctx context.Context, ep *epoch, caller broker.Caller, r
 	return m.outside(ctx)
 }
 
-// pick finds the grant to issue under.
-func (e *Engine) pick(ctx context.Context, ep *epoch, agent spiffeid.ID, tool string, ask policy.Ask, now time.Time) (broker.Grant, time.Time, error) {
-	var candidates []policy.GrantFacts
-	err := e.store.View(ctx, func(r store.Reader) error {
+// candidates are the open grants of an agent for a tool.
+func (e *Engine) candidates(ctx context.Context, ep *epoch, agent spiffeid.ID, tool string) (candidates []policy.GrantFacts, err error) {
+	if strings.Contains(tool, "|") {
+		return nil, nil // there is no such tool, and it would divide the key
+	}
+	err = e.store.View(ctx, func(r store.Reader) error {
 		candidates = candidates[:0]
 		from, to := store.Prefix(prefixGrantsFor(agent, tool))
 		for entry, err := range r.Scan(from, to) {
@@ -203,14 +217,7 @@ func (e *Engine) pick(ctx context.Context, ep *epoch, agent spiffeid.ID, tool st
 		}
 		return nil
 	})
-	if err != nil {
-		return broker.Grant{}, time.Time{}, storeRefusal(err)
-	}
-	i, end, d := policy.Pick(tool, candidates, ask, now)
-	if err := d.Err(); err != nil {
-		return broker.Grant{}, time.Time{}, err
-	}
-	return candidates[i].Grant, end, nil
+	return candidates, storeRefusal(err)
 }
 
 // replay answers a request whose idempotency key has made a lease already. It
@@ -257,7 +264,7 @@ func (e *Engine) replay(ctx context.Context, caller broker.Caller, req IssueRequ
 		}
 	}
 	done()
-	return nil, e.lost(ctx, l)
+	return nil, e.lost(ctx, caller, l)
 }
 
 // remint makes the secret of a lease of an inert provider once more: the same
@@ -285,14 +292,18 @@ func (e *Engine) remint(ctx context.Context, caller broker.Caller, l leaseRecord
 // that is still alive is ended. Its use is not given back: whether the secret
 // came to its agent is not known, and an agent that says it did not may have
 // used it.
-func (e *Engine) lost(ctx context.Context, l leaseRecord) error {
+func (e *Engine) lost(ctx context.Context, caller broker.Caller, l leaseRecord) error {
 	next := "ask again with a new idempotency key"
 	var refusal *broker.Error
 	switch {
 	case l.Cause == broker.CauseMintFailed, l.State == broker.LeaseMinting:
 		refusal = broker.Refusef(broker.ReasonProvider, next, "lease %s of this key was not made: the provider failed", l.ID)
 	case l.State == broker.LeaseActive:
-		if _, err := e.endLeases(ctx, []broker.LeaseID{l.ID}, ending{cause: broker.CauseUndelivered, actor: audit.Broker}); err != nil {
+		why := ending{cause: broker.CauseSecretGone, actor: caller.ID.String(), correlation: caller.Correlation}
+		if !e.clock.late().Before(l.End) {
+			why.cause, why.actor = broker.CauseTTL, audit.Broker
+		}
+		if _, err := e.endLeases(ctx, []broker.LeaseID{l.ID}, why); err != nil {
 			return err
 		}
 		refusal = broker.Refusef(broker.ReasonSecretGone, next,

@@ -61,7 +61,7 @@ func (m *minter) inert(ctx context.Context) (*Delivery, error) {
 		// A commit of unknown outcome may have made a lease that nobody gets.
 		// Its secret is dropped here, and so harmless; the record is ended.
 		if errors.Is(err, store.ErrUnknown) {
-			m.e.endLater(m.l.ID, nil, broker.CauseUndelivered)
+			m.e.endLater(m.l.ID, nil, broker.CauseUndelivered, true)
 		}
 		return nil, err
 	}
@@ -112,7 +112,7 @@ func (m *minter) outside(ctx context.Context) (*Delivery, error) {
 	switch {
 	case err != nil:
 		done()
-		m.e.endLater(m.l.ID, minted.Handle, broker.CauseUndelivered)
+		m.e.endLater(m.l.ID, minted.Handle, broker.CauseUndelivered, false)
 		return nil, err
 	case refusal != nil:
 		done()
@@ -121,7 +121,7 @@ func (m *minter) outside(ctx context.Context) (*Delivery, error) {
 	case ctx.Err() != nil && m.l.Key == "":
 		// Nobody is there to take it, and nobody can ask for it again.
 		done()
-		m.e.endLater(m.l.ID, nil, broker.CauseUndelivered)
+		m.e.endLater(m.l.ID, nil, broker.CauseUndelivered, false)
 		return nil, ctx.Err()
 	}
 	return m.deliver(minted.Secret, done), nil
@@ -216,7 +216,7 @@ func (m *minter) intend(ctx context.Context, now time.Time) error {
 		return appendEvent(t, m.event(m.l, now, audit.LeaseIntended))
 	})
 	if errors.Is(err, store.ErrUnknown) {
-		m.e.endLater(m.l.ID, nil, broker.CauseMintFailed)
+		m.e.endLater(m.l.ID, nil, broker.CauseMintFailed, false)
 	}
 	return err
 }
@@ -328,7 +328,7 @@ func (m *minter) fail(ctx context.Context, h providers.Handle, cause error) {
 	m.e.log.Warn("minting a lease", "lease", m.l.ID, "tool", m.l.Tool, "provider", m.l.Provider,
 		"correlation", m.l.Correlation, "error", cause)
 	if !errors.Is(cause, providers.ErrNothingMade) {
-		m.e.endLater(m.l.ID, h, broker.CauseMintFailed)
+		m.e.endLater(m.l.ID, h, broker.CauseMintFailed, false)
 		return
 	}
 	now := m.e.clock.now()
@@ -344,7 +344,7 @@ func (m *minter) fail(ctx context.Context, h providers.Handle, cause error) {
 		return finish(t, l, now, broker.LeaseRevoked, m.e.cfg.Retention, map[string]string{"made": "nothing"})
 	})
 	if err != nil {
-		m.e.endLater(m.l.ID, h, broker.CauseMintFailed)
+		m.e.endLater(m.l.ID, h, broker.CauseMintFailed, false)
 	}
 	m.e.watch.signal()
 }

@@ -162,11 +162,23 @@ func (m *model) decide(a act, w world, storeKey string) verdict {
 		longest = 4 * time.Minute
 	}
 	ttl := longest
+	// What the tool takes is told only to those who have a grant for it.
+	told := func(reason broker.Reason) verdict {
+		for _, g := range w.grants {
+			if g.Agent == agent && g.Tool == tool && g.State == broker.GrantOpen {
+				return no(reason)
+			}
+		}
+		if a.Async {
+			return no(broker.ReasonNoGrant, reason)
+		}
+		return no(broker.ReasonNoGrant)
+	}
 	switch {
 	case a.Param != 0 && (tool != "crm.read" || a.Param == 3):
-		return no(broker.ReasonParameter)
+		return told(broker.ReasonParameter)
 	case a.TTL < 0 || a.TTL > longest:
-		return no(broker.ReasonTTL)
+		return told(broker.ReasonTTL)
 	case a.TTL > 0:
 		ttl = a.TTL
 	}

@@ -17,7 +17,7 @@ const MaxPage = 1000
 // maxLooked bounds how many records one page may look at, so that a filter
 // that matches little cannot keep the store busy: such a page comes back
 // short, with where to go on.
-const maxLooked = 20_000
+const maxLooked = 4000
 
 // Page is one part of a listing. Next is where the next part begins; it is
 // empty at the end.

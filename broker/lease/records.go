@@ -120,6 +120,7 @@ func (l *leaseRecord) event(now time.Time, what audit.Type) audit.Event {
 type catalogRecord struct {
 	Generation uint64
 	Digest     string
+	Systems    map[string]string // which system each provider stands for, as a digest
 }
 
 // idemRecord is what an idempotency key made.

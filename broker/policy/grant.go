@@ -72,7 +72,8 @@ func (f GrantFacts) Issue(ask Ask, now time.Time) (end time.Time, d Decision) {
 			"grant %s for %s allowed %d use(s), and they are used up", f.Grant.ID, f.Grant.Tool, f.Grant.MaxUses))
 	}
 	for name, value := range f.Grant.Params {
-		if ask.Params[name] != value {
+		// A value that is left out is none, also where the fixed one is empty.
+		if got, given := ask.Params[name]; !given || got != value {
 			return time.Time{}, Deny(broker.Refusef(broker.ReasonNoGrant,
 				"ask for exactly what was granted, or ask an operator for another grant",
 				"grant %s for %s holds only for %s=%s", f.Grant.ID, f.Grant.Tool, name, value))

@@ -62,7 +62,11 @@ func rpcError(ctx context.Context, log *slog.Logger, correlation broker.Correlat
 	switch {
 	case errors.As(err, &refusal):
 		if cause := refusal.Unwrap(); cause != nil {
-			log.WarnContext(ctx, "a call was refused for a cause of our own", "reason", refusal.Reason, "correlation", correlation, "error", cause)
+			level := slog.LevelWarn
+			if Code(refusal.Reason) == connect.CodeUnauthenticated {
+				level = slog.LevelDebug // anybody can cause these; they are counted and, within bounds, evidence
+			}
+			log.Log(ctx, level, "a call was refused for a cause of our own", "reason", refusal.Reason, "correlation", correlation, "error", cause)
 		}
 	case errors.Is(err, context.Canceled):
 		refusal = broker.Refuse(broker.ReasonConflict, "the caller went away", "ask again")

@@ -7,6 +7,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"sync"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -59,21 +60,13 @@ func (s *Server) guard(next http.Handler) http.Handler {
 		defer v.finish()
 		w.Header().Set(correlationHeader, string(v.caller.Correlation))
 		w.Header().Set("Cache-Control", "no-store")
-		select {
-		case s.slots <- struct{}{}:
-			defer func() { <-s.slots }()
-		default:
-			s.refuse(w, r, v, broker.Refusef(broker.ReasonRateLimited, "try again in a moment",
-				"the broker has %d requests under way and takes no more", cap(s.slots)))
-			return
-		}
 		if r.ContentLength > s.limits.Body {
 			s.refuse(w, r, v, broker.Refusef(broker.ReasonTooLarge, "send less",
 				"the body is %d bytes long; at most %d are taken", r.ContentLength, s.limits.Body))
 			return
 		}
 		r.Body = http.MaxBytesReader(w, r.Body, s.limits.Body+1<<10) // the RPC library has its own, exact limit
-		caller, err := s.attestor.Attest(r, now)
+		caller, err := s.attest(r, now)
 		if err == nil {
 			caller.Correlation = v.caller.Correlation
 			v.caller = caller
@@ -88,6 +81,14 @@ func (s *Server) guard(next http.Handler) http.Handler {
 			return
 		}
 		defer s.shares.give(caller.ID)
+		select {
+		case s.slots <- struct{}{}:
+			defer func() { <-s.slots }()
+		default:
+			s.refuse(w, r, v, broker.Refusef(broker.ReasonRateLimited, "try again in a moment",
+				"the broker has %d requests under way and takes no more", cap(s.slots)))
+			return
+		}
 		ctx := context.WithValue(r.Context(), visitKey{}, v)
 		filled := &errorFiller{ResponseWriter: w, correlation: v.caller.Correlation}
 		defer s.caught(ctx, filled, r, v)
@@ -97,6 +98,26 @@ func (s *Server) guard(next http.Handler) http.Handler {
 		// as done; what closes an incident waits for that.
 		_ = http.NewResponseController(w).Flush()
 	})
+}
+
+// attest finds out who is calling. It comes before a request takes a place, so
+// that strangers take none from those who are known, and few run at once, for
+// it costs signatures to check. An SVID must be valid by the later clock, too:
+// while the machine's clock is ahead, the engine's time is no excuse for one
+// that has expired.
+func (s *Server) attest(r *http.Request, now time.Time) (broker.Caller, error) {
+	select {
+	case s.attesting <- struct{}{}:
+		defer func() { <-s.attesting }()
+	case <-r.Context().Done():
+		return broker.Caller{}, r.Context().Err()
+	}
+	caller, err := s.attestor.Attest(r, now)
+	if err == nil && s.engine.Late().After(caller.ValidUntil) {
+		err = broker.Refusef(broker.ReasonSVIDExpired, "fetch a fresh SVID from the Workload API",
+			"the SVID expired at %s", caller.ValidUntil.UTC().Format(time.RFC3339))
+	}
+	return caller, err
 }
 
 // known refuses identities that are nothing to this broker, and agents that

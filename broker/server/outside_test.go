@@ -146,7 +146,7 @@ func TestOps(t *testing.T) {
 	want("/healthz", 200, "ok\n")
 	want("/readyz", 200, "ready\n")
 	want("/nothing", 404, "404 page not found\n")
-	r.ahead.Store(int64(time.Hour)) // the clock jumps
+	r.ahead.Store(int64(time.Minute)) // the clock jumps, by less than the life of an SVID
 	want("/readyz", 503, "clock_untrusted\n")
 	agent.post(issue, `{"tool": "crm.read"}`).wantRefused(t, "while the clock is not trusted", 503, broker.ReasonClock)
 	r.ahead.Store(0)

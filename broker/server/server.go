@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime"
 	"time"
 
 	"connectrpc.com/connect"
@@ -76,7 +77,9 @@ type Server struct {
 	http     *http.Server
 	slots    chan struct{} // one for each request at once
 	shares   shares
-	errors   *connect.ErrorWriter
+
+	attesting chan struct{} // one for each attestation at once
+	errors    *connect.ErrorWriter
 }
 
 // New makes a Server; Serve starts it.
@@ -96,6 +99,7 @@ func New(cfg Config) (*Server, error) {
 		log: cfg.Log, limits: cfg.Limits.withDefaults(),
 	}
 	s.slots = make(chan struct{}, s.limits.Requests)
+	s.attesting = make(chan struct{}, 4*runtime.GOMAXPROCS(0))
 	options := []connect.HandlerOption{
 		connect.WithReadMaxBytes(int(s.limits.Body)),
 		// Nothing is compressed: a secret beside a caller's own text would show

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -100,7 +101,8 @@ func start(ctx context.Context, s settings) (_ *daemon, err error) {
 	}
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	config := lease.Config{Store: d.store, Catalog: snapshot, Drivers: d.settings.drivers, Log: d.log, Metrics: metrics}
+	config := lease.Config{Store: d.store, Catalog: snapshot, Drivers: d.settings.drivers, Log: d.log, Metrics: metrics,
+		Room: func() error { return roomFor(filepath.Dir(s.store)) }}
 	if s.tune != nil {
 		s.tune(&config)
 	}
@@ -171,9 +173,12 @@ func (d *daemon) run(ctx context.Context, hup <-chan struct{}) error {
 			d.log.Info("stopping: waiting for requests under way", "at_most", drainTime.String())
 			return d.close(context.WithoutCancel(ctx))
 		case <-hup:
-			if err := d.reload(ctx, "signal:SIGHUP"); err != nil {
+			switch err := d.reload(ctx, "signal:SIGHUP"); {
+			case errors.Is(err, lease.ErrExchanged):
+				d.log.Warn("the catalog was exchanged", "digest", d.engine.Catalog().Digest(), "error", err)
+			case err != nil:
 				d.log.Error("the catalog was not exchanged; the present one stays", "error", err)
-			} else {
+			default:
 				d.log.Info("the catalog was exchanged", "digest", d.engine.Catalog().Digest())
 			}
 		case err = <-d.failed:

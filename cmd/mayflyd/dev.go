@@ -123,13 +123,16 @@ func runDev(ctx context.Context, f devFlags, out, errOut io.Writer) (err error) 
 // where they are not there yet.
 func prepareDev(dir string) (catalogFile string, err error) {
 	keys := filepath.Join(dir, "keys")
-	for _, d := range []string{dir, keys, filepath.Join(dir, "sockets")} {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", fmt.Errorf("making the state directory: %w", err)
+	}
+	if err := ownAlone(dir); err != nil { // before anything is put into it
+		return "", err
+	}
+	for _, d := range []string{keys, filepath.Join(dir, "sockets")} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return "", fmt.Errorf("making the state directory: %w", err)
 		}
-	}
-	if err := ownAlone(dir); err != nil {
-		return "", err
 	}
 	if found, err := filepath.Glob(filepath.Join(keys, "*.pem")); err != nil || len(found) == 0 {
 		if _, err := token.NewKey(keys, time.Now()); err != nil {

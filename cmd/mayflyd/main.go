@@ -48,10 +48,21 @@ machine, for trying things out.`,
 	return root
 }
 
-// newLog makes the broker's log: JSON lines on w.
+// newLog makes the broker's log: JSON lines on w. Errors can quote what callers
+// and upstreams sent, so each is bounded and made safe to show.
 func newLog(w io.Writer, level slog.Level) *slog.Logger {
-	return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level}))
+	return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if err, ok := a.Value.Any().(error); ok {
+			a.Value = slog.StringValue(broker.Clean(broker.Shorten(err.Error(), maxLogged)))
+		} else if a.Value.Kind() == slog.KindString && len(a.Value.String()) > maxLogged {
+			a.Value = slog.StringValue(broker.Shorten(a.Value.String(), maxLogged))
+		}
+		return a
+	}}))
 }
+
+// maxLogged bounds one value in the log, in bytes.
+const maxLogged = 2000
 
 // onHangup gives a value for each SIGHUP, until ctx ends.
 func onHangup(ctx context.Context) <-chan struct{} {
