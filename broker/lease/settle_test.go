@@ -19,6 +19,8 @@ import (
 type hooks struct {
 	mint   func(ctx context.Context, req providers.MintRequest, mint func() (providers.Minted, error)) (providers.Minted, error)
 	revoke func(endings []providers.Ending, revoke func() []providers.Death) []providers.Death
+	// confirm is as revoke.
+	confirm func(endings []providers.Ending, confirm func() []providers.Death) []providers.Death
 }
 
 // hookedDriver is a driver whose providers go through hooks.
@@ -65,10 +67,22 @@ func (p hookedProvider) Revoke(ctx context.Context, endings []providers.Ending) 
 	return p.hooks.revoke(endings, revoke)
 }
 
-// hooked puts hooks around one of the rig's drivers, and restarts it.
+func (p hookedProvider) Confirm(ctx context.Context, endings []providers.Ending) []providers.Death {
+	confirm := func() []providers.Death { return p.Provider.Confirm(ctx, endings) }
+	if p.hooks.confirm == nil {
+		return confirm()
+	}
+	return p.hooks.confirm(endings, confirm)
+}
+
+// hooked puts hooks around one of the rig's drivers ("" is "world"), and
+// restarts it.
 func (r *rig) hooked(driver string, h *hooks) {
 	r.t.Helper()
 	r.stop()
+	if driver == "" {
+		driver = "world"
+	}
 	r.drivers[driver] = hookedDriver{r.drivers[driver], h}
 	r.start()
 }
@@ -81,6 +95,12 @@ func (r *rig) background(tool string, change ...func(*lease.IssueRequest)) <-cha
 		done <- err
 	}()
 	return done
+}
+
+// widen gives a tool of the catalog a longer TTL.
+func widen(yaml, tool string) string {
+	i := strings.Index(yaml, "- name: "+tool)
+	return yaml[:i] + strings.Replace(yaml[i:], "max_ttl: 15m", "max_ttl: 16m", 1)
 }
 
 // keys are the store's keys with a prefix.
