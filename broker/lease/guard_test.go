@@ -50,21 +50,22 @@ func (g *gateStore) Update(ctx context.Context, fn func(store.Txn) error) error 
 // commit, after which its leases are told by others.
 var enders = []struct {
 	name   string
-	reason broker.Reason // of a delivery that comes too late
+	reason broker.Reason     // of a delivery that comes too late
+	grant  broker.GrantState // what becomes of the grant
 	end    func(r *rig, in broker.Incident) error
 }{
-	{"close", broker.ReasonIncidentClosed, func(r *rig, in broker.Incident) error {
+	{"close", broker.ReasonIncidentClosed, broker.GrantClosed, func(r *rig, in broker.Incident) error {
 		_, _, err := r.engine.CloseIncident(context.Background(), as(pager), in.ID, "")
 		return err
 	}},
-	{"withdraw", broker.ReasonNoGrant, func(r *rig, in broker.Incident) error {
+	{"withdraw", broker.ReasonNoGrant, broker.GrantWithdrawn, func(r *rig, in broker.Incident) error {
 		_, _, err := r.engine.WithdrawGrant(context.Background(), as(sam), in.Grants[0], "")
 		return err
 	}},
-	{"disable", broker.ReasonAgentDisabled, func(r *rig, _ broker.Incident) error {
+	{"disable", broker.ReasonAgentDisabled, broker.GrantOpen, func(r *rig, _ broker.Incident) error {
 		return r.reload("disabled: false # support", "disabled: true # support")
 	}},
-	{"widen", broker.ReasonGrantSuspended, func(r *rig, _ broker.Incident) error {
+	{"widen", broker.ReasonGrantSuspended, broker.GrantOpen, func(r *rig, _ broker.Incident) error {
 		text := r.yaml
 		for _, name := range tools {
 			text = widen(text, name)
@@ -183,6 +184,9 @@ func TestI5_ARestartFinishesTheEnd(t *testing.T) {
 				}
 				r.restart()
 				r.wantState(d.Lease.ID, broker.LeaseRevoked, 10*time.Second)
+				if g := r.grantNow(in.Grants[0]); g.State != e.grant {
+					t.Errorf("the grant is %s; want %s", g.State, e.grant)
+				}
 				if left := r.keys("sweep|"); len(left) != 0 {
 					t.Errorf("left: %q", left)
 				}

@@ -244,6 +244,9 @@ func (m *model) checkGrants(w world) {
 		m.t.Errorf("open incidents are counted as %v; there are %v", w.openers, open)
 	}
 	for _, g := range w.grants {
+		if g.State == broker.GrantOpen && g.Incident != "" && w.incident(g.Incident).State != broker.IncidentOpen {
+			m.t.Errorf("grant %s is open, and its incident is closed", g.ID)
+		}
 		want := 0
 		if g.MaxUses > 0 {
 			want = w.uses(g.ID)
