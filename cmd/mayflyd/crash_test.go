@@ -183,10 +183,10 @@ func (c *crash) do(op string, s scene) error {
 		_, err = c.api.agent.RevokeLease(ctx, connect.NewRequest(&mayflyv1.RevokeLeaseRequest{Id: s.lease}))
 	case "expire":
 		var id string
-		if id, err = c.issue(ctx, time.Second); err != nil {
+		if id, err = c.issue(ctx, 3*time.Second); err != nil { // long enough to be delivered on a busy machine
 			return err
 		}
-		err = c.await(5*time.Second, func() error {
+		err = c.await(10*time.Second, func() error {
 			l, err := c.api.operator.GetLease(ctx, connect.NewRequest(&mayflyv1.GetLeaseRequest{Id: id}))
 			if err != nil {
 				return err
