@@ -14,13 +14,17 @@ import (
 	"github.com/mayfly-security/mayfly/store"
 )
 
-// gateStore holds one Update back until it is told to let it go.
+// gateStore holds Updates back until it is told to let them go.
 type gateStore struct {
 	store.Store
 	mu   sync.Mutex
 	in   int
+	all  bool // that one and all after it but the favoured
 	gate chan struct{}
 }
+
+// favoured marks the context of calls that a gateStore lets pass.
+type favoured struct{}
 
 func (g *gateStore) wrap(s store.Store) store.Store { g.Store = s; return g }
 
@@ -28,14 +32,30 @@ func (g *gateStore) wrap(s store.Store) store.Store { g.Store = s; return g }
 func (g *gateStore) hold(n int) (release func()) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.in, g.gate = n, make(chan struct{})
-	return sync.OnceFunc(func() { close(g.gate) })
+	return g.close(n, false)
+}
+
+// holdAll holds the nth Update from now back, and all after it, except those
+// with a favoured context.
+func (g *gateStore) holdAll(n int) (release func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.close(n, true)
+}
+
+func (g *gateStore) close(n int, all bool) (release func()) {
+	gate := make(chan struct{})
+	g.in, g.all, g.gate = n, all, gate
+	return sync.OnceFunc(func() { close(gate) })
 }
 
 func (g *gateStore) Update(ctx context.Context, fn func(store.Txn) error) error {
 	g.mu.Lock()
 	held := g.in == 1
-	if g.in > 0 {
+	switch {
+	case held && g.all:
+		held = ctx.Value(favoured{}) == nil
+	case g.in > 0:
 		g.in--
 	}
 	gate := g.gate
@@ -94,9 +114,17 @@ func TestI5_TheCommitReadsAgain(t *testing.T) {
 						r.hooked(map[string]string{"cloud.read": "asked", "crm.read": "token", "docs.search": "token"}[tool], h)
 						in := r.open(time.Hour, tool)
 						synctest.Wait()
-						issued := r.background(tool)
+						issued := make(chan error, 1)
+						go func() {
+							ctx := context.WithValue(context.Background(), favoured{}, true)
+							d, err := r.engine.Issue(ctx, as(support), lease.IssueRequest{Tool: tool})
+							if err == nil {
+								d.Done()
+							}
+							issued <- err
+						}()
 						time.Sleep(time.Second)
-						release := gate.hold(2) // the first is the end, and the next would tell its leases
+						release := gate.holdAll(2) // the first is the end, and the next would tell its leases
 						defer release()
 						ended := make(chan error, 1)
 						go func() { ended <- e.end(r, in) }()
@@ -117,6 +145,68 @@ func TestI5_TheCommitReadsAgain(t *testing.T) {
 						time.Sleep(time.Minute)
 						if n := len(r.world.Live()) + len(r.asked.Live()); n != 0 {
 							t.Errorf("%d credentials are left", n)
+						}
+					})
+				})
+			}
+		})
+	}
+}
+
+// TestI5_RevokedWhileItWasMade: a lease that an operator ends while it is made
+// is not delivered, although its grant holds.
+func TestI5_RevokedWhileItWasMade(t *testing.T) {
+	eachOutside(t, func(t *testing.T, tool string) {
+		r := newRig(t)
+		r.grant(support, tool, time.Hour)
+		r.system(tool).SetScript(providertest.Rules(1, providertest.Rule{Op: providertest.OpCreate, Fault: providertest.Fault{Delay: 3 * time.Second}}))
+		issued := r.background(tool)
+		time.Sleep(time.Second)
+		if _, err := r.engine.RevokeLease(context.Background(), as(sam), r.onlyLease().ID, "stop it"); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-issued; err == nil {
+			t.Error("delivered after it was revoked")
+		}
+		if l := r.wantState(r.onlyLease().ID, broker.LeaseRevoked, 30*time.Second); !l.ActiveAt.IsZero() {
+			t.Error("it was active")
+		}
+		if n := len(r.system(tool).Live()); n != 0 {
+			t.Errorf("%d credentials are left", n)
+		}
+	})
+}
+
+// TestI5_TheEndAwaitsDeliveries: whatever ends a grant waits, before it
+// returns, for each delivery under way, and ends the lease without waiting.
+func TestI5_TheEndAwaitsDeliveries(t *testing.T) {
+	for _, e := range enders {
+		t.Run(e.name, func(t *testing.T) {
+			for _, tool := range tools {
+				t.Run(tool, func(t *testing.T) {
+					bubble(t, func(t *testing.T) {
+						r := newRig(t)
+						in := r.open(time.Hour, tool)
+						d, err := r.engine.Issue(context.Background(), as(support), lease.IssueRequest{Tool: tool})
+						if err != nil {
+							t.Fatal(err)
+						}
+						defer d.Done()
+						ended := make(chan error, 1)
+						go func() { ended <- e.end(r, in) }()
+						time.Sleep(time.Minute)
+						select {
+						case err := <-ended:
+							t.Errorf("it returned (%v) while the secret was on its way", err)
+							return
+						default:
+						}
+						if l := r.lease(d.Lease.ID); l.State == broker.LeaseActive {
+							t.Error("the lease is active while its delivery takes time")
+						}
+						d.Done()
+						if err := <-ended; err != nil {
+							t.Error(err)
 						}
 					})
 				})
@@ -211,72 +301,63 @@ func TestI5_AChangeWhileItWasDown(t *testing.T) {
 	})
 }
 
-// TestI4_WhatIsLeftIsEnded: a credential has died by itself, and something of
-// it is left at the provider. It is not said to have expired before that is gone.
-func TestI4_WhatIsLeftIsEnded(t *testing.T) {
-	eachOutside(t, func(t *testing.T, tool string) {
-		r := newRig(t)
-		var mu sync.Mutex
-		left := true
-		h := &hooks{
-			confirm: func(endings []providers.Ending, confirm func() []providers.Death) []providers.Death {
-				mu.Lock()
-				defer mu.Unlock()
-				if left {
-					return make([]providers.Death, len(endings)) // not dead, and nothing else to tell
-				}
-				return confirm()
-			},
-			revoke: func(_ []providers.Ending, revoke func() []providers.Death) []providers.Death {
-				mu.Lock()
-				defer mu.Unlock()
-				left = false
-				return revoke()
-			},
-		}
-		r.hooked(map[bool]string{true: "asked", false: "world"}[tool == "cloud.read"], h)
-		r.grant(support, tool, time.Hour)
-		d := r.mustIssue(tool, ttl(time.Minute))
-		r.wantState(d.Lease.ID, broker.LeaseExpired, 90*time.Second)
-		mu.Lock()
-		defer mu.Unlock()
-		if left {
-			t.Error("said to be expired, with something left at the provider")
-		}
-	})
+// afterStore calls a function when the nth favoured Update is committed and
+// its caller does not know it yet.
+type afterStore struct {
+	store.Store
+	mu    sync.Mutex
+	in    int
+	after func()
 }
 
-// TestI3_EndsNoLaterThanWhatItIsFor: the end of a lease is the earliest of all
-// that bounds it.
-func TestI3_EndsNoLaterThanWhatItIsFor(t *testing.T) {
-	for name, c := range map[string]struct {
-		prepare func(r *rig)
-		change  func(*lease.IssueRequest)
-		want    time.Duration
-	}{
-		"what was asked":       {func(r *rig) { r.grant(support, "db.read", time.Hour) }, ttl(time.Minute), time.Minute},
-		"the tool's maximum":   {func(r *rig) { r.grant(support, "db.read", time.Hour) }, func(*lease.IssueRequest) {}, 15 * time.Minute},
-		"the grant's end":      {func(r *rig) { r.grant(support, "db.read", 3*time.Minute) }, func(*lease.IssueRequest) {}, 3 * time.Minute},
-		"the incident's end":   {func(r *rig) { r.open(4*time.Minute, "db.read") }, func(*lease.IssueRequest) {}, 4 * time.Minute},
-		"the provider's limit": {func(r *rig) { r.grant(support, "db.read", time.Hour) }, func(*lease.IssueRequest) {}, 2 * time.Minute},
-	} {
-		t.Run(name, func(t *testing.T) {
-			bubble(t, func(t *testing.T) {
-				r := newRig(t, func(r *rig) {
-					if name == "the provider's limit" {
-						r.world = providertest.NewSystem(providertest.SystemConfig{MaxTTL: 2 * time.Minute})
-					}
+func (a *afterStore) wrap(s store.Store) store.Store { a.Store = s; return a }
+
+func (a *afterStore) Update(ctx context.Context, fn func(store.Txn) error) error {
+	err := a.Store.Update(ctx, fn)
+	if ctx.Value(favoured{}) != nil {
+		a.mu.Lock()
+		a.in--
+		last := a.in == 0
+		a.mu.Unlock()
+		if last {
+			a.after()
+		}
+	}
+	return err
+}
+
+// TestI5_RegisteredBeforeItsCommit: an end that comes right after the commit
+// to active knows of the delivery that follows, and waits for it.
+func TestI5_RegisteredBeforeItsCommit(t *testing.T) {
+	commits := map[string]int{"db.read": 2, "vault.read": 3, "cloud.read": 2, "crm.read": 1, "docs.search": 1}
+	for _, e := range enders {
+		t.Run(e.name, func(t *testing.T) {
+			for _, tool := range tools {
+				t.Run(tool, func(t *testing.T) {
+					bubble(t, func(t *testing.T) {
+						s := &afterStore{in: commits[tool]}
+						r := newRig(t, func(r *rig) { r.wrap = s.wrap })
+						in := r.open(time.Hour, tool)
+						ended := make(chan error, 1)
+						s.after = func() {
+							go func() { ended <- e.end(r, in) }()
+							time.Sleep(10 * time.Second)
+							if len(ended) > 0 {
+								t.Error("it returned between the commit to active and the delivery")
+							}
+						}
+						ctx := context.WithValue(context.Background(), favoured{}, true)
+						d, err := r.engine.Issue(ctx, as(support), lease.IssueRequest{Tool: tool})
+						if err != nil {
+							t.Fatal(err)
+						}
+						d.Done()
+						if err := <-ended; err != nil {
+							t.Error(err)
+						}
+					})
 				})
-				c.prepare(r)
-				d := r.mustIssue("db.read", c.change)
-				if got := d.Lease.End.Sub(d.Lease.CreatedAt); got != c.want {
-					t.Errorf("it lives %s; want %s", got, c.want)
-				}
-				if l := r.lease(d.Lease.ID); !l.End.Equal(d.Lease.End) {
-					t.Errorf("its end is %s in the store, and the agent was told %s", l.End, d.Lease.End)
-				}
-				r.wantState(d.Lease.ID, broker.LeaseExpired, c.want+time.Second)
-			})
+			}
 		})
 	}
 }

@@ -261,36 +261,6 @@ func TestI8_NothingLivesForEver(t *testing.T) {
 	}
 }
 
-// TestI5_ASlowTakerHoldsUpOnlyTheAnswer: a close waits for a delivery under
-// way before it answers, and ends the lease without waiting.
-func TestI5_ASlowTakerHoldsUpOnlyTheAnswer(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		r := newRig(t)
-		in := r.open(time.Hour, "db.read")
-		d, err := r.engine.Issue(context.Background(), as(support), lease.IssueRequest{Tool: "db.read"})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer d.Done()
-		closed := make(chan error, 1)
-		go func() {
-			_, _, err := r.engine.CloseIncident(context.Background(), as(pager), in.ID, "")
-			closed <- err
-		}()
-		r.wantState(d.Lease.ID, broker.LeaseRevoked, time.Second)
-		time.Sleep(time.Minute)
-		select {
-		case err := <-closed:
-			t.Fatalf("the close returned (%v) while the secret was on its way", err)
-		default:
-		}
-		d.Done()
-		if err := <-closed; err != nil {
-			t.Error(err)
-		}
-	})
-}
-
 // TestI3_ASlowTakerHoldsUpNoHousekeeping: a delivery that never ends keeps
 // nothing else from ending.
 func TestI3_ASlowTakerHoldsUpNoHousekeeping(t *testing.T) {
