@@ -177,6 +177,38 @@ func TestI5_RevokedWhileItWasMade(t *testing.T) {
 	})
 }
 
+// TestI5_UsableReadsTheConditions: a resource server that asks is told no from
+// the commit of an end on, even before the lease was told of it.
+func TestI5_UsableReadsTheConditions(t *testing.T) {
+	for _, e := range enders {
+		t.Run(e.name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				gate := &gateStore{}
+				r := newRig(t, func(r *rig) { r.wrap = gate.wrap })
+				in := r.open(time.Hour, "crm.read")
+				d := r.mustIssue("crm.read")
+				synctest.Wait()
+				release := gate.holdAll(2) // the first is the end
+				defer release()
+				ended := make(chan error, 1)
+				go func() { ended <- e.end(r, in) }()
+				synctest.Wait()
+				l, ok, err := r.engine.Usable(context.Background(), d.Lease.ID)
+				if err != nil || ok {
+					t.Errorf("Usable = %v, %v after the commit of the end", ok, err)
+				}
+				if l.State != broker.LeaseActive {
+					t.Errorf("the lease is %s: it was told already, and nothing is tested", l.State)
+				}
+				release()
+				if err := <-ended; err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
+
 // TestI5_TheEndAwaitsDeliveries: whatever ends a grant waits, before it
 // returns, for each delivery under way, and ends the lease without waiting.
 func TestI5_TheEndAwaitsDeliveries(t *testing.T) {
