@@ -32,7 +32,7 @@ import (
 func TestModel(t *testing.T) {
 	checks := flag.Lookup("rapid.checks")
 	if checks.Value.String() == checks.DefValue { // not asked for
-		if err := checks.Value.Set("40"); err != nil {
+		if err := checks.Value.Set("60"); err != nil {
 			t.Fatal(err)
 		}
 		defer checks.Value.Set(checks.DefValue)
