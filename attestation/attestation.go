@@ -37,3 +37,16 @@ type IdentitySource interface {
 	// expired, or the Workload API has been away for too long.
 	Ready(ctx context.Context) error
 }
+
+// LoginSource is the broker's identity as it is shown to other systems: what
+// providers log in with instead of a secret of their own (I9). Its methods may
+// be called from many goroutines.
+type LoginSource interface {
+	// JWTSVID fetches a JWT-SVID (SPIFFE JWT-SVID, section 3) for exactly one
+	// audience, and when it expires. It is a secret.
+	JWTSVID(ctx context.Context, audience string) (token string, expires time.Time, err error)
+	// ClientCertificate returns the current X.509-SVID with its chain and key,
+	// for tls.Config.GetClientCertificate. It is asked at each handshake, so
+	// that a rotated SVID is used at once.
+	ClientCertificate(*tls.CertificateRequestInfo) (*tls.Certificate, error)
+}

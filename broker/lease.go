@@ -16,10 +16,13 @@ const (
 	LeaseRevoking LeaseState = "revoking" // must die; its death is not confirmed
 	LeaseRevoked  LeaseState = "revoked"  // the provider confirmed its death
 	LeaseExpired  LeaseState = "expired"  // DiesAt passed, and nothing is left behind
+	LeaseLapsed   LeaseState = "lapsed"   // over, and not known to be dead: a static secret, or one that an operator had forgotten
 )
 
 // Ended reports whether s is final.
-func (s LeaseState) Ended() bool { return s == LeaseRevoked || s == LeaseExpired }
+func (s LeaseState) Ended() bool {
+	return s == LeaseRevoked || s == LeaseExpired || s == LeaseLapsed
+}
 
 // Progress says how far a revocation has come at a provider that can only be
 // asked. The words are ordered: each includes those before.
@@ -52,6 +55,8 @@ const (
 	CauseClockSetBack    Cause = "clock_set_back" // it was made while the clock ran ahead, and would live too long
 	CauseSecretGone      Cause = "secret_gone"    // its agent asked for the secret again, which cannot be handed out any more
 	CauseUndelivered     Cause = "undelivered"    // nobody was there to take it
+	CauseForgotten       Cause = "forgotten"      // an operator gave up waiting for its death
+	CauseRestored        Cause = "store_restored" // the store came back from a backup: nothing of before is given any more
 )
 
 // Lease is one credential that was, or may have been, made under a grant. It
@@ -81,6 +86,12 @@ type Lease struct {
 	// Survives tells people what of it outlives a revocation, and until when
 	// that is; empty if nothing does.
 	Survives string
+	// Static: the secret was there before the lease and stays after it; only a
+	// rotation ends it.
+	Static bool `json:",omitempty"`
+	// Left tells people what may still be there of an ended lease although it
+	// works nowhere; empty if nothing is left.
+	Left string `json:",omitempty"`
 }
 
 // Overdue reports whether the lease is past its end without its death being

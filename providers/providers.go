@@ -26,6 +26,12 @@ var (
 	// ErrRefused goes with ErrNothingMade where trying again is of no use
 	// until somebody changes something.
 	ErrRefused = errors.New("refused by the provider")
+	// ErrAway means that the system behind the provider answers nobody now: it
+	// is down, sealed, has no leader, throttles, or refuses our login. It says
+	// nothing of one lease: the engine stops asking for a while, for all of the
+	// provider's leases, and finds out with few calls when it is back. It may
+	// go with ErrNothingMade, and with a Death.
+	ErrAway = errors.New("the provider is away")
 )
 
 // Driver is one kind of provider: "token", "vault". Its methods may be called
@@ -73,6 +79,9 @@ type ScopeInfo struct {
 	Survives string
 	// MinTTL is the shortest TTL that leases of this tool can have; zero means one second.
 	MinTTL time.Duration
+	// Static: the secret was there before the lease and stays after it; only a
+	// rotation ends it. Such leases lapse: they are never said to be dead.
+	Static bool
 }
 
 // Traits are what the engine must know of a Provider to run it safely.
@@ -93,6 +102,9 @@ type Traits struct {
 	Batch int
 	// Concurrency is the most Revokes at a time; zero means 4.
 	Concurrency int
+	// MintConcurrency is the most Mints at a time; zero means 64. Requests
+	// beyond it wait for a short while and are then refused.
+	MintConcurrency int
 }
 
 // Handle is what a Provider needs to revoke one lease. It is opaque to the
@@ -117,9 +129,11 @@ type Minted struct {
 	Secret broker.Secret
 	Handle Handle
 	// DiesAt is when the credential dies by itself, by the provider's clock
-	// and with skew. It is never zero (I8), and where the provider can do it,
-	// not after MintRequest.End.
+	// and with skew. It is never zero (I8) but for a Static one, and where the
+	// provider can do it, not after MintRequest.End.
 	DiesAt time.Time
+	// Static is ScopeInfo.Static for this very lease.
+	Static bool
 	// Ends, if not zero, is an end earlier than the one asked for that the
 	// provider has set; the lease's end moves to it.
 	Ends time.Time
@@ -133,6 +147,11 @@ type Ending struct {
 	Tool   string // its name; the tool may be gone from the catalog
 	Handle Handle // nil if the broker stopped before anything was recorded
 	DiesAt time.Time
+	// Settles is zero once the attempt to mint is over. Until then something
+	// of it may still be under way and appear at the provider, at the latest
+	// at Settles. A provider at which ending one part strands another waits
+	// for it, with a Death whose RetryAt is Settles.
+	Settles time.Time
 }
 
 // Death is what a Provider knows of the end of one lease.
@@ -147,6 +166,14 @@ type Death struct {
 	Err error
 	// RetryAt, if not zero, is when to look again: the engine asks no sooner.
 	RetryAt time.Time
+	// Lapsed: there is nothing that the provider can do, now or later, and the
+	// credential does not die by itself (a static secret). The lease is over,
+	// and is said to have lapsed, never to be dead. Progress is below verified.
+	Lapsed bool
+	// Left tells, with ProgressVerified, what may still be there although it
+	// works nowhere, such as a role that cannot log in; for the evidence. Empty
+	// if nothing is left.
+	Left string
 }
 
 // Provider is one configured system that makes credentials. Methods may be
@@ -211,4 +238,43 @@ type KeySet interface {
 	// JWKS returns the JSON Web Key Set (RFC 7517) of every key whose
 	// signatures may still be valid.
 	JWKS() json.RawMessage
+}
+
+// Found is one thing at the system behind a provider that bears the
+// installation's name.
+type Found struct {
+	Name   string         // as the system has it: the name of a role
+	Kind   string         // for people: "PostgreSQL role"
+	Lease  broker.LeaseID // that its name tells of
+	DiesAt time.Time      // when it dies by itself, by the system's clock and with skew; zero if it does not, or that is not known
+}
+
+// Inventory is implemented by a Provider that can list what there is of the
+// installation's at the system behind it, independently of what the broker
+// remembers. With it the engine finds what the system lost track of, and what a
+// restored store does not know.
+type Inventory interface {
+	// List returns everything that bears the installation's name. It never
+	// returns what bears another installation's.
+	List(ctx context.Context) ([]Found, error)
+	// Remove ends and removes what List returned, whether it is alive or not.
+	// It is idempotent, and returns one error for each, in order; nil means
+	// that the thing is gone.
+	Remove(ctx context.Context, found []Found) []error
+}
+
+// Finding is one thing that a live check has to say.
+type Finding struct {
+	Tool    string // its name; empty for the provider as a whole
+	Bad     bool   // the tool or provider does not work, or can do too much; else for information
+	Message string // what is wrong
+	Fix     string // what to do
+}
+
+// LiveChecker is implemented by a Driver that can compare a provider's
+// configuration and tools with the real system behind it, changing nothing.
+type LiveChecker interface {
+	// CheckLive returns what is missing or too wide. An error means that the
+	// check could not be made.
+	CheckLive(ctx context.Context, config Config, tools []broker.Tool) ([]Finding, error)
 }

@@ -38,12 +38,17 @@ const (
 	LeaseProgressed    Type = "lease.progressed"
 	LeaseRevoked       Type = "lease.revoked"
 	LeaseExpired       Type = "lease.expired"
+	LeaseLapsed        Type = "lease.lapsed"
 	LeaseReplayed      Type = "lease.replayed"
 	RequestRefused     Type = "request.refused"
 	RefusalsSuppressed Type = "request.refusals_suppressed"
 	BrokerStarted      Type = "broker.started"
 	ClockUntrusted     Type = "clock.untrusted"
 	ClockTrusted       Type = "clock.trusted"
+	StoreBackedUp      Type = "store.backed_up"
+	StoreRestored      Type = "store.restored"
+	StrayFound         Type = "stray.found"   // something at a provider bears our name and no lease of ours
+	StrayRemoved       Type = "stray.removed" // it was ended and removed, or was gone
 )
 
 // Event is one piece of evidence. Empty fields do not apply. No field ever

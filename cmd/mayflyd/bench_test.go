@@ -156,11 +156,11 @@ func fill(b *testing.B, c childSettings, n int64) {
 		b.Fatal(err)
 	}
 	defer db.Close()
-	snapshot, err := catalog.Load([]string{c.Catalog}, drivers())
+	snapshot, err := catalog.Load([]string{c.Catalog}, drivers(nil))
 	if err != nil {
 		b.Fatal(err)
 	}
-	e, err := lease.New(context.Background(), lease.Config{Store: db, Catalog: snapshot, Drivers: drivers(), Log: slog.New(slog.DiscardHandler)})
+	e, err := lease.New(context.Background(), lease.Config{Store: db, Catalog: snapshot, Drivers: drivers(nil), Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		b.Fatal(err)
 	}

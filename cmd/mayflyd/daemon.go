@@ -14,12 +14,14 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/mayfly-security/mayfly/attestation"
 	"github.com/mayfly-security/mayfly/attestation/spiffe"
 	"github.com/mayfly-security/mayfly/broker/catalog"
 	"github.com/mayfly-security/mayfly/broker/lease"
 	"github.com/mayfly-security/mayfly/broker/server"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/token"
+	"github.com/mayfly-security/mayfly/providers/vault"
 	"github.com/mayfly-security/mayfly/store"
 	"github.com/mayfly-security/mayfly/store/bolt"
 )
@@ -27,9 +29,14 @@ import (
 // drainTime is how long a stopping broker waits for requests under way.
 const drainTime = 30 * time.Second
 
-// drivers are the kinds of provider that this broker knows.
-func drivers() map[string]providers.Driver {
-	return map[string]providers.Driver{"token": token.Driver{}}
+// drivers are the kinds of provider that this broker knows. login is what they
+// log in to other systems with; nil where they are asked about configuration
+// only, and open nothing.
+func drivers(login attestation.LoginSource) map[string]providers.Driver {
+	return map[string]providers.Driver{
+		"token": token.Driver{},
+		"vault": vault.Driver{Login: login},
+	}
 }
 
 // settings are what a daemon is started with: the configuration file's
@@ -43,7 +50,7 @@ type settings struct {
 	catalog      []string // files
 	log          *slog.Logger
 
-	drivers   map[string]providers.Driver   // nil: drivers()
+	drivers   map[string]providers.Driver   // nil: drivers(), with the broker's identity
 	wrapStore func(store.Store) store.Store // nil: the store as it is; tests crash in it
 	tune      func(*lease.Config)           // nil: defaults; tests shorten waits
 }
@@ -76,10 +83,11 @@ func start(ctx context.Context, s settings) (_ *daemon, err error) {
 			err = errors.Join(err, d.close(ctx))
 		}
 	}()
-	if d.settings.drivers == nil {
-		d.settings.drivers = drivers()
+	known := d.settings.drivers
+	if known == nil {
+		known = drivers(nil)
 	}
-	snapshot, err := catalog.Load(s.catalog, d.settings.drivers)
+	snapshot, err := catalog.Load(s.catalog, known)
 	if err != nil {
 		return nil, err
 	}
@@ -98,6 +106,9 @@ func start(ctx context.Context, s settings) (_ *daemon, err error) {
 	waiting.Stop()
 	if err != nil {
 		return nil, err
+	}
+	if d.settings.drivers == nil {
+		d.settings.drivers = drivers(d.identity)
 	}
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))

@@ -60,7 +60,7 @@ func runChild(text string) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	bomb := &bombStore{}
-	all := drivers()
+	all := drivers(nil)
 	all["world"] = providertest.Driver{}
 	d, err := start(ctx, settings{
 		store: c.Store, listen: "127.0.0.1:0", workload: c.Workload, catalog: []string{c.Catalog},

@@ -87,7 +87,7 @@ func runDev(ctx context.Context, f devFlags, out, errOut io.Writer) (err error) 
 	if err != nil {
 		return err
 	}
-	snapshot, err := catalog.Load([]string{catalogFile}, drivers())
+	snapshot, err := catalog.Load([]string{catalogFile}, drivers(nil))
 	if err != nil {
 		return err
 	}

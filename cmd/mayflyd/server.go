@@ -121,7 +121,7 @@ no provider and changes nothing. It exits with 1 if anything is wrong.`,
 			if err != nil {
 				return err
 			}
-			snapshot, err := catalog.Load(s.catalog, drivers())
+			snapshot, err := catalog.Load(s.catalog, drivers(nil))
 			if err != nil {
 				return err
 			}
