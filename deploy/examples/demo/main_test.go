@@ -5,6 +5,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+
+	"github.com/mayfly-security/mayfly/deploy/examples/story"
 )
 
 // TestDemo builds the programs and tells the story with them, as `make demo` does.
@@ -17,7 +19,7 @@ func TestDemo(t *testing.T) {
 			t.Fatalf("building %s: %v\n%s", pkg, err, said)
 		}
 	}
-	if err := run(t.Context(), bin); err != nil {
+	if err := story.Tell(t.Context(), bin, tell); err != nil {
 		t.Fatal(err)
 	}
 }
