@@ -96,6 +96,10 @@ func runDev(ctx context.Context, f devFlags, out, errOut io.Writer) (err error) 
 		return err
 	}
 	defer func() { err = errors.Join(err, trust.Close()) }()
+	bundleFile := filepath.Join(f.dir, "bundle.json")
+	if err := writeBundle(bundleFile, trust); err != nil {
+		return err
+	}
 	brokerID, err := spiffeid.FromPath(td, brokerPath)
 	if err != nil {
 		return err
@@ -115,7 +119,7 @@ func runDev(ctx context.Context, f devFlags, out, errOut io.Writer) (err error) 
 	if err != nil {
 		return err
 	}
-	printDev(out, d, f.dir, catalogFile, people)
+	printDev(out, d, f.dir, catalogFile, bundleFile, people)
 	return d.run(ctx, onHangup(ctx))
 }
 
@@ -207,7 +211,21 @@ func addDevIdentities(trust *devtrust.Server, td spiffeid.TrustDomain, snapshot 
 	return people, nil
 }
 
-func printDev(out io.Writer, d *daemon, dir, catalogFile string, people []devPerson) {
+// writeBundle writes the trust domain's public keys (SPIFFE Trust Domain and
+// Bundle, section 4), which other systems verify the broker's SVIDs with:
+// Vault's JWT auth method, for one. They are new at each start.
+func writeBundle(path string, trust *devtrust.Server) error {
+	b, err := trust.Bundle().Marshal()
+	if err == nil {
+		err = os.WriteFile(path, b, 0o600)
+	}
+	if err != nil {
+		return fmt.Errorf("writing the trust domain's bundle: %w", err)
+	}
+	return nil
+}
+
+func printDev(out io.Writer, d *daemon, dir, catalogFile, bundleFile string, people []devPerson) {
 	port := d.ln.Addr().String()[strings.LastIndexByte(d.ln.Addr().String(), ':'):]
 	fmt.Fprintf(out, "Mayfly dev: a broker for this machine alone. Not for production: whoever can open\nan identity's socket is that identity.\n\n")
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
@@ -217,6 +235,7 @@ func printDev(out io.Writer, d *daemon, dir, catalogFile string, people []devPer
 	}
 	fmt.Fprintf(w, "  catalog\t%s\tchange it, then: kill -HUP %d\n", catalogFile, os.Getpid())
 	fmt.Fprintf(w, "  state\t%s\n", dir)
+	fmt.Fprintf(w, "  bundle\t%s\tthe trust domain's public keys, for systems that the broker logs in to\n", bundleFile)
 	w.Flush()
 	fmt.Fprintf(out, "\nIn another shell:\n\n  export MAYFLY_ADDR=https://localhost%s\n\nand, to be one of these, paste the line below it:\n", port)
 	for _, p := range people {
