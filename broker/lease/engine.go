@@ -138,6 +138,10 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	e.metrics = newMetrics(cfg.Metrics, e)
 	e.refusals = newRefusals(e)
 	e.house = newHousekeeper(e)
+	if err := e.restore(ctx); err != nil {
+		e.cancel()
+		return nil, fmt.Errorf("restoring the store from a backup: %w", err)
+	}
 	if err := e.recoverMints(ctx); err != nil {
 		e.cancel()
 		return nil, fmt.Errorf("recovering leases: %w", err)

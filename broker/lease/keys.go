@@ -30,10 +30,13 @@ import (
 //	house|time|kind|ID             when a grant, an incident or an ended lease is next looked at
 //	revoking|time|ID               the leases in state revoking, by their end
 //	sweep|kind|ID                  a change whose leases may not all have been told
+//	meta|restored                  the mark of a backup that was put in place: the restore is not done
+//	stray|provider|name            something at a provider that nobody here answers for
 const (
 	keyInstallation = "meta|installation"
 	keyClock        = "meta|clock"
 	keyCatalog      = "meta|catalog"
+	keyBackup       = "meta|restored"
 
 	prefixLease    = "lease|"
 	prefixGrant    = "grant|"
@@ -43,6 +46,7 @@ const (
 	prefixSweep    = "sweep|"
 	prefixHouse    = "house|"
 	prefixDue      = "due|"
+	prefixStray    = "stray|"
 )
 
 func keyLease(id broker.LeaseID) string       { return prefixLease + string(id) }
@@ -91,6 +95,11 @@ func keyHouse(at time.Time, kind, id string) string {
 }
 
 func keySweep(kind, id string) string { return prefixSweep + kind + "|" + id }
+
+func prefixStraysOf(provider string) string { return prefixStray + provider + "|" }
+
+// The name of a stray is another system's, and may hold a "|".
+func keyStray(provider, name string) string { return prefixStraysOf(provider) + name }
 
 // keyTime writes an instant so that the order of keys is the order of time.
 // Instants before 1970 count as 1970.
