@@ -48,6 +48,7 @@ const (
 	StoreBackedUp      Type = "store.backed_up"
 	StoreRestored      Type = "store.restored"
 	StrayFound         Type = "stray.found"   // something at a provider bears our name and no lease of ours
+	StrayEnding        Type = "stray.ending"  // an operator decided that it is to be ended
 	StrayRemoved       Type = "stray.removed" // it was ended and removed, or was gone
 )
 

@@ -57,6 +57,9 @@ type Config struct {
 	// RetryMin and RetryMax bound the pause between two tries to end a lease;
 	// zero means 500 ms and 1 minute.
 	RetryMin, RetryMax time.Duration
+	// InventoryEvery is how often each provider that can list what it has is
+	// compared with the store; zero means 1 minute.
+	InventoryEvery time.Duration
 }
 
 // Engine issues leases and ends them. Its methods may be called from many
@@ -85,6 +88,9 @@ type Engine struct {
 	workMu  sync.Mutex
 	workers map[string]*worker // by provider
 	house   *housekeeper
+
+	inventories  map[string]*inventory // by provider; with workMu
+	metricStrays *prometheus.CounterVec
 
 	highWater atomic.Int64 // the clock mark in the store, Unix nanoseconds
 	clockBad  atomic.Bool  // as last told to operators
@@ -121,13 +127,15 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	setDefault(&cfg.EndWait, 5*time.Second)
 	setDefault(&cfg.RetryMin, 500*time.Millisecond)
 	setDefault(&cfg.RetryMax, time.Minute)
+	setDefault(&cfg.InventoryEvery, time.Minute)
 
 	e := &Engine{
 		cfg: cfg, store: cfg.Store, log: cfg.Log,
-		deliveries: newDeliveries(),
-		watch:      newBroadcast(),
-		minting:    map[broker.LeaseID]struct{}{},
-		workers:    map[string]*worker{},
+		deliveries:  newDeliveries(),
+		watch:       newBroadcast(),
+		minting:     map[broker.LeaseID]struct{}{},
+		workers:     map[string]*worker{},
+		inventories: map[string]*inventory{},
 	}
 	e.replays = newReplays(cfg.ReplayWindow)
 	e.ctx, e.cancel = context.WithCancel(context.WithoutCancel(ctx))
@@ -136,6 +144,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		return nil, err
 	}
 	e.metrics = newMetrics(cfg.Metrics, e)
+	e.metricStrays = newStrayCounter(cfg.Metrics, e)
 	e.refusals = newRefusals(e)
 	e.house = newHousekeeper(e)
 	if err := e.restore(ctx); err != nil {

@@ -212,6 +212,7 @@ func (e *Engine) exchange(ctx context.Context, next *catalog.Snapshot, actor str
 	}
 	e.current.Store(ep)
 	e.startWorkers(ep)
+	e.startInventories(ep)
 	if old != nil {
 		for _, p := range old.providers {
 			p.release()
