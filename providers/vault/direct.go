@@ -1,0 +1,232 @@
+package vault
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/mayfly-security/mayfly/providers"
+	"github.com/mayfly-security/mayfly/providers/vault/vaultscope"
+)
+
+const (
+	directLimit = 8 * time.Second // of one statement with its connection
+	directConns = 4
+	maxPassword = 1024
+	maxRoles    = 100_000 // of one installation at one server
+)
+
+// direct is a narrow PostgreSQL login of the broker's: it finds and drops the
+// roles that Vault made for this installation, and can do nothing else. What
+// it does is decided by two functions at the server, which `mayfly vault
+// setup` prints.
+type direct struct {
+	mount        string
+	schema       string // quoted
+	installation string // as role names have it
+	pool         *pgxpool.Pool
+}
+
+// openDirect does not connect yet.
+func openDirect(db vaultscope.Database, installation string) (*direct, error) {
+	config, err := pgxpool.ParseConfig(db.DSN)
+	if err != nil {
+		return nil, fmt.Errorf("reading the dsn of mount %s: %w", db.Mount, err)
+	}
+	// PGPASSWORD and ~/.pgpass are somebody else's.
+	config.ConnConfig.Password = ""
+	config.BeforeConnect = func(_ context.Context, c *pgx.ConnConfig) error {
+		if db.PasswordFile == "" {
+			return nil
+		}
+		password, err := readPassword(db.PasswordFile)
+		c.Password = password
+		return err
+	}
+	config.MaxConns, config.MinConns = directConns, 0
+	config.MaxConnIdleTime = 5 * time.Minute
+	config.ConnConfig.ConnectTimeout = dialTimeout
+	for name, value := range map[string]string{
+		"application_name":                    "mayfly",
+		"statement_timeout":                   "7000",
+		"lock_timeout":                        "3000",
+		"idle_in_transaction_session_timeout": "10000",
+	} {
+		config.ConnConfig.RuntimeParams[name] = value
+	}
+	pool, err := pgxpool.NewWithConfig(context.Background(), config)
+	if err != nil {
+		return nil, fmt.Errorf("opening the login of mount %s: %w", db.Mount, err)
+	}
+	return &direct{mount: db.Mount, schema: pgx.Identifier{db.Schema}.Sanitize(), installation: installation, pool: pool}, nil
+}
+
+// readPassword reads a password that only its owner can read. It is read for
+// each connection, so that a new one needs no restart.
+func readPassword(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", fmt.Errorf("reading password_file: %w", err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return "", fmt.Errorf("reading password_file: %w", err)
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		return "", fmt.Errorf("reading password_file %s: its mode %04o lets others read it; make it 0600", path, info.Mode().Perm())
+	}
+	b, err := io.ReadAll(io.LimitReader(f, maxPassword+1))
+	if err != nil || len(b) > maxPassword {
+		return "", fmt.Errorf("reading password_file %s: it cannot be read, or holds more than %d bytes", path, maxPassword)
+	}
+	return strings.TrimRight(string(b), "\r\n"), nil
+}
+
+func (d *direct) close() { d.pool.Close() }
+
+// failure is an error of the direct login, for operators.
+func (d *direct) failure(what string, err error) error {
+	return fmt.Errorf("%s at the PostgreSQL server of Vault's mount %s: %w", what, d.mount, err)
+}
+
+// role is one PostgreSQL role of the installation.
+type role struct {
+	name       string
+	validUntil time.Time // zero: for ever
+}
+
+// roles lists the installation's roles.
+func (d *direct) roles(ctx context.Context) ([]role, error) {
+	ctx, cancel := context.WithTimeout(ctx, directLimit)
+	defer cancel()
+	rows, err := d.pool.Query(ctx, `SELECT name, CASE WHEN isfinite(valid_until) THEN valid_until END FROM `+d.schema+`.roles($1) LIMIT $2`, d.installation, maxRoles)
+	if err != nil {
+		return nil, d.failure("listing roles", err)
+	}
+	found, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (role, error) {
+		var name string
+		var until *time.Time
+		err := row.Scan(&name, &until)
+		r := role{name: name}
+		if until != nil {
+			r.validUntil = *until
+		}
+		return r, err
+	})
+	if err != nil {
+		return nil, d.failure("listing roles", err)
+	}
+	return found, nil
+}
+
+// drop ends the sessions of roles, drops them, and returns those that are gone
+// for certain: it never returns a name that the installation does not own.
+func (d *direct) drop(ctx context.Context, names []string) (gone map[string]bool, err error) {
+	gone = make(map[string]bool, len(names))
+	if len(names) == 0 {
+		return gone, nil
+	}
+	err = d.dropInto(ctx, gone, names)
+	var refusal *pgconn.PgError
+	if errors.As(err, &refusal) && len(names) > 1 && ctx.Err() == nil {
+		// One that cannot be dropped must not keep the others.
+		var errs []error
+		for _, name := range names {
+			errs = append(errs, d.dropInto(ctx, gone, []string{name}))
+		}
+		err = errors.Join(errs...)
+	}
+	return gone, err
+}
+
+func (d *direct) dropInto(ctx context.Context, gone map[string]bool, names []string) error {
+	ctx, cancel := context.WithTimeout(ctx, directLimit)
+	defer cancel()
+	rows, err := d.pool.Query(ctx, `SELECT * FROM `+d.schema+`.drop_roles($1, $2)`, d.installation, names)
+	if err != nil {
+		return d.failure("dropping roles", err)
+	}
+	dropped, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return d.failure("dropping roles", err)
+	}
+	for _, name := range dropped {
+		gone[name] = true
+	}
+	return nil
+}
+
+// kind names what List found, and by which login.
+func (d *direct) kind() string { return "PostgreSQL role of Vault's mount " + d.mount }
+
+// found tells what a role is. One whose name has no lease ID in it is listed,
+// too: it bears the installation's name.
+func (p *provider) found(d *direct, r role) providers.Found {
+	f := providers.Found{Name: r.name, Kind: d.kind()}
+	if lease, ok := vaultscope.LeaseOfRole(p.installation, r.name); ok {
+		f.Lease = lease
+	}
+	if !r.validUntil.IsZero() {
+		f.DiesAt = r.validUntil.Add(clockSkew)
+	}
+	return f
+}
+
+var _ providers.Inventory = (*provider)(nil)
+
+// List implements providers.Inventory: the PostgreSQL roles of every mount
+// that has a login under databases. Where one server does not answer it
+// returns what the others have, with an error.
+func (p *provider) List(ctx context.Context) ([]providers.Found, error) {
+	var all []providers.Found
+	var errs []error
+	for _, d := range p.directs {
+		roles, err := d.roles(ctx)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		for _, r := range roles {
+			all = append(all, p.found(d, r))
+		}
+	}
+	return all, errors.Join(errs...)
+}
+
+// Remove implements providers.Inventory.
+func (p *provider) Remove(ctx context.Context, found []providers.Found) []error {
+	errs := make([]error, len(found))
+	for i, f := range found {
+		errs[i] = fmt.Errorf("removing %s: the configuration has no login that could remove a %s", f.Name, f.Kind)
+	}
+	for _, d := range p.directs {
+		var names []string
+		var at []int
+		for i, f := range found {
+			if f.Kind == d.kind() {
+				names, at = append(names, f.Name), append(at, i)
+			}
+		}
+		gone, err := d.drop(ctx, names)
+		for n, i := range at {
+			switch {
+			case gone[names[n]]:
+				errs[i] = nil
+			case err != nil:
+				errs[i] = err
+			default:
+				errs[i] = d.failure("removing role "+names[n], errors.New("it is still there, or is none of this installation's"))
+			}
+		}
+	}
+	return errs
+}
