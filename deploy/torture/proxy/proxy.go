@@ -245,7 +245,9 @@ func (p *Proxy) carry(r *http.Request, body []byte, pl plan, lease string) (*ans
 		p.seen.over(r, lease, nil)
 		return nil, errors.New("dropped")
 	case Duplicate:
-		p.seen.doubled(lease)
+		if isRead(r) {
+			p.seen.doubled(lease)
+		}
 		p.late.Go(func() {
 			if a, err := p.send(p.ctx, r, body); err == nil {
 				p.seen.told(r, lease, a)
