@@ -1,0 +1,349 @@
+package vault
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/mayfly-security/mayfly/attestation"
+	"github.com/mayfly-security/mayfly/attestation/devtrust"
+	"github.com/mayfly-security/mayfly/attestation/spiffe"
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/providers"
+	"github.com/mayfly-security/mayfly/providers/vault/vaultscope"
+)
+
+// directSQL is the PostgreSQL side of the setup.
+const directSQL = `
+CREATE ROLE vault LOGIN CREATEROLE PASSWORD 'vault-password';
+GRANT pg_signal_backend TO vault;
+CREATE ROLE crm_ro NOLOGIN;
+GRANT crm_ro TO vault WITH ADMIN OPTION;
+CREATE ROLE mayfly_sweep LOGIN PASSWORD 'sweep-password';
+CREATE SCHEMA mayfly;
+GRANT USAGE ON SCHEMA mayfly TO mayfly_sweep;
+GRANT CREATE, USAGE ON SCHEMA mayfly TO vault;
+SET ROLE vault;
+CREATE FUNCTION mayfly.roles(installation text) RETURNS TABLE (name text, valid_until timestamptz, sessions integer)
+  LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+  SELECT rolname::text, rolvaliduntil, (SELECT count(*)::integer FROM pg_stat_activity a WHERE a.usename = rolname)
+  FROM pg_roles WHERE starts_with(rolname, 'mf_' || installation || '-') $$;
+CREATE FUNCTION mayfly.drop_roles(installation text, names text[]) RETURNS SETOF text
+  LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+  DECLARE each text;
+  BEGIN
+    FOREACH each IN ARRAY names LOOP
+      CONTINUE WHEN NOT starts_with(each, 'mf_' || installation || '-');
+      PERFORM pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = each;
+      EXECUTE format('DROP ROLE IF EXISTS %I', each);
+      RETURN NEXT each;
+    END LOOP;
+  END $$;
+REVOKE ALL ON FUNCTION mayfly.roles(text), mayfly.drop_roles(text, text[]) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION mayfly.roles(text), mayfly.drop_roles(text, text[]) TO mayfly_sweep;
+RESET ROLE;
+`
+
+func prepareDatabase(pg *postgres) error {
+	ctx := context.Background()
+	c, err := pgx.Connect(ctx, pg.super("postgres"))
+	if err != nil {
+		return err
+	}
+	defer c.Close(ctx)
+	if _, err := c.Exec(ctx, "CREATE DATABASE crm"); err != nil {
+		return err
+	}
+	crm, err := pgx.Connect(ctx, pg.super("crm"))
+	if err != nil {
+		return err
+	}
+	defer crm.Close(ctx)
+	_, err = crm.Exec(ctx, directSQL)
+	return err
+}
+
+var (
+	trustDomain = spiffeid.RequireTrustDomainFromString("acme.test")
+	brokerID    = spiffeid.RequireFromString("spiffe://acme.test/mayfly")
+	agentID     = spiffeid.RequireFromString("spiffe://acme.test/agent/support")
+	serial      sync.Mutex
+	serials     int
+)
+
+const audience = "https://vault.acme.test"
+
+// world is one Mayfly installation at real servers: mounts, auth methods and
+// names of its own, so that tests run side by side.
+type world struct {
+	t            testing.TB
+	v            *vaultServer
+	pg           *postgres
+	trust        *devtrust.Server
+	login        attestation.LoginSource
+	installation broker.InstallationID
+	id           string // part of the names of mounts
+	log          *logged
+
+	// What a test may change before it opens a provider.
+	address  string
+	noDirect bool
+	extra    string // of the configuration, as JSON members
+	now      func() time.Time
+	limit    string
+}
+
+type logged struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logged) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func newWorld(t testing.TB, v *vaultServer, pg *postgres) *world {
+	t.Helper()
+	serial.Lock()
+	serials++
+	n := serials
+	serial.Unlock()
+	w := &world{t: t, v: v, pg: pg, id: fmt.Sprintf("w%d", n), address: v.address(), log: &logged{}, now: time.Now,
+		installation: broker.NewInstallationID(time.Now()), limit: "5s"}
+	dir, err := os.MkdirTemp("", "mf-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if w.trust, err = devtrust.New(devtrust.Config{TrustDomain: trustDomain, Dir: filepath.Join(dir, "s")}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { w.trust.Close() })
+	addr, err := w.trust.Add(devtrust.Identity{ID: brokerID, DNSNames: []string{"mayfly.acme.test"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	src, err := spiffe.Open(t.Context(), spiffe.Config{Addr: addr, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { src.Close() })
+	w.login = src
+
+	w.write("sys/auth/"+w.jwtMount(), map[string]any{"type": "jwt"})
+	w.write("auth/"+w.jwtMount()+"/config", map[string]any{"jwt_validation_pubkeys": w.jwtKeys()})
+	w.write("auth/"+w.jwtMount()+"/role/mayfly", map[string]any{
+		"role_type": "jwt", "user_claim": "sub", "bound_audiences": []string{audience}, "bound_subject": brokerID.String(),
+		"token_policies": w.id + "-broker", "token_ttl": "15m", "token_max_ttl": "15m", "token_no_default_policy": true,
+	})
+	w.write("sys/mounts/"+w.mount("database"), map[string]any{"type": "database"})
+	w.write(w.mount("database")+"/config/crm", map[string]any{
+		"plugin_name": "postgresql-database-plugin", "allowed_roles": "*", "username": "vault", "password": "vault-password",
+		"connection_url":    fmt.Sprintf("postgresql://{{username}}:{{password}}@127.0.0.1:%d/crm?sslmode=disable", pg.port),
+		"username_template": vaultscope.UsernameTemplate,
+	})
+	w.databaseRole("crm-read-1m", "1m")
+	w.databaseRole("crm-read-5m", "5m")
+	w.tool("crm.read", w.mount("database")+"/creds/crm-read-1m", w.mount("database")+"/creds/crm-read-5m")
+	return w
+}
+
+func (w *world) jwtMount() string         { return "jwt-" + w.id }
+func (w *world) mount(kind string) string { return kind + "-" + w.id }
+func (w *world) prefix() string           { return w.id + "-" }
+func (w *world) write(path string, data map[string]any) {
+	w.t.Helper()
+	if _, err := w.v.client.Logical().Write(path, data); err != nil {
+		w.t.Fatalf("writing %s: %v", path, err)
+	}
+}
+
+func (w *world) jwtKeys() []string {
+	var keys []string
+	for _, key := range w.trust.Bundle().JWTAuthorities() {
+		der, err := x509.MarshalPKIXPublicKey(key)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		keys = append(keys, string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})))
+	}
+	return keys
+}
+
+func (w *world) databaseRole(name, ttl string) {
+	w.write(w.mount("database")+"/roles/"+name, map[string]any{
+		"db_name": "crm", "default_ttl": ttl, "max_ttl": ttl,
+		"creation_statements":   []string{`CREATE ROLE "{{name}}" LOGIN PASSWORD '{{password}}' VALID UNTIL '{{expiration}}' IN ROLE crm_ro;`},
+		"revocation_statements": []string{`SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{{name}}';`, `DROP ROLE IF EXISTS "{{name}}";`},
+	})
+}
+
+// tool makes the token role and policies of a tool, and adds to the broker's.
+func (w *world) tool(name string, paths ...string) {
+	var rules, mine strings.Builder
+	for _, path := range paths {
+		fmt.Fprintf(&rules, "path %q { capabilities = [\"read\", \"update\"] }\n", path)
+		fmt.Fprintf(&mine, "path \"sys/leases/revoke/%s/*\" { capabilities = [\"update\"] allowed_parameters = { \"sync\" = [true] } }\n", path)
+	}
+	w.write("sys/policies/acl/"+w.prefix()+name, map[string]any{"policy": rules.String()})
+	w.write("auth/token/roles/"+w.prefix()+name, map[string]any{
+		"allowed_policies": w.prefix() + name, "orphan": true, "renewable": false, "token_type": "service",
+		"token_no_default_policy": true, "token_explicit_max_ttl": "1h", "token_num_uses": 2,
+	})
+	fmt.Fprintf(&mine, `path "auth/token/create/%s" { capabilities = ["update"] required_parameters = ["explicit_max_ttl", "meta"]
+		allowed_parameters = { "ttl" = [] "explicit_max_ttl" = [] "meta" = [] "display_name" = [] } }
+		path "auth/token/revoke-accessor" { capabilities = ["update"] }
+`, w.prefix()+name)
+	had := ""
+	if s, err := w.v.client.Sys().GetPolicy(w.id + "-broker"); err == nil {
+		had = s
+	}
+	w.write("sys/policies/acl/"+w.id+"-broker", map[string]any{"policy": had + mine.String()})
+}
+
+func (w *world) config() json.RawMessage {
+	var databases string
+	if !w.noDirect {
+		file := filepath.Join(w.t.TempDir(), "password")
+		if err := os.WriteFile(file, []byte("sweep-password\n"), 0o600); err != nil {
+			w.t.Fatal(err)
+		}
+		databases = fmt.Sprintf(`,"databases":[{"mount":%q,"dsn":"host=127.0.0.1 port=%d dbname=crm user=mayfly_sweep sslmode=disable","password_file":%q}]`,
+			w.mount("database"), w.pg.port, file)
+	}
+	return json.RawMessage(fmt.Sprintf(`{"address":%q,"auth":{"method":"jwt","mount":%q,"audience":%q},"prefix":%q,"request_limit":%q%s%s}`,
+		w.address, w.jwtMount(), audience, w.prefix(), w.limit, databases, w.extra))
+}
+
+func (w *world) database() broker.Tool {
+	return broker.Tool{Name: "crm.read", Provider: "vault", MaxTTL: 5 * time.Minute, Scope: json.RawMessage(fmt.Sprintf(
+		`{"engine":"database","classes":[{"path":"%[1]s/creds/crm-read-1m","ttl":"1m"},{"path":"%[1]s/creds/crm-read-5m","ttl":"5m"}]}`, w.mount("database")))}
+}
+
+func (w *world) open() *provider {
+	w.t.Helper()
+	p, err := Driver{Login: w.login}.Open(w.t.Context(), providers.Config{
+		Name: "vault", Installation: w.installation, Raw: w.config(), Now: w.now,
+		Log: slog.New(slog.NewTextHandler(w.log, nil)),
+	})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { p.Close() })
+	return p.(*provider)
+}
+
+func (w *world) request(tool broker.Tool, ttl time.Duration) providers.MintRequest {
+	now := w.now()
+	return providers.MintRequest{Lease: broker.NewLeaseID(now), Agent: agentID, Tool: tool, Incident: broker.NewIncidentID(now), Now: now, End: now.Add(ttl)}
+}
+
+// attempt is one Mint with what it recorded.
+type attempt struct {
+	req      providers.MintRequest
+	recorded []providers.Handle
+	minted   providers.Minted
+	err      error
+}
+
+func mint(ctx context.Context, p *provider, req providers.MintRequest) *attempt {
+	a := &attempt{req: req}
+	a.minted, a.err = p.Mint(ctx, req, func(h providers.Handle) error {
+		a.recorded = append(a.recorded, h)
+		return nil
+	})
+	return a
+}
+
+func (w *world) mint(p *provider, tool broker.Tool, ttl time.Duration) *attempt {
+	w.t.Helper()
+	a := mint(w.t.Context(), p, w.request(tool, ttl))
+	if a.err != nil {
+		w.t.Fatalf("minting: %v", a.err)
+	}
+	return a
+}
+
+func (a *attempt) ending() providers.Ending {
+	e := providers.Ending{Lease: a.req.Lease, Tool: a.req.Tool.Name, Handle: a.minted.Handle, DiesAt: a.minted.DiesAt}
+	if e.Handle == nil && len(a.recorded) > 0 {
+		e.Handle = a.recorded[0]
+	}
+	return e
+}
+
+// roles are the names in pg_roles that begin with prefix, looked at as nobody
+// of ours.
+func (w *world) roles(prefix string) []string {
+	w.t.Helper()
+	ctx := context.Background()
+	c, err := pgx.Connect(ctx, w.pg.super("crm"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer c.Close(ctx)
+	rows, err := c.Query(ctx, "SELECT rolname FROM pg_roles WHERE starts_with(rolname, $1)", prefix)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	names, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return names
+}
+
+func (w *world) rolesOf(lease broker.LeaseID) []string {
+	w.t.Helper()
+	return w.roles(vaultscope.LeaseRolePrefix(w.installation, lease))
+}
+
+// connects reports whether the credential is accepted by PostgreSQL.
+func (w *world) connects(secret broker.Secret) bool {
+	user, _ := secret.Reveal("username")
+	password, _ := secret.Reveal("password")
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	config, err := pgx.ParseConfig(fmt.Sprintf("host=127.0.0.1 port=%d dbname=crm sslmode=disable", w.pg.port))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	config.User, config.Password = user, password
+	c, err := pgx.ConnectConfig(ctx, config)
+	if err != nil {
+		return false
+	}
+	c.Close(ctx)
+	return true
+}
+
+// tokenLives reports whether Vault knows a token by its accessor.
+func (w *world) tokenLives(accessor string) bool {
+	_, err := w.v.client.Auth().Token().LookupAccessor(accessor)
+	return err == nil
+}
+
+func handleOf(t testing.TB, raw providers.Handle) handle {
+	t.Helper()
+	h, err := decodeHandle(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
+
