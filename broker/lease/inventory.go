@@ -185,7 +185,7 @@ func (i *inventory) look(p *openProvider, inv providers.Inventory) error {
 		e.watch.signal()
 	}
 	var over, toNote []Stray
-	beyond := 0
+	beyond, room := 0, maxStrays-len(noted)
 	for _, s := range strays {
 		known, isNoted := noted[s.Name]
 		s.EndedBy = known.EndedBy
@@ -193,7 +193,10 @@ func (i *inventory) look(p *openProvider, inv providers.Inventory) error {
 			over = append(over, s)
 		}
 		switch {
-		case isNoted || s.listable() && len(noted)+len(toNote) < maxStrays:
+		case isNoted:
+			toNote = append(toNote, s) // something of it may have changed
+		case s.listable() && room > 0:
+			room--
 			toNote = append(toNote, s)
 		case s.Why == StrayUnknown:
 			beyond++
@@ -222,7 +225,7 @@ func (i *inventory) judged(found []providers.Found, seen map[string]struct{}, be
 			for _, f := range part {
 				s := newStray(i.provider, f, began, "")
 				var err error
-				if s.Why, err = judge(r, s, began, early); err != nil {
+				if s.Why, err = i.e.judge(r, s, began, early); err != nil {
 					return err
 				}
 				if s.Why != "" {
@@ -301,11 +304,11 @@ func (i *inventory) stillStrays(strays []Stray) (still []Stray, err error) {
 	err = i.e.store.View(i.e.ctx, func(r store.Reader) error {
 		still = still[:0]
 		for _, s := range strays {
-			alive, err := answeredFor(r, s.Lease)
+			answered, err := i.e.answeredFor(r, s.Lease)
 			if err != nil {
 				return err
 			}
-			if !alive {
+			if !answered {
 				still = append(still, s)
 			}
 		}

@@ -22,7 +22,7 @@ import (
 // Why something is a stray.
 const (
 	StrayUnknown = "lease_unknown" // the store does not know the lease: an operator decides
-	StrayEnded   = "lease_ended"   // the lease ended, and this was left, or came late: it is removed
+	StrayEnded   = "lease_ended"   // the lease is over, and this was left, or came late: it is removed
 	StrayExpired = "expired"       // the store does not know the lease, and this died by itself: it is removed
 )
 
@@ -144,11 +144,11 @@ func (e *Engine) endStray(ctx context.Context, caller broker.Caller, provider, n
 		if !ok {
 			return noStray(provider, name)
 		}
-		alive, err := answeredFor(t, s.Lease)
+		answered, err := e.answeredFor(t, s.Lease)
 		if err != nil {
 			return err
 		}
-		if alive {
+		if answered {
 			return broker.Refusef(broker.ReasonConflict, "revoke the lease (`mayfly revoke`)",
 				"it belongs to lease %s, which has not ended", s.Lease)
 		}
@@ -217,18 +217,26 @@ func (e *Engine) awaitRemoval(ctx context.Context, provider, key string) (bool, 
 	}
 }
 
-// answeredFor reports whether the store has the lease, and it has not ended.
-func answeredFor(r getter, id broker.LeaseID) (bool, error) {
+// answers reports whether a lease answers for what bears its name: it has not
+// ended, and its provider can be asked to end it. One without a handle is
+// over, and nobody but the inventory can know what is there of it: that is so
+// for what was being made when a backup was.
+func (e *Engine) answers(l *leaseRecord) bool {
+	return !l.State.Ended() && (l.State != broker.LeaseRevoking || l.Handle != nil || e.isMinting(l.ID))
+}
+
+// answeredFor reports whether the store has a lease that answers.
+func (e *Engine) answeredFor(r getter, id broker.LeaseID) (bool, error) {
 	if id == "" {
 		return false, nil
 	}
 	l, ok, err := get[leaseRecord](r, keyLease(id))
-	return ok && !l.State.Ended(), err
+	return ok && e.answers(&l), err
 }
 
 // judge says what the store knows of a thing that a provider listed: why it is
 // a stray, or "" if it is none. began is when the provider was asked.
-func judge(r getter, s Stray, began, early time.Time) (why string, err error) {
+func (e *Engine) judge(r getter, s Stray, began, early time.Time) (why string, err error) {
 	var l leaseRecord
 	known := false
 	if s.Lease != "" {
@@ -237,11 +245,11 @@ func judge(r getter, s Stray, began, early time.Time) (why string, err error) {
 		}
 	}
 	switch {
-	case known && !l.State.Ended():
+	case known && e.answers(&l):
 		return "", nil
 	case known && l.State == broker.LeaseLapsed && l.Static:
 		return "", nil // it was there before the lease
-	case known && !l.EndedAt.Before(began):
+	case known && l.State.Ended() && !l.EndedAt.Before(began):
 		return "", nil // it ended while the provider was listing; the next look tells
 	case known:
 		return StrayEnded, nil

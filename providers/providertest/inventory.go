@@ -34,8 +34,9 @@ func (d Inventoried) Open(ctx context.Context, config providers.Config) (provide
 	if err != nil {
 		return nil, err
 	}
-	list := lister{system: d.System, prefix: string(config.Installation) + "-"}
+	list := lister{system: d.System, prefix: string(config.Installation) + "-", recorded: true}
 	if p, ok := p.(planner); ok {
+		list.recorded = false
 		return struct {
 			planner
 			lister
@@ -49,8 +50,9 @@ func (d Inventoried) Open(ctx context.Context, config providers.Config) (provide
 
 // lister is the inventory of one installation.
 type lister struct {
-	system *System
-	prefix string // of every name that is the installation's
+	system   *System
+	prefix   string // of every name that is the installation's
+	recorded bool   // of what was made under a session, or of the rest
 }
 
 var _ providers.Inventory = lister{}
@@ -64,7 +66,7 @@ func (l lister) List(ctx context.Context) ([]providers.Found, error) {
 		now := s.now()
 		var found []providers.Found
 		for _, c := range s.credentials {
-			if strings.HasPrefix(c.Name, l.prefix) && (c.EndedAt.IsZero() || now.Before(c.EndedAt)) {
+			if strings.HasPrefix(c.Name, l.prefix) && (c.Accessor != "") == l.recorded && (c.EndedAt.IsZero() || now.Before(c.EndedAt)) {
 				found = append(found, providers.Found{Name: c.Name, Kind: "credential", Lease: c.Lease(), DiesAt: c.DiesAt})
 			}
 		}
@@ -125,7 +127,11 @@ func (s *System) Plant(c Credential) {
 	}
 	s.credentials = append(s.credentials, &c)
 	s.bySecret[c.Secret] = &c
-	s.byHandle[c.Name] = append(s.byHandle[c.Name], &c)
+	handle := c.Name
+	if c.Accessor != "" {
+		handle = c.Accessor
+	}
+	s.byHandle[handle] = append(s.byHandle[handle], &c)
 }
 
 // There reports whether there is a credential of that name that no ending has
