@@ -84,6 +84,9 @@ var (
 	serials     int
 )
 
+// shortest is the shortest life of a database lease of the tests.
+const shortest = 10 * time.Second
+
 const audience = "https://vault.acme.test"
 
 // world is one Mayfly installation at real servers: mounts, auth methods and
@@ -157,9 +160,10 @@ func newWorld(t testing.TB, v *vaultServer, pg *postgres) *world {
 		"connection_url":    fmt.Sprintf("postgresql://{{username}}:{{password}}@127.0.0.1:%d/crm?sslmode=disable", pg.port),
 		"username_template": vaultscope.UsernameTemplate,
 	})
+	w.databaseRole("crm-read-10s", "10s")
 	w.databaseRole("crm-read-1m", "1m")
 	w.databaseRole("crm-read-5m", "5m")
-	w.tool("crm.read", w.mount("database")+"/creds/crm-read-1m", w.mount("database")+"/creds/crm-read-5m")
+	w.tool("crm.read", w.mount("database")+"/creds/crm-read-10s", w.mount("database")+"/creds/crm-read-1m", w.mount("database")+"/creds/crm-read-5m")
 	return w
 }
 
@@ -232,7 +236,7 @@ func (w *world) config() json.RawMessage {
 
 func (w *world) database() broker.Tool {
 	return broker.Tool{Name: "crm.read", Provider: "vault", MaxTTL: 5 * time.Minute, Scope: json.RawMessage(fmt.Sprintf(
-		`{"engine":"database","classes":[{"path":"%[1]s/creds/crm-read-1m","ttl":"1m"},{"path":"%[1]s/creds/crm-read-5m","ttl":"5m"}]}`, w.mount("database")))}
+		`{"engine":"database","classes":[{"path":"%[1]s/creds/crm-read-10s","ttl":"10s"},{"path":"%[1]s/creds/crm-read-1m","ttl":"1m"},{"path":"%[1]s/creds/crm-read-5m","ttl":"5m"}]}`, w.mount("database")))}
 }
 
 func (w *world) open() *provider {
@@ -346,4 +350,3 @@ func handleOf(t testing.TB, raw providers.Handle) handle {
 	}
 	return h
 }
-
