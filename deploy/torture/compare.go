@@ -39,6 +39,12 @@ func (r *run) compare(ctx context.Context, all bool) error {
 		return err
 	}
 	look.Now = time.Now()
+	if seen.tokensErr == nil {
+		open := func(id broker.LeaseID) bool { _, is := look.After[id]; return is }
+		if look.Tokens, seen.unused, err = r.world.spent(ctx, seen.tokens, open); err != nil {
+			look.Tokens, seen.tokensErr = nil, err // Vault went away
+		}
+	}
 	look.OutageEnd = r.outageEnd(look.Now)
 	look.Lookup = func(id broker.LeaseID) (broker.Lease, bool, error) { return r.lease(ctx, id) }
 	count, wrong, err := look.Check()
@@ -174,8 +180,9 @@ func (a *actor) chaos(ctx context.Context) {
 			return
 		}
 		what := chaosKinds[a.rng.IntN(len(chaosKinds))]
-		a.history.note(a.name, "begins", what)
-		err := a.outageOf(func() error { return a.world.disturb(context.WithoutCancel(ctx), what) })
+		away := time.Duration(a.rng.Int64N(int64(1500 * time.Millisecond)))
+		a.history.note(a.name, "begins", what, away.Milliseconds())
+		err := a.outageOf(func() error { return a.world.disturb(context.WithoutCancel(ctx), what, away) })
 		a.history.note(a.name, "ended", what)
 		a.report.disturbed(what)
 		if err != nil {
@@ -233,10 +240,11 @@ func (r *run) drain(ctx context.Context) error {
 		if err := errors.Join(seen.rolesErr, seen.tokensErr); err != nil {
 			return err
 		}
-		if left = fmt.Sprintf("%d leases, %d roles, %d tokens and %d unused ones", len(open), len(seen.roles), len(seen.tokens), seen.unused); len(open)+len(seen.roles)+len(seen.tokens)+seen.unused == 0 {
+		if len(open)+len(seen.roles)+len(seen.tokens) == 0 {
 			left = ""
 			break
 		}
+		left = fmt.Sprintf("%d leases, %d roles, %d tokens", len(open), len(seen.roles), len(seen.tokens))
 		if r.opt.verbose {
 			r.say("left after %s: %s", time.Since(began).Round(time.Second), left)
 		}

@@ -37,6 +37,7 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags.DurationVar(&opt.duration, "duration", 0, "how long to go on, the end not included; 0: as long as the rounds take")
 	flags.IntVar(&opt.clients, "clients", 16, "how many agents ask at the same time")
 	flags.StringVar(&opt.bin, "mayflyd", "bin/torture/mayflyd", "the broker, built with -tags failpoints")
+	flags.StringVar(&opt.vault, "vault", "bin/testbed/vault", "the testbed's Vault")
 	flags.StringVar(&opt.mutate, "mutate", "", "take a protection out of the broker: no-intent")
 	flags.BoolVar(&opt.calm, "calm", false, "kills alone: no faults of the network's or of the servers'")
 	flags.DurationVar(&opt.bound, "bound", settleBound, "how long a lease may be minting or revoking")

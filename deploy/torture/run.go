@@ -25,6 +25,7 @@ type options struct {
 	duration time.Duration // 0: as long as the rounds take
 	clients  int
 	bin      string // the broker, built with the tag "failpoints"
+	vault    string // the testbed's Vault
 	dir      string // where everything of the run lies
 	verbose  bool
 	mutate   string
@@ -119,7 +120,7 @@ func setUp(ctx context.Context, opt options, out io.Writer) (_ *run, err error) 
 	if r.keys, err = signingKey(ctx, opt.dir, opt.bin); err != nil {
 		return nil, err
 	}
-	if r.world, err = newWorld(ctx, opt.dir, r.people); err != nil {
+	if r.world, err = newWorld(ctx, opt.dir, opt.vault, r.people); err != nil {
 		return nil, err
 	}
 	rates := proxy.DefaultRates()

@@ -2,34 +2,290 @@ package main
 
 import (
 	"context"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
 	"time"
 
+	"github.com/hashicorp/vault/api"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/deploy/torture/ledger"
+	"github.com/mayfly-security/mayfly/providers/vault/vaultscope"
 )
 
-const settleBound = 60 * time.Second
+// requestLimit is Vault's limit on one request, and the provider's. It is
+// short, so that attempts of unknown outcome settle soon.
+const requestLimit = 5 * time.Second
 
-var failpoints = []string{"intent.before", "intent.after"}
+// settleBound is how long a lease may be minting or revoking: the attempt's
+// own deadline (30 s for the token, the request's limit and 10 s for the
+// credential, 10 s to end what was refused), as long again as Vault may be at
+// a request, and one round of ending on a busy machine.
+const settleBound = 30*time.Second + requestLimit + 10*time.Second + 10*time.Second + requestLimit + 30*time.Second
 
-var chaosKinds = []string{"none"}
+const audience = "https://vault.torture.test"
 
+// world is the real Vault and PostgreSQL. Its methods may be called from many
+// goroutines.
+type world struct {
+	dir    string
+	people *people
+	pg     *postgres
+	vault  *vault
+	super  *pgxpool.Pool
+
+	mu    sync.Mutex
+	known map[string]broker.LeaseID // accessors that were looked up, and their leases; empty: not ours
+}
+
+func newWorld(ctx context.Context, dir, vaultBin string, p *people) (_ *world, err error) {
+	w := &world{dir: dir, people: p, known: map[string]broker.LeaseID{}}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, w.close())
+		}
+	}()
+	log, err := os.OpenFile(filepath.Join(dir, "servers.log"), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close() // the servers have it, too
+	if w.pg, err = newPostgres(ctx, log); err != nil {
+		return nil, err
+	}
+	if w.vault, err = newVault(ctx, vaultBin, log); err != nil {
+		return nil, err
+	}
+	config, err := pgxpool.ParseConfig(w.pg.super("postgres"))
+	if err != nil {
+		return nil, err
+	}
+	config.MaxConns = 2
+	w.super, err = pgxpool.NewWithConfig(ctx, config)
+	return w, err
+}
+
+func (w *world) vaultAddr() string { return w.vault.addr() }
+
+// providerEntry is the catalog's entry for Vault behind a proxy.
+func (w *world) providerEntry(proxy string) string {
+	return fmt.Sprintf(`  - name: vault
+    driver: vault
+    config:
+      address: %s
+      auth: {method: jwt, audience: %q}
+      request_limit: %s
+      databases:
+        - {mount: database, dsn: "host=127.0.0.1 port=%d dbname=crm user=mayfly_sweep sslmode=disable", password_file: %q}
+`, proxy, audience, requestLimit, w.pg.port, filepath.Join(w.dir, "sweep-password"))
+}
+
+func (w *world) close() error {
+	var errs []error
+	if w.super != nil {
+		w.super.Close()
+	}
+	if w.vault != nil {
+		errs = append(errs, w.vault.end())
+	}
+	if w.pg != nil {
+		errs = append(errs, w.pg.end())
+	}
+	return errors.Join(errs...)
+}
+
+// seen is one look at the world.
 type seen struct {
 	roles     []ledger.Thing
-	rolesErr  error
+	rolesErr  error // PostgreSQL was away
 	tokens    []ledger.Thing
-	tokensErr error
-	unused    int
+	tokensErr error // Vault was away
+	unused    int   // tokens of leases that are over, with which nothing was read: they die by themselves
 }
 
-type world struct{}
-
-func newWorld(context.Context, string, *people) (*world, error) { return &world{}, nil }
-func (w *world) vaultAddr() string                              { return "http://127.0.0.1:1" }
-func (w *world) providerEntry(string) string                    { return "" }
-func (w *world) setUp(context.Context, string) error            { return nil }
-func (w *world) close() error                                   { return nil }
-func (w *world) look(context.Context, string) seen              { return seen{} }
-func (w *world) login(context.Context, string, string) (bool, error) {
-	return false, nil
+// look reads every role and every accessor that bears the installation's name.
+func (w *world) look(ctx context.Context, installation string) seen {
+	var s seen
+	s.roles, s.rolesErr = w.roles(ctx, broker.InstallationID(installation))
+	s.tokens, s.tokensErr = w.tokens(ctx, installation)
+	return s
 }
-func (w *world) disturb(context.Context, string) error { return nil }
+
+func (w *world) roles(ctx context.Context, installation broker.InstallationID) ([]ledger.Thing, error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	rows, err := w.super.Query(ctx, "SELECT rolname FROM pg_roles WHERE starts_with(rolname, $1)", vaultscope.RolePrefix(installation))
+	if err != nil {
+		return nil, err
+	}
+	names, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	things := make([]ledger.Thing, len(names))
+	for i, name := range names {
+		lease, _ := vaultscope.LeaseOfRole(installation, name) // one that is no lease's is an orphan
+		things[i] = ledger.Thing{Name: name, Lease: lease}
+	}
+	return things, err
+}
+
+func (w *world) tokens(ctx context.Context, installation string) ([]ledger.Thing, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	list, err := w.vault.client.Logical().ListWithContext(ctx, "auth/token/accessors")
+	if err != nil || list == nil {
+		return nil, errors.Join(err, errors.New("Vault lists no accessors"))
+	}
+	keys, _ := list.Data["keys"].([]any)
+	var things []ledger.Thing
+	for _, key := range keys {
+		accessor, _ := key.(string)
+		w.mu.Lock()
+		lease, known := w.known[accessor]
+		w.mu.Unlock()
+		if !known {
+			meta, _, alive, err := w.lookup(ctx, accessor)
+			if err != nil {
+				return nil, err
+			}
+			if !alive {
+				continue
+			}
+			if meta["mayfly_installation"] == installation {
+				lease = broker.LeaseID(meta["mayfly_lease"])
+			}
+			w.mu.Lock()
+			w.known[accessor] = lease
+			w.mu.Unlock()
+		}
+		if lease != "" {
+			things = append(things, ledger.Thing{Name: accessor, Lease: lease})
+		}
+	}
+	return things, nil
+}
+
+// lookup asks Vault about a token by its accessor.
+func (w *world) lookup(ctx context.Context, accessor string) (meta map[string]string, uses int, alive bool, err error) {
+	s, err := w.vault.client.Auth().Token().LookupAccessorWithContext(ctx, accessor)
+	var answer *api.ResponseError
+	if errors.As(err, &answer) && (answer.StatusCode == 403 || answer.StatusCode == 404) {
+		return nil, 0, false, nil // it is gone
+	}
+	if err != nil || s == nil {
+		return nil, 0, false, errors.Join(err, errors.New("Vault says nothing of an accessor"))
+	}
+	meta = map[string]string{}
+	if m, ok := s.Data["meta"].(map[string]any); ok {
+		for k, v := range m {
+			meta[k], _ = v.(string)
+		}
+	}
+	if n, ok := s.Data["num_uses"].(json.Number); ok {
+		left, err := n.Int64()
+		if err != nil {
+			return nil, 0, false, err
+		}
+		uses = int(left)
+	}
+	return meta, uses, true, nil
+}
+
+// unusedUses is how many uses the token of a lease has before a credential is
+// read with it.
+const unusedUses = 2
+
+// spent leaves of tokens whose leases are over those with which something was
+// read, and counts the others: a token that nobody holds makes nothing and
+// dies by itself.
+func (w *world) spent(ctx context.Context, tokens []ledger.Thing, open func(broker.LeaseID) bool) (left []ledger.Thing, unused int, err error) {
+	for _, t := range tokens {
+		if open(t.Lease) {
+			left = append(left, t)
+			continue
+		}
+		_, uses, alive, err := w.lookup(ctx, t.Name)
+		switch {
+		case err != nil:
+			return nil, 0, err
+		case alive && uses == unusedUses:
+			unused++
+		case alive:
+			left = append(left, t)
+		}
+	}
+	return left, unused, nil
+}
+
+// login reports whether PostgreSQL lets somebody in. An error means that it
+// could not be found out.
+func (w *world) login(ctx context.Context, user, password string) (works bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	config, err := pgx.ParseConfig(fmt.Sprintf("host=127.0.0.1 port=%d dbname=crm sslmode=disable", w.pg.port))
+	if err != nil {
+		return false, err
+	}
+	config.User, config.Password = user, password
+	c, err := pgx.ConnectConfig(ctx, config)
+	var refusal *pgconn.PgError
+	switch {
+	case err == nil:
+		return true, c.Close(ctx)
+	case errors.As(err, &refusal) && strings.HasPrefix(refusal.Code, "28"): // invalid authorization
+		return false, nil
+	}
+	return false, err
+}
+
+var chaosKinds = []string{"vault killed", "vault sealed", "postgres restarted", "postgres killed"}
+
+// disturb takes a server away for a while and brings it back.
+func (w *world) disturb(ctx context.Context, what string, away time.Duration) error {
+	switch what {
+	case "vault killed":
+		w.vault.stop(syscall.SIGKILL)
+		time.Sleep(away)
+		if err := w.vault.begin(); err != nil {
+			return err
+		}
+		return w.vault.unseal(ctx)
+	case "vault sealed":
+		if err := w.vault.client.Sys().SealWithContext(ctx); err != nil {
+			return fmt.Errorf("sealing Vault: %w", err)
+		}
+		time.Sleep(away)
+		return w.vault.unseal(ctx)
+	case "postgres restarted", "postgres killed":
+		how := syscall.SIGINT
+		if what == "postgres killed" {
+			how = syscall.SIGQUIT // not SIGKILL: that leaves shared memory behind
+		}
+		w.pg.stop(how)
+		time.Sleep(away)
+		return w.pg.begin(ctx)
+	}
+	return fmt.Errorf("there is no disturbance %q", what)
+}
+
+// jwtKeys are the keys that the broker's JWT-SVIDs are verified with.
+func (w *world) jwtKeys() ([]string, error) {
+	var keys []string
+	for _, key := range w.people.trust.Bundle().JWTAuthorities() {
+		der, err := x509.MarshalPKIXPublicKey(key)
+		if err != nil {
+			return nil, err
+		}
+		keys = append(keys, string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})))
+	}
+	return keys, nil
+}
