@@ -29,6 +29,7 @@ var levels = []struct {
 	level   int
 }{
 	{"broker", 0},
+	{"broker/failpoint", 0}, // nothing, but in the torture test's build
 	{"store", 1},
 	{"providers", 1},
 	{"attestation", 1},
@@ -54,6 +55,7 @@ var within = map[string][]string{
 	"broker/catalog":                       {"broker/catalog/strictyaml"},
 	"broker/api/mayfly/v1/mayflyv1connect": {"broker/api/mayfly/v1"},
 	"attestation/attestationtest":          {"attestation/devtrust"}, // the suite's callers come from a real trust domain
+	"deploy/torture":                       {"deploy/torture/ledger", "deploy/torture/proxy", "deploy/testbed"},
 }
 
 // only are packages that may import these of ours and no others, whatever

@@ -8,6 +8,7 @@ import (
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/audit"
+	"github.com/mayfly-security/mayfly/broker/failpoint"
 	"github.com/mayfly-security/mayfly/broker/policy"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/store"
@@ -85,9 +86,14 @@ func (m *minter) outside(ctx context.Context) (*Delivery, error) {
 	}
 	m.e.startMint(m.l.ID)
 	defer m.e.endMint(m.l.ID)
+	if d, is, err := m.mutant(ctx, now, deadline); is {
+		return d, err
+	}
+	failpoint.At("lease.intent.before")
 	if err := m.intend(ctx, now); err != nil {
 		return nil, err
 	}
+	failpoint.At("lease.intent.after")
 
 	// From here on the attempt is carried through whatever the caller does:
 	// something may exist.
@@ -108,7 +114,9 @@ func (m *minter) outside(ctx context.Context) (*Delivery, error) {
 	}
 
 	done := m.e.deliveries.begin(m.l.Grant)
+	failpoint.At("lease.activate.before")
 	refusal, err := m.activate(detached, minted.Handle)
+	failpoint.At("lease.activate.after")
 	switch {
 	case err != nil:
 		done()
@@ -224,6 +232,7 @@ func (m *minter) intend(ctx context.Context, now time.Time) error {
 // record makes a handle durable while the attempt runs. It refuses, so that
 // the provider goes no further, once the lease is to be ended.
 func (m *minter) record(ctx context.Context, h providers.Handle) error {
+	failpoint.At("lease.record.before")
 	now := m.e.clock.now()
 	state := broker.LeaseMinting
 	err := m.e.update(ctx, now, func(t store.Txn) error {
@@ -237,6 +246,7 @@ func (m *minter) record(ctx context.Context, h providers.Handle) error {
 	if err != nil {
 		return fmt.Errorf("recording the handle of lease %s: %w", m.l.ID, err)
 	}
+	failpoint.At("lease.record.after")
 	m.l.Handle = h
 	if state != broker.LeaseMinting {
 		return fmt.Errorf("lease %s is %s already", m.l.ID, state)
@@ -327,6 +337,7 @@ func lateRefusal(cause broker.Cause, id broker.LeaseID) *broker.Error {
 func (m *minter) fail(ctx context.Context, h providers.Handle, cause error) {
 	m.e.log.Warn("minting a lease", "lease", m.l.ID, "tool", m.l.Tool, "provider", m.l.Provider,
 		"correlation", m.l.Correlation, "error", cause)
+	failpoint.At("lease.fail")
 	if !errors.Is(cause, providers.ErrNothingMade) {
 		m.e.endLater(m.l.ID, h, broker.CauseMintFailed, false)
 		return
@@ -376,6 +387,7 @@ func (m *minter) deliver(secret broker.Secret, done func()) *Delivery {
 	if m.l.Key != "" && !m.p.traits.Inert { // an inert provider can make it again
 		m.e.replays.put(keyIdem(m.l.Agent, m.l.Key), replayed{secret: secret, env: m.tool.Env}, m.e.clock.now())
 	}
+	failpoint.At("lease.deliver")
 	m.e.dueAt(m.l.Provider, m.l.End)
 	return &Delivery{Lease: m.l.Lease, Secret: secret, Env: m.tool.Env, Done: done}
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/audit"
+	"github.com/mayfly-security/mayfly/broker/failpoint"
 	"github.com/mayfly-security/mayfly/store"
 )
 
@@ -99,6 +100,7 @@ func (e *Engine) sweepIncident(ctx context.Context, id broker.IncidentID, why sw
 	if err != nil {
 		return nil, err
 	}
+	failpoint.At("lease.sweep.begin")
 	var all []broker.LeaseID
 	for _, g := range in.Grants {
 		ids, err := e.endGrantLeases(ctx, g, why.ending())
@@ -107,6 +109,7 @@ func (e *Engine) sweepIncident(ctx context.Context, id broker.IncidentID, why sw
 		}
 		all = append(all, ids...)
 	}
+	failpoint.At("lease.sweep.told")
 	now := e.clock.now()
 	for part := range slices.Chunk(in.Grants, chunk) {
 		err := e.update(ctx, now, func(t store.Txn) error {
@@ -121,6 +124,7 @@ func (e *Engine) sweepIncident(ctx context.Context, id broker.IncidentID, why sw
 			return nil, err
 		}
 	}
+	failpoint.At("lease.sweep.end")
 	return all, e.swept(ctx, sweepIncident, string(id))
 }
 

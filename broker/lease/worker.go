@@ -12,6 +12,7 @@ import (
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/audit"
+	"github.com/mayfly-security/mayfly/broker/failpoint"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/store"
 )
@@ -330,7 +331,9 @@ func (w *worker) ask(p *openProvider, leases []*leaseRecord, what string, call f
 	}
 	ctx, cancel := context.WithTimeout(e.ctx, p.traits.RevokeTimeout)
 	start := time.Now()
+	failpoint.At("lease.end.ask")
 	deaths := safely(ctx, endings, call)
+	failpoint.At("lease.end.answer")
 	cancel()
 	if len(deaths) != len(endings) {
 		return fmt.Errorf("provider %s was asked to %s %d leases and answered for %d", w.provider, what, len(endings), len(deaths))
@@ -355,6 +358,7 @@ func (w *worker) ask(p *openProvider, leases []*leaseRecord, what string, call f
 			failed = errors.Join(failed, err)
 		}
 	}
+	failpoint.At("lease.end.written")
 	e.watch.signal()
 	return failed
 }

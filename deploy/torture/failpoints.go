@@ -12,5 +12,5 @@ var failpoints = []string{
 	"lease.end.ask", "lease.end.answer", "lease.end.written",
 	"vault.create.before", "vault.create.after",
 	"vault.read.before", "vault.read.after",
-	"vault.drop.after", "vault.lease.after", "vault.accessor.after",
+	"vault.drop.after", "vault.lease.after",
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/hashicorp/vault/api"
 
 	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/failpoint"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/vault/vaultscope"
 )
@@ -262,6 +263,7 @@ func (p *provider) endAtVault(ctx context.Context, e *ending) error {
 			return err
 		}
 	}
+	failpoint.At("vault.lease.after")
 	return p.revokeAccessor(ctx, e.h.Accessor)
 }
 
@@ -362,6 +364,7 @@ func (p *provider) drop(ctx context.Context, endings []*ending, which func(*endi
 		var gone map[string]bool
 		if err == nil {
 			gone, err = d.drop(ctx, all)
+			failpoint.At("vault.drop.after")
 		}
 		for _, e := range chosen {
 			e.absent, e.direct = names != nil, nil

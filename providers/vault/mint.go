@@ -10,6 +10,7 @@ import (
 	"github.com/hashicorp/vault/api"
 
 	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/failpoint"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/vault/vaultscope"
 )
@@ -48,10 +49,12 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 		return providers.Minted{}, fmt.Errorf("%w: %w: %w", providers.ErrNothingMade, providers.ErrRefused, err)
 	}
 	m := &making{p: p, req: req, plan: plan}
+	failpoint.At("vault.create.before")
 	if err := m.createToken(ctx); err != nil {
 		// A token that nobody holds makes nothing, and dies by itself.
 		return providers.Minted{}, p.nothingMade(req.Tool.Name, err)
 	}
+	failpoint.At("vault.create.after")
 	recorded, err := m.handle.encode()
 	if err == nil {
 		err = record(recorded)
@@ -60,7 +63,9 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 		return providers.Minted{}, m.nothing(ctx, fmt.Errorf("recording the accessor: %w", err))
 	}
 	asked := p.now()
+	failpoint.At("vault.read.before")
 	secret, err := m.read(ctx)
+	failpoint.At("vault.read.after")
 	if err != nil {
 		return providers.Minted{}, m.unread(ctx, err)
 	}
