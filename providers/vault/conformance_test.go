@@ -20,7 +20,7 @@ func TestConformance(t *testing.T) {
 		providertest.Run(t, providertest.Harness{Driver: lazily(&w), New: func(t *testing.T) providertest.Setup {
 			w = newWorld(t, v, pg)
 			w.installation = suite
-			this := w
+			this := w.setup(w.database())
 			return providertest.Setup{
 				Config: w.config(), Tool: w.database(), Public: []string{"username"}, TTL: shortest,
 				Until:    func(t time.Time) { time.Sleep(time.Until(t)) }, // PostgreSQL's clock is not ours to set

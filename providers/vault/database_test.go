@@ -15,7 +15,7 @@ func TestDatabase(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, v, pg)
 			w.noDirect = noDirect
-			p := w.open()
+			p := w.setup(w.database()).open()
 			a := w.mint(p, w.database(), 2*time.Minute)
 			if !w.connects(a.minted.Secret) {
 				t.Fatal("it does not work")

@@ -162,6 +162,15 @@ func (d *direct) dropInto(ctx context.Context, gone map[string]bool, names []str
 	for _, name := range dropped {
 		gone[name] = true
 	}
+	return d.endSessions(ctx)
+}
+
+// endSessions ends the sessions of roles that are not there any more: a client
+// that connects again by itself can slip in while its role is being dropped.
+func (d *direct) endSessions(ctx context.Context) error {
+	if _, err := d.pool.Exec(ctx, `SELECT `+d.schema+`.end_sessions()`); err != nil {
+		return d.failure("ending sessions of roles that are gone", err)
+	}
 	return nil
 }
 
@@ -191,6 +200,9 @@ func (p *provider) List(ctx context.Context) ([]providers.Found, error) {
 	var errs []error
 	for _, d := range p.directs {
 		roles, err := d.roles(ctx)
+		if err == nil {
+			err = d.endSessions(ctx)
+		}
 		if err != nil {
 			errs = append(errs, err)
 			continue

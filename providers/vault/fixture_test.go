@@ -26,53 +26,26 @@ import (
 	"github.com/mayfly-security/mayfly/providers/vault/vaultscope"
 )
 
-// directSQL is the PostgreSQL side of the setup.
-const directSQL = `
-CREATE ROLE vault LOGIN CREATEROLE PASSWORD 'vault-password';
-GRANT pg_signal_backend TO vault;
-CREATE ROLE crm_ro NOLOGIN;
-GRANT crm_ro TO vault WITH ADMIN OPTION;
-CREATE ROLE mayfly_sweep LOGIN PASSWORD 'sweep-password';
-CREATE SCHEMA mayfly;
-GRANT USAGE ON SCHEMA mayfly TO mayfly_sweep;
-GRANT CREATE, USAGE ON SCHEMA mayfly TO vault;
-SET ROLE vault;
-CREATE FUNCTION mayfly.roles(installation text) RETURNS TABLE (name text, valid_until timestamptz, sessions integer)
-  LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-  SELECT rolname::text, rolvaliduntil, (SELECT count(*)::integer FROM pg_stat_activity a WHERE a.usename = rolname)
-  FROM pg_roles WHERE starts_with(rolname, 'mf_' || installation || '-') $$;
-CREATE FUNCTION mayfly.drop_roles(installation text, names text[]) RETURNS SETOF text
-  LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-  DECLARE each text;
-  BEGIN
-    FOREACH each IN ARRAY names LOOP
-      CONTINUE WHEN NOT starts_with(each, 'mf_' || installation || '-');
-      PERFORM pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = each;
-      EXECUTE format('DROP ROLE IF EXISTS %I', each);
-      RETURN NEXT each;
-    END LOOP;
-  END $$;
-REVOKE ALL ON FUNCTION mayfly.roles(text), mayfly.drop_roles(text, text[]) FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION mayfly.roles(text), mayfly.drop_roles(text, text[]) TO mayfly_sweep;
-RESET ROLE;
-`
-
+// prepareDatabase does what an operator does before the setup: a database, and
+// a role for Vault to log in as.
 func prepareDatabase(pg *postgres) error {
+	for db, sql := range map[string]string{"postgres": "CREATE DATABASE crm"} {
+		if err := pg.exec(db, sql); err != nil {
+			return err
+		}
+	}
+	return pg.exec("postgres", "CREATE ROLE vault LOGIN PASSWORD 'vault-password'")
+}
+
+// exec runs statements as the superuser.
+func (p *postgres) exec(db, sql string) error {
 	ctx := context.Background()
-	c, err := pgx.Connect(ctx, pg.super("postgres"))
+	c, err := pgx.Connect(ctx, p.super(db))
 	if err != nil {
 		return err
 	}
 	defer c.Close(ctx)
-	if _, err := c.Exec(ctx, "CREATE DATABASE crm"); err != nil {
-		return err
-	}
-	crm, err := pgx.Connect(ctx, pg.super("crm"))
-	if err != nil {
-		return err
-	}
-	defer crm.Close(ctx)
-	_, err = crm.Exec(ctx, directSQL)
+	_, err = c.Exec(ctx, sql)
 	return err
 }
 
@@ -104,6 +77,7 @@ type world struct {
 	// What a test may change before it opens a provider.
 	address  string
 	noDirect bool
+	cert     bool   // log in with the X.509-SVID
 	extra    string // of the configuration, as JSON members
 	now      func() time.Time
 	limit    string
@@ -148,26 +122,59 @@ func newWorld(t testing.TB, v *vaultServer, pg *postgres) *world {
 	t.Cleanup(func() { src.Close() })
 	w.login = src
 
-	w.write("sys/auth/"+w.jwtMount(), map[string]any{"type": "jwt"})
-	w.write("auth/"+w.jwtMount()+"/config", map[string]any{"jwt_validation_pubkeys": w.jwtKeys()})
-	w.write("auth/"+w.jwtMount()+"/role/mayfly", map[string]any{
-		"role_type": "jwt", "user_claim": "sub", "bound_audiences": []string{audience}, "bound_subject": brokerID.String(),
-		"token_policies": w.id + "-broker", "token_ttl": "15m", "token_max_ttl": "15m", "token_no_default_policy": true,
-	})
 	w.write("sys/mounts/"+w.mount("database"), map[string]any{"type": "database"})
-	w.write(w.mount("database")+"/config/crm", map[string]any{
-		"plugin_name": "postgresql-database-plugin", "allowed_roles": "*", "username": "vault", "password": "vault-password",
-		"connection_url":    fmt.Sprintf("postgresql://{{username}}:{{password}}@127.0.0.1:%d/crm?sslmode=disable", pg.port),
-		"username_template": vaultscope.UsernameTemplate,
+	w.write(w.mount("database")+"/config/mayfly", map[string]any{
+		"plugin_name": "postgresql-database-plugin", "username": "vault", "password": "vault-password",
+		"connection_url": fmt.Sprintf("postgresql://{{username}}:{{password}}@127.0.0.1:%d/crm?sslmode=disable", pg.port),
 	})
-	w.databaseRole("crm-read-10s", "10s")
-	w.databaseRole("crm-read-1m", "1m")
-	w.databaseRole("crm-read-5m", "5m")
-	w.tool("crm.read", w.mount("database")+"/creds/crm-read-10s", w.mount("database")+"/creds/crm-read-1m", w.mount("database")+"/creds/crm-read-5m")
 	return w
 }
 
-func (w *world) jwtMount() string         { return "jwt-" + w.id }
+// setup applies what `mayfly vault setup` prints for these tools.
+func (w *world) setup(tools ...broker.Tool) *world {
+	w.t.Helper()
+	config, err := vaultscope.ParseConfig(w.config())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	o := vaultscope.Options{Broker: brokerID, Installation: w.installation}
+	if config.Auth.Method == vaultscope.MethodCert {
+		o.Bundle = w.bundle()
+	} else {
+		o.PublicKeys = w.jwtKeys()
+	}
+	s, err := vaultscope.NewSetup(config, tools, o)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, script := range s.Scripts {
+		if err := w.pg.exec("crm", script.SQL); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	if !w.noDirect {
+		if err := w.pg.exec("crm", "ALTER ROLE "+w.sweep()+" PASSWORD 'sweep-password'"); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	for _, each := range s.Writes {
+		if _, err := w.v.client.Logical().Write(each.Path, each.Body); err != nil && !strings.Contains(err.Error(), "path is already in use") {
+			w.t.Fatalf("%s: %v", each.Path, err)
+		}
+	}
+	return w
+}
+
+func (w *world) sweep() string { return "sweep_" + w.id }
+
+func (w *world) bundle() string {
+	var b strings.Builder
+	for _, cert := range w.trust.Bundle().X509Authorities() {
+		b.Write(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}))
+	}
+	return b.String()
+}
+
 func (w *world) mount(kind string) string { return kind + "-" + w.id }
 func (w *world) prefix() string           { return w.id + "-" }
 func (w *world) write(path string, data map[string]any) {
@@ -189,37 +196,6 @@ func (w *world) jwtKeys() []string {
 	return keys
 }
 
-func (w *world) databaseRole(name, ttl string) {
-	w.write(w.mount("database")+"/roles/"+name, map[string]any{
-		"db_name": "crm", "default_ttl": ttl, "max_ttl": ttl,
-		"creation_statements":   []string{`CREATE ROLE "{{name}}" LOGIN PASSWORD '{{password}}' VALID UNTIL '{{expiration}}' IN ROLE crm_ro;`},
-		"revocation_statements": []string{`SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{{name}}';`, `DROP ROLE IF EXISTS "{{name}}";`},
-	})
-}
-
-// tool makes the token role and policies of a tool, and adds to the broker's.
-func (w *world) tool(name string, paths ...string) {
-	var rules, mine strings.Builder
-	for _, path := range paths {
-		fmt.Fprintf(&rules, "path %q { capabilities = [\"read\", \"update\"] }\n", path)
-		fmt.Fprintf(&mine, "path \"sys/leases/revoke/%s/*\" { capabilities = [\"update\"] allowed_parameters = { \"sync\" = [true] } }\n", path)
-	}
-	w.write("sys/policies/acl/"+w.prefix()+name, map[string]any{"policy": rules.String()})
-	w.write("auth/token/roles/"+w.prefix()+name, map[string]any{
-		"allowed_policies": w.prefix() + name, "orphan": true, "renewable": false, "token_type": "service",
-		"token_no_default_policy": true, "token_explicit_max_ttl": "1h", "token_num_uses": 2,
-	})
-	fmt.Fprintf(&mine, `path "auth/token/create/%s" { capabilities = ["update"] required_parameters = ["explicit_max_ttl", "meta"]
-		allowed_parameters = { "ttl" = [] "explicit_max_ttl" = [] "meta" = [] "display_name" = [] } }
-		path "auth/token/revoke-accessor" { capabilities = ["update"] }
-`, w.prefix()+name)
-	had := ""
-	if s, err := w.v.client.Sys().GetPolicy(w.id + "-broker"); err == nil {
-		had = s
-	}
-	w.write("sys/policies/acl/"+w.id+"-broker", map[string]any{"policy": had + mine.String()})
-}
-
 func (w *world) config() json.RawMessage {
 	var databases string
 	if !w.noDirect {
@@ -227,11 +203,15 @@ func (w *world) config() json.RawMessage {
 		if err := os.WriteFile(file, []byte("sweep-password\n"), 0o600); err != nil {
 			w.t.Fatal(err)
 		}
-		databases = fmt.Sprintf(`,"databases":[{"mount":%q,"dsn":"host=127.0.0.1 port=%d dbname=crm user=mayfly_sweep sslmode=disable","password_file":%q}]`,
-			w.mount("database"), w.pg.port, file)
+		databases = fmt.Sprintf(`,"databases":[{"mount":%q,"dsn":"host=127.0.0.1 port=%d dbname=crm user=%s sslmode=disable","password_file":%q,"schema":%q}]`,
+			w.mount("database"), w.pg.port, w.sweep(), file, "mayfly_"+w.id)
 	}
-	return json.RawMessage(fmt.Sprintf(`{"address":%q,"auth":{"method":"jwt","mount":%q,"audience":%q},"prefix":%q,"request_limit":%q%s%s}`,
-		w.address, w.jwtMount(), audience, w.prefix(), w.limit, databases, w.extra))
+	auth := fmt.Sprintf(`{"method":"jwt","mount":%q,"audience":%q}`, w.mount("jwt"), audience)
+	if w.cert {
+		auth = fmt.Sprintf(`{"method":"cert","mount":%q}`, w.mount("cert"))
+	}
+	return json.RawMessage(fmt.Sprintf(`{"address":%q,"auth":%s,"prefix":%q,"request_limit":%q%s%s}`,
+		w.address, auth, w.prefix(), w.limit, databases, w.extra))
 }
 
 func (w *world) database() broker.Tool {
