@@ -41,6 +41,7 @@ type Client struct {
 	grants    mayflyv1connect.GrantServiceClient
 	incidents mayflyv1connect.IncidentServiceClient
 	audit     mayflyv1connect.AuditServiceClient
+	operator  mayflyv1connect.OperatorServiceClient
 }
 
 // New opens our identity and returns a client of the broker. It returns once
@@ -85,6 +86,7 @@ func with(cfg Config, addr string, source Source) (*Client, error) {
 		grants:    mayflyv1connect.NewGrantServiceClient(hc, addr, limit),
 		incidents: mayflyv1connect.NewIncidentServiceClient(hc, addr, limit),
 		audit:     mayflyv1connect.NewAuditServiceClient(hc, addr, limit),
+		operator:  mayflyv1connect.NewOperatorServiceClient(hc, addr, limit),
 	}, nil
 }
 

@@ -89,7 +89,7 @@ func (d *decoder) lease(m *mayflyv1.Lease) Lease {
 			Reason: m.GetReason(), Correlation: broker.CorrelationID(m.GetCorrelationId()),
 			State: broker.LeaseState(m.GetState()), Progress: broker.Progress(m.GetProgress()), Cause: broker.Cause(m.GetCause()),
 			CreatedAt: instant(m.GetCreatedAt()), End: instant(m.GetEnd()), DiesAt: instant(m.GetDiesAt()), EndedAt: instant(m.GetEndedAt()),
-			Survives: m.GetSurvives(),
+			Survives: m.GetSurvives(), Static: m.GetIsStatic(), Left: m.GetLeft(),
 		},
 		PastEnd: m.GetOverdue(),
 	}

@@ -75,7 +75,7 @@ func leaseMessage(l broker.Lease, now time.Time) *mayflyv1.Lease {
 		Reason: l.Reason, CorrelationId: string(l.Correlation),
 		State: string(l.State), Progress: string(l.Progress), Cause: string(l.Cause), Overdue: l.Overdue(now),
 		CreatedAt: stamp(l.CreatedAt), End: stamp(l.End), DiesAt: stamp(l.DiesAt), EndedAt: stamp(l.EndedAt),
-		Survives: l.Survives,
+		Survives: l.Survives, IsStatic: l.Static, Left: l.Left,
 	}
 }
 

@@ -117,6 +117,7 @@ func New(cfg Config) (*Server, error) {
 	mux.Handle(mayflyv1connect.NewGrantServiceHandler(grantService{s}, options...))
 	mux.Handle(mayflyv1connect.NewIncidentServiceHandler(incidentService{s}, options...))
 	mux.Handle(mayflyv1connect.NewAuditServiceHandler(auditService{s}, options...))
+	mux.Handle(mayflyv1connect.NewOperatorServiceHandler(operatorService{s}, options...))
 	mux.HandleFunc("POST /oauth2/introspect", s.introspect)
 	mux.HandleFunc("GET /.well-known/jwks.json", s.jwks)
 	mux.HandleFunc("/", s.notFound)

@@ -698,7 +698,8 @@ type Lease struct {
 	IncidentId    string                 `protobuf:"bytes,7,opt,name=incident_id,json=incidentId,proto3" json:"incident_id,omitempty"`
 	Reason        string                 `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`
 	CorrelationId string                 `protobuf:"bytes,9,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
-	// "minting", "active", "revoking", "revoked" or "expired".
+	// "minting", "active", "revoking", "revoked", "expired" or "lapsed" (over,
+	// and not known to be dead).
 	State string `protobuf:"bytes,10,opt,name=state,proto3" json:"state,omitempty"`
 	// How far a revocation has come: "", "requested", "written" or "verified".
 	Progress string `protobuf:"bytes,11,opt,name=progress,proto3" json:"progress,omitempty"`
@@ -711,10 +712,16 @@ type Lease struct {
 	End *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=end,proto3" json:"end,omitempty"`
 	// When it dies by itself at the provider; unset if not known.
 	DiesAt *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=dies_at,json=diesAt,proto3" json:"dies_at,omitempty"`
-	// When its death was confirmed; unset before.
+	// When its death was confirmed, or, in state "lapsed", when it was given up
+	// on; unset before.
 	EndedAt *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=ended_at,json=endedAt,proto3" json:"ended_at,omitempty"`
 	// What outlives a revocation; empty if nothing does.
-	Survives      string `protobuf:"bytes,18,opt,name=survives,proto3" json:"survives,omitempty"`
+	Survives string `protobuf:"bytes,18,opt,name=survives,proto3" json:"survives,omitempty"`
+	// The secret was there before the lease and stays after it.
+	IsStatic bool `protobuf:"varint,19,opt,name=is_static,json=isStatic,proto3" json:"is_static,omitempty"`
+	// What may still be there of an ended lease although it works nowhere; empty
+	// if nothing is left.
+	Left          string `protobuf:"bytes,20,opt,name=left,proto3" json:"left,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -871,6 +878,20 @@ func (x *Lease) GetEndedAt() *timestamppb.Timestamp {
 func (x *Lease) GetSurvives() string {
 	if x != nil {
 		return x.Survives
+	}
+	return ""
+}
+
+func (x *Lease) GetIsStatic() bool {
+	if x != nil {
+		return x.IsStatic
+	}
+	return false
+}
+
+func (x *Lease) GetLeft() string {
+	if x != nil {
+		return x.Left
 	}
 	return ""
 }
@@ -2460,6 +2481,395 @@ func (x *ListEventsResponse) GetNextAfter() uint64 {
 	return 0
 }
 
+type ForgetLeaseRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Why, for the evidence. Required.
+	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForgetLeaseRequest) Reset() {
+	*x = ForgetLeaseRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForgetLeaseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForgetLeaseRequest) ProtoMessage() {}
+
+func (x *ForgetLeaseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForgetLeaseRequest.ProtoReflect.Descriptor instead.
+func (*ForgetLeaseRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *ForgetLeaseRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ForgetLeaseRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+// Stray is something at a provider that bears the installation's name and that
+// no lease answers for.
+type Stray struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Provider string                 `protobuf:"bytes,1,opt,name=provider,proto3" json:"provider,omitempty"`
+	// As the system behind the provider has it.
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// What it is, for people.
+	Kind string `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`
+	// The lease that its name tells of; empty if it tells of none.
+	LeaseId string `protobuf:"bytes,4,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	// When it dies by itself; unset if it does not, or that is not known.
+	DiesAt  *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=dies_at,json=diesAt,proto3" json:"dies_at,omitempty"`
+	FoundAt *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=found_at,json=foundAt,proto3" json:"found_at,omitempty"`
+	// "lease_unknown" (an operator decides), "lease_ended" or "expired" (it is
+	// being removed).
+	Why string `protobuf:"bytes,7,opt,name=why,proto3" json:"why,omitempty"`
+	// The operator who decided that it is to be ended, and why; empty while
+	// nobody has.
+	EndedBy       string `protobuf:"bytes,8,opt,name=ended_by,json=endedBy,proto3" json:"ended_by,omitempty"`
+	Reason        string `protobuf:"bytes,9,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Stray) Reset() {
+	*x = Stray{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Stray) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Stray) ProtoMessage() {}
+
+func (x *Stray) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Stray.ProtoReflect.Descriptor instead.
+func (*Stray) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *Stray) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *Stray) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Stray) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Stray) GetLeaseId() string {
+	if x != nil {
+		return x.LeaseId
+	}
+	return ""
+}
+
+func (x *Stray) GetDiesAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DiesAt
+	}
+	return nil
+}
+
+func (x *Stray) GetFoundAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.FoundAt
+	}
+	return nil
+}
+
+func (x *Stray) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *Stray) GetEndedBy() string {
+	if x != nil {
+		return x.EndedBy
+	}
+	return ""
+}
+
+func (x *Stray) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type ListStraysRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PageSize      int32                  `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	PageToken     string                 `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListStraysRequest) Reset() {
+	*x = ListStraysRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListStraysRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListStraysRequest) ProtoMessage() {}
+
+func (x *ListStraysRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListStraysRequest.ProtoReflect.Descriptor instead.
+func (*ListStraysRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *ListStraysRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListStraysRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+type ListStraysResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Strays        []*Stray               `protobuf:"bytes,1,rep,name=strays,proto3" json:"strays,omitempty"`
+	NextPageToken string                 `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListStraysResponse) Reset() {
+	*x = ListStraysResponse{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListStraysResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListStraysResponse) ProtoMessage() {}
+
+func (x *ListStraysResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListStraysResponse.ProtoReflect.Descriptor instead.
+func (*ListStraysResponse) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ListStraysResponse) GetStrays() []*Stray {
+	if x != nil {
+		return x.Strays
+	}
+	return nil
+}
+
+func (x *ListStraysResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+type EndStrayRequest struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Provider string                 `protobuf:"bytes,1,opt,name=provider,proto3" json:"provider,omitempty"`
+	Name     string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// Why, for the evidence. Required.
+	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndStrayRequest) Reset() {
+	*x = EndStrayRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndStrayRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndStrayRequest) ProtoMessage() {}
+
+func (x *EndStrayRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndStrayRequest.ProtoReflect.Descriptor instead.
+func (*EndStrayRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *EndStrayRequest) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *EndStrayRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *EndStrayRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type EndStrayResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Stray *Stray                 `protobuf:"bytes,1,opt,name=stray,proto3" json:"stray,omitempty"`
+	// It is gone. If not, it is tried again until it is.
+	Removed       bool `protobuf:"varint,2,opt,name=removed,proto3" json:"removed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndStrayResponse) Reset() {
+	*x = EndStrayResponse{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndStrayResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndStrayResponse) ProtoMessage() {}
+
+func (x *EndStrayResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndStrayResponse.ProtoReflect.Descriptor instead.
+func (*EndStrayResponse) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *EndStrayResponse) GetStray() *Stray {
+	if x != nil {
+		return x.Stray
+	}
+	return nil
+}
+
+func (x *EndStrayResponse) GetRemoved() bool {
+	if x != nil {
+		return x.Removed
+	}
+	return false
+}
+
 var File_mayfly_v1_mayfly_proto protoreflect.FileDescriptor
 
 const file_mayfly_v1_mayfly_proto_rawDesc = "" +
@@ -2533,7 +2943,7 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xac\x05\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xdd\x05\n" +
 	"\x05Lease\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x12\n" +
@@ -2557,7 +2967,9 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\x03end\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\x03end\x123\n" +
 	"\adies_at\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\x06diesAt\x125\n" +
 	"\bended_at\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\aendedAt\x12\x1a\n" +
-	"\bsurvives\x18\x12 \x01(\tR\bsurvives\x1a=\n" +
+	"\bsurvives\x18\x12 \x01(\tR\bsurvives\x12\x1b\n" +
+	"\tis_static\x18\x13 \x01(\bR\bisStatic\x12\x12\n" +
+	"\x04left\x18\x14 \x01(\tR\x04left\x1a=\n" +
 	"\x0fParametersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"!\n" +
@@ -2714,7 +3126,34 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\x12ListEventsResponse\x12(\n" +
 	"\x06events\x18\x01 \x03(\v2\x10.mayfly.v1.EventR\x06events\x12\x1d\n" +
 	"\n" +
-	"next_after\x18\x02 \x01(\x04R\tnextAfter2\xa6\x03\n" +
+	"next_after\x18\x02 \x01(\x04R\tnextAfter\"<\n" +
+	"\x12ForgetLeaseRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x97\x02\n" +
+	"\x05Stray\x12\x1a\n" +
+	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
+	"\x04kind\x18\x03 \x01(\tR\x04kind\x12\x19\n" +
+	"\blease_id\x18\x04 \x01(\tR\aleaseId\x123\n" +
+	"\adies_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x06diesAt\x125\n" +
+	"\bfound_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\afoundAt\x12\x10\n" +
+	"\x03why\x18\a \x01(\tR\x03why\x12\x19\n" +
+	"\bended_by\x18\b \x01(\tR\aendedBy\x12\x16\n" +
+	"\x06reason\x18\t \x01(\tR\x06reason\"O\n" +
+	"\x11ListStraysRequest\x12\x1b\n" +
+	"\tpage_size\x18\x01 \x01(\x05R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x02 \x01(\tR\tpageToken\"f\n" +
+	"\x12ListStraysResponse\x12(\n" +
+	"\x06strays\x18\x01 \x03(\v2\x10.mayfly.v1.StrayR\x06strays\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"Y\n" +
+	"\x0fEndStrayRequest\x12\x1a\n" +
+	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"T\n" +
+	"\x10EndStrayResponse\x12&\n" +
+	"\x05stray\x18\x01 \x01(\v2\x10.mayfly.v1.StrayR\x05stray\x12\x18\n" +
+	"\aremoved\x18\x02 \x01(\bR\aremoved2\xa6\x03\n" +
 	"\rAccessService\x12=\n" +
 	"\x06WhoAmI\x12\x18.mayfly.v1.WhoAmIRequest\x1a\x19.mayfly.v1.WhoAmIResponse\x12F\n" +
 	"\tListTools\x12\x1b.mayfly.v1.ListToolsRequest\x1a\x1c.mayfly.v1.ListToolsResponse\x12I\n" +
@@ -2736,7 +3175,12 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\rListIncidents\x12\x1f.mayfly.v1.ListIncidentsRequest\x1a .mayfly.v1.ListIncidentsResponse2Y\n" +
 	"\fAuditService\x12I\n" +
 	"\n" +
-	"ListEvents\x12\x1c.mayfly.v1.ListEventsRequest\x1a\x1d.mayfly.v1.ListEventsResponseBAZ?github.com/mayfly-security/mayfly/broker/api/mayfly/v1;mayflyv1b\x06proto3"
+	"ListEvents\x12\x1c.mayfly.v1.ListEventsRequest\x1a\x1d.mayfly.v1.ListEventsResponse2\xe1\x01\n" +
+	"\x0fOperatorService\x12>\n" +
+	"\vForgetLease\x12\x1d.mayfly.v1.ForgetLeaseRequest\x1a\x10.mayfly.v1.Lease\x12I\n" +
+	"\n" +
+	"ListStrays\x12\x1c.mayfly.v1.ListStraysRequest\x1a\x1d.mayfly.v1.ListStraysResponse\x12C\n" +
+	"\bEndStray\x12\x1a.mayfly.v1.EndStrayRequest\x1a\x1b.mayfly.v1.EndStrayResponseBAZ?github.com/mayfly-security/mayfly/broker/api/mayfly/v1;mayflyv1b\x06proto3"
 
 var (
 	file_mayfly_v1_mayfly_proto_rawDescOnce sync.Once
@@ -2750,7 +3194,7 @@ func file_mayfly_v1_mayfly_proto_rawDescGZIP() []byte {
 	return file_mayfly_v1_mayfly_proto_rawDescData
 }
 
-var file_mayfly_v1_mayfly_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
+var file_mayfly_v1_mayfly_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
 var file_mayfly_v1_mayfly_proto_goTypes = []any{
 	(*ErrorDetail)(nil),           // 0: mayfly.v1.ErrorDetail
 	(*WhoAmIRequest)(nil),         // 1: mayfly.v1.WhoAmIRequest
@@ -2782,91 +3226,107 @@ var file_mayfly_v1_mayfly_proto_goTypes = []any{
 	(*Event)(nil),                 // 27: mayfly.v1.Event
 	(*ListEventsRequest)(nil),     // 28: mayfly.v1.ListEventsRequest
 	(*ListEventsResponse)(nil),    // 29: mayfly.v1.ListEventsResponse
-	nil,                           // 30: mayfly.v1.WhoAmIResponse.LabelsEntry
-	nil,                           // 31: mayfly.v1.Tool.EnvEntry
-	nil,                           // 32: mayfly.v1.IssueLeaseRequest.ParametersEntry
-	nil,                           // 33: mayfly.v1.IssueLeaseResponse.SecretEntry
-	nil,                           // 34: mayfly.v1.IssueLeaseResponse.EnvEntry
-	nil,                           // 35: mayfly.v1.Lease.ParametersEntry
-	nil,                           // 36: mayfly.v1.Grant.ParametersEntry
-	nil,                           // 37: mayfly.v1.CreateGrantRequest.ParametersEntry
-	nil,                           // 38: mayfly.v1.Event.DetailsEntry
-	(*timestamppb.Timestamp)(nil), // 39: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 40: google.protobuf.Duration
+	(*ForgetLeaseRequest)(nil),    // 30: mayfly.v1.ForgetLeaseRequest
+	(*Stray)(nil),                 // 31: mayfly.v1.Stray
+	(*ListStraysRequest)(nil),     // 32: mayfly.v1.ListStraysRequest
+	(*ListStraysResponse)(nil),    // 33: mayfly.v1.ListStraysResponse
+	(*EndStrayRequest)(nil),       // 34: mayfly.v1.EndStrayRequest
+	(*EndStrayResponse)(nil),      // 35: mayfly.v1.EndStrayResponse
+	nil,                           // 36: mayfly.v1.WhoAmIResponse.LabelsEntry
+	nil,                           // 37: mayfly.v1.Tool.EnvEntry
+	nil,                           // 38: mayfly.v1.IssueLeaseRequest.ParametersEntry
+	nil,                           // 39: mayfly.v1.IssueLeaseResponse.SecretEntry
+	nil,                           // 40: mayfly.v1.IssueLeaseResponse.EnvEntry
+	nil,                           // 41: mayfly.v1.Lease.ParametersEntry
+	nil,                           // 42: mayfly.v1.Grant.ParametersEntry
+	nil,                           // 43: mayfly.v1.CreateGrantRequest.ParametersEntry
+	nil,                           // 44: mayfly.v1.Event.DetailsEntry
+	(*timestamppb.Timestamp)(nil), // 45: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 46: google.protobuf.Duration
 }
 var file_mayfly_v1_mayfly_proto_depIdxs = []int32{
-	30, // 0: mayfly.v1.WhoAmIResponse.labels:type_name -> mayfly.v1.WhoAmIResponse.LabelsEntry
-	39, // 1: mayfly.v1.WhoAmIResponse.svid_expires_at:type_name -> google.protobuf.Timestamp
+	36, // 0: mayfly.v1.WhoAmIResponse.labels:type_name -> mayfly.v1.WhoAmIResponse.LabelsEntry
+	45, // 1: mayfly.v1.WhoAmIResponse.svid_expires_at:type_name -> google.protobuf.Timestamp
 	5,  // 2: mayfly.v1.ListToolsResponse.tools:type_name -> mayfly.v1.Tool
-	40, // 3: mayfly.v1.Tool.max_ttl:type_name -> google.protobuf.Duration
+	46, // 3: mayfly.v1.Tool.max_ttl:type_name -> google.protobuf.Duration
 	6,  // 4: mayfly.v1.Tool.parameters:type_name -> mayfly.v1.Parameter
-	31, // 5: mayfly.v1.Tool.env:type_name -> mayfly.v1.Tool.EnvEntry
-	39, // 6: mayfly.v1.Tool.granted_until:type_name -> google.protobuf.Timestamp
-	32, // 7: mayfly.v1.IssueLeaseRequest.parameters:type_name -> mayfly.v1.IssueLeaseRequest.ParametersEntry
-	40, // 8: mayfly.v1.IssueLeaseRequest.ttl:type_name -> google.protobuf.Duration
+	37, // 5: mayfly.v1.Tool.env:type_name -> mayfly.v1.Tool.EnvEntry
+	45, // 6: mayfly.v1.Tool.granted_until:type_name -> google.protobuf.Timestamp
+	38, // 7: mayfly.v1.IssueLeaseRequest.parameters:type_name -> mayfly.v1.IssueLeaseRequest.ParametersEntry
+	46, // 8: mayfly.v1.IssueLeaseRequest.ttl:type_name -> google.protobuf.Duration
 	9,  // 9: mayfly.v1.IssueLeaseResponse.lease:type_name -> mayfly.v1.Lease
-	33, // 10: mayfly.v1.IssueLeaseResponse.secret:type_name -> mayfly.v1.IssueLeaseResponse.SecretEntry
-	34, // 11: mayfly.v1.IssueLeaseResponse.env:type_name -> mayfly.v1.IssueLeaseResponse.EnvEntry
-	35, // 12: mayfly.v1.Lease.parameters:type_name -> mayfly.v1.Lease.ParametersEntry
-	39, // 13: mayfly.v1.Lease.created_at:type_name -> google.protobuf.Timestamp
-	39, // 14: mayfly.v1.Lease.end:type_name -> google.protobuf.Timestamp
-	39, // 15: mayfly.v1.Lease.dies_at:type_name -> google.protobuf.Timestamp
-	39, // 16: mayfly.v1.Lease.ended_at:type_name -> google.protobuf.Timestamp
+	39, // 10: mayfly.v1.IssueLeaseResponse.secret:type_name -> mayfly.v1.IssueLeaseResponse.SecretEntry
+	40, // 11: mayfly.v1.IssueLeaseResponse.env:type_name -> mayfly.v1.IssueLeaseResponse.EnvEntry
+	41, // 12: mayfly.v1.Lease.parameters:type_name -> mayfly.v1.Lease.ParametersEntry
+	45, // 13: mayfly.v1.Lease.created_at:type_name -> google.protobuf.Timestamp
+	45, // 14: mayfly.v1.Lease.end:type_name -> google.protobuf.Timestamp
+	45, // 15: mayfly.v1.Lease.dies_at:type_name -> google.protobuf.Timestamp
+	45, // 16: mayfly.v1.Lease.ended_at:type_name -> google.protobuf.Timestamp
 	9,  // 17: mayfly.v1.ListLeasesResponse.leases:type_name -> mayfly.v1.Lease
-	36, // 18: mayfly.v1.Grant.parameters:type_name -> mayfly.v1.Grant.ParametersEntry
-	39, // 19: mayfly.v1.Grant.not_before:type_name -> google.protobuf.Timestamp
-	39, // 20: mayfly.v1.Grant.not_after:type_name -> google.protobuf.Timestamp
-	39, // 21: mayfly.v1.Grant.created_at:type_name -> google.protobuf.Timestamp
-	39, // 22: mayfly.v1.Grant.ended_at:type_name -> google.protobuf.Timestamp
-	37, // 23: mayfly.v1.CreateGrantRequest.parameters:type_name -> mayfly.v1.CreateGrantRequest.ParametersEntry
-	39, // 24: mayfly.v1.CreateGrantRequest.not_before:type_name -> google.protobuf.Timestamp
-	39, // 25: mayfly.v1.CreateGrantRequest.not_after:type_name -> google.protobuf.Timestamp
-	40, // 26: mayfly.v1.CreateGrantRequest.duration:type_name -> google.protobuf.Duration
+	42, // 18: mayfly.v1.Grant.parameters:type_name -> mayfly.v1.Grant.ParametersEntry
+	45, // 19: mayfly.v1.Grant.not_before:type_name -> google.protobuf.Timestamp
+	45, // 20: mayfly.v1.Grant.not_after:type_name -> google.protobuf.Timestamp
+	45, // 21: mayfly.v1.Grant.created_at:type_name -> google.protobuf.Timestamp
+	45, // 22: mayfly.v1.Grant.ended_at:type_name -> google.protobuf.Timestamp
+	43, // 23: mayfly.v1.CreateGrantRequest.parameters:type_name -> mayfly.v1.CreateGrantRequest.ParametersEntry
+	45, // 24: mayfly.v1.CreateGrantRequest.not_before:type_name -> google.protobuf.Timestamp
+	45, // 25: mayfly.v1.CreateGrantRequest.not_after:type_name -> google.protobuf.Timestamp
+	46, // 26: mayfly.v1.CreateGrantRequest.duration:type_name -> google.protobuf.Duration
 	14, // 27: mayfly.v1.WithdrawGrantResponse.grant:type_name -> mayfly.v1.Grant
 	14, // 28: mayfly.v1.ListGrantsResponse.grants:type_name -> mayfly.v1.Grant
-	39, // 29: mayfly.v1.Incident.opened_at:type_name -> google.protobuf.Timestamp
-	39, // 30: mayfly.v1.Incident.ends_at:type_name -> google.protobuf.Timestamp
+	45, // 29: mayfly.v1.Incident.opened_at:type_name -> google.protobuf.Timestamp
+	45, // 30: mayfly.v1.Incident.ends_at:type_name -> google.protobuf.Timestamp
 	14, // 31: mayfly.v1.Incident.grants:type_name -> mayfly.v1.Grant
-	39, // 32: mayfly.v1.Incident.closed_at:type_name -> google.protobuf.Timestamp
-	40, // 33: mayfly.v1.OpenIncidentRequest.duration:type_name -> google.protobuf.Duration
+	45, // 32: mayfly.v1.Incident.closed_at:type_name -> google.protobuf.Timestamp
+	46, // 33: mayfly.v1.OpenIncidentRequest.duration:type_name -> google.protobuf.Duration
 	20, // 34: mayfly.v1.CloseIncidentResponse.incident:type_name -> mayfly.v1.Incident
 	20, // 35: mayfly.v1.ListIncidentsResponse.incidents:type_name -> mayfly.v1.Incident
-	39, // 36: mayfly.v1.Event.time:type_name -> google.protobuf.Timestamp
-	38, // 37: mayfly.v1.Event.details:type_name -> mayfly.v1.Event.DetailsEntry
+	45, // 36: mayfly.v1.Event.time:type_name -> google.protobuf.Timestamp
+	44, // 37: mayfly.v1.Event.details:type_name -> mayfly.v1.Event.DetailsEntry
 	27, // 38: mayfly.v1.ListEventsResponse.events:type_name -> mayfly.v1.Event
-	1,  // 39: mayfly.v1.AccessService.WhoAmI:input_type -> mayfly.v1.WhoAmIRequest
-	3,  // 40: mayfly.v1.AccessService.ListTools:input_type -> mayfly.v1.ListToolsRequest
-	7,  // 41: mayfly.v1.AccessService.IssueLease:input_type -> mayfly.v1.IssueLeaseRequest
-	10, // 42: mayfly.v1.AccessService.GetLease:input_type -> mayfly.v1.GetLeaseRequest
-	11, // 43: mayfly.v1.AccessService.ListLeases:input_type -> mayfly.v1.ListLeasesRequest
-	13, // 44: mayfly.v1.AccessService.RevokeLease:input_type -> mayfly.v1.RevokeLeaseRequest
-	15, // 45: mayfly.v1.GrantService.CreateGrant:input_type -> mayfly.v1.CreateGrantRequest
-	16, // 46: mayfly.v1.GrantService.WithdrawGrant:input_type -> mayfly.v1.WithdrawGrantRequest
-	18, // 47: mayfly.v1.GrantService.ListGrants:input_type -> mayfly.v1.ListGrantsRequest
-	21, // 48: mayfly.v1.IncidentService.OpenIncident:input_type -> mayfly.v1.OpenIncidentRequest
-	22, // 49: mayfly.v1.IncidentService.CloseIncident:input_type -> mayfly.v1.CloseIncidentRequest
-	24, // 50: mayfly.v1.IncidentService.GetIncident:input_type -> mayfly.v1.GetIncidentRequest
-	25, // 51: mayfly.v1.IncidentService.ListIncidents:input_type -> mayfly.v1.ListIncidentsRequest
-	28, // 52: mayfly.v1.AuditService.ListEvents:input_type -> mayfly.v1.ListEventsRequest
-	2,  // 53: mayfly.v1.AccessService.WhoAmI:output_type -> mayfly.v1.WhoAmIResponse
-	4,  // 54: mayfly.v1.AccessService.ListTools:output_type -> mayfly.v1.ListToolsResponse
-	8,  // 55: mayfly.v1.AccessService.IssueLease:output_type -> mayfly.v1.IssueLeaseResponse
-	9,  // 56: mayfly.v1.AccessService.GetLease:output_type -> mayfly.v1.Lease
-	12, // 57: mayfly.v1.AccessService.ListLeases:output_type -> mayfly.v1.ListLeasesResponse
-	9,  // 58: mayfly.v1.AccessService.RevokeLease:output_type -> mayfly.v1.Lease
-	14, // 59: mayfly.v1.GrantService.CreateGrant:output_type -> mayfly.v1.Grant
-	17, // 60: mayfly.v1.GrantService.WithdrawGrant:output_type -> mayfly.v1.WithdrawGrantResponse
-	19, // 61: mayfly.v1.GrantService.ListGrants:output_type -> mayfly.v1.ListGrantsResponse
-	20, // 62: mayfly.v1.IncidentService.OpenIncident:output_type -> mayfly.v1.Incident
-	23, // 63: mayfly.v1.IncidentService.CloseIncident:output_type -> mayfly.v1.CloseIncidentResponse
-	20, // 64: mayfly.v1.IncidentService.GetIncident:output_type -> mayfly.v1.Incident
-	26, // 65: mayfly.v1.IncidentService.ListIncidents:output_type -> mayfly.v1.ListIncidentsResponse
-	29, // 66: mayfly.v1.AuditService.ListEvents:output_type -> mayfly.v1.ListEventsResponse
-	53, // [53:67] is the sub-list for method output_type
-	39, // [39:53] is the sub-list for method input_type
-	39, // [39:39] is the sub-list for extension type_name
-	39, // [39:39] is the sub-list for extension extendee
-	0,  // [0:39] is the sub-list for field type_name
+	45, // 39: mayfly.v1.Stray.dies_at:type_name -> google.protobuf.Timestamp
+	45, // 40: mayfly.v1.Stray.found_at:type_name -> google.protobuf.Timestamp
+	31, // 41: mayfly.v1.ListStraysResponse.strays:type_name -> mayfly.v1.Stray
+	31, // 42: mayfly.v1.EndStrayResponse.stray:type_name -> mayfly.v1.Stray
+	1,  // 43: mayfly.v1.AccessService.WhoAmI:input_type -> mayfly.v1.WhoAmIRequest
+	3,  // 44: mayfly.v1.AccessService.ListTools:input_type -> mayfly.v1.ListToolsRequest
+	7,  // 45: mayfly.v1.AccessService.IssueLease:input_type -> mayfly.v1.IssueLeaseRequest
+	10, // 46: mayfly.v1.AccessService.GetLease:input_type -> mayfly.v1.GetLeaseRequest
+	11, // 47: mayfly.v1.AccessService.ListLeases:input_type -> mayfly.v1.ListLeasesRequest
+	13, // 48: mayfly.v1.AccessService.RevokeLease:input_type -> mayfly.v1.RevokeLeaseRequest
+	15, // 49: mayfly.v1.GrantService.CreateGrant:input_type -> mayfly.v1.CreateGrantRequest
+	16, // 50: mayfly.v1.GrantService.WithdrawGrant:input_type -> mayfly.v1.WithdrawGrantRequest
+	18, // 51: mayfly.v1.GrantService.ListGrants:input_type -> mayfly.v1.ListGrantsRequest
+	21, // 52: mayfly.v1.IncidentService.OpenIncident:input_type -> mayfly.v1.OpenIncidentRequest
+	22, // 53: mayfly.v1.IncidentService.CloseIncident:input_type -> mayfly.v1.CloseIncidentRequest
+	24, // 54: mayfly.v1.IncidentService.GetIncident:input_type -> mayfly.v1.GetIncidentRequest
+	25, // 55: mayfly.v1.IncidentService.ListIncidents:input_type -> mayfly.v1.ListIncidentsRequest
+	28, // 56: mayfly.v1.AuditService.ListEvents:input_type -> mayfly.v1.ListEventsRequest
+	30, // 57: mayfly.v1.OperatorService.ForgetLease:input_type -> mayfly.v1.ForgetLeaseRequest
+	32, // 58: mayfly.v1.OperatorService.ListStrays:input_type -> mayfly.v1.ListStraysRequest
+	34, // 59: mayfly.v1.OperatorService.EndStray:input_type -> mayfly.v1.EndStrayRequest
+	2,  // 60: mayfly.v1.AccessService.WhoAmI:output_type -> mayfly.v1.WhoAmIResponse
+	4,  // 61: mayfly.v1.AccessService.ListTools:output_type -> mayfly.v1.ListToolsResponse
+	8,  // 62: mayfly.v1.AccessService.IssueLease:output_type -> mayfly.v1.IssueLeaseResponse
+	9,  // 63: mayfly.v1.AccessService.GetLease:output_type -> mayfly.v1.Lease
+	12, // 64: mayfly.v1.AccessService.ListLeases:output_type -> mayfly.v1.ListLeasesResponse
+	9,  // 65: mayfly.v1.AccessService.RevokeLease:output_type -> mayfly.v1.Lease
+	14, // 66: mayfly.v1.GrantService.CreateGrant:output_type -> mayfly.v1.Grant
+	17, // 67: mayfly.v1.GrantService.WithdrawGrant:output_type -> mayfly.v1.WithdrawGrantResponse
+	19, // 68: mayfly.v1.GrantService.ListGrants:output_type -> mayfly.v1.ListGrantsResponse
+	20, // 69: mayfly.v1.IncidentService.OpenIncident:output_type -> mayfly.v1.Incident
+	23, // 70: mayfly.v1.IncidentService.CloseIncident:output_type -> mayfly.v1.CloseIncidentResponse
+	20, // 71: mayfly.v1.IncidentService.GetIncident:output_type -> mayfly.v1.Incident
+	26, // 72: mayfly.v1.IncidentService.ListIncidents:output_type -> mayfly.v1.ListIncidentsResponse
+	29, // 73: mayfly.v1.AuditService.ListEvents:output_type -> mayfly.v1.ListEventsResponse
+	9,  // 74: mayfly.v1.OperatorService.ForgetLease:output_type -> mayfly.v1.Lease
+	33, // 75: mayfly.v1.OperatorService.ListStrays:output_type -> mayfly.v1.ListStraysResponse
+	35, // 76: mayfly.v1.OperatorService.EndStray:output_type -> mayfly.v1.EndStrayResponse
+	60, // [60:77] is the sub-list for method output_type
+	43, // [43:60] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_mayfly_v1_mayfly_proto_init() }
@@ -2881,9 +3341,9 @@ func file_mayfly_v1_mayfly_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mayfly_v1_mayfly_proto_rawDesc), len(file_mayfly_v1_mayfly_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   39,
+			NumMessages:   45,
 			NumExtensions: 0,
-			NumServices:   4,
+			NumServices:   5,
 		},
 		GoTypes:           file_mayfly_v1_mayfly_proto_goTypes,
 		DependencyIndexes: file_mayfly_v1_mayfly_proto_depIdxs,

@@ -32,6 +32,8 @@ const (
 	IncidentServiceName = "mayfly.v1.IncidentService"
 	// AuditServiceName is the fully-qualified name of the AuditService service.
 	AuditServiceName = "mayfly.v1.AuditService"
+	// OperatorServiceName is the fully-qualified name of the OperatorService service.
+	OperatorServiceName = "mayfly.v1.OperatorService"
 )
 
 // These constants are the fully-qualified names of the RPCs defined in this package. They're
@@ -79,6 +81,15 @@ const (
 	IncidentServiceListIncidentsProcedure = "/mayfly.v1.IncidentService/ListIncidents"
 	// AuditServiceListEventsProcedure is the fully-qualified name of the AuditService's ListEvents RPC.
 	AuditServiceListEventsProcedure = "/mayfly.v1.AuditService/ListEvents"
+	// OperatorServiceForgetLeaseProcedure is the fully-qualified name of the OperatorService's
+	// ForgetLease RPC.
+	OperatorServiceForgetLeaseProcedure = "/mayfly.v1.OperatorService/ForgetLease"
+	// OperatorServiceListStraysProcedure is the fully-qualified name of the OperatorService's
+	// ListStrays RPC.
+	OperatorServiceListStraysProcedure = "/mayfly.v1.OperatorService/ListStrays"
+	// OperatorServiceEndStrayProcedure is the fully-qualified name of the OperatorService's EndStray
+	// RPC.
+	OperatorServiceEndStrayProcedure = "/mayfly.v1.OperatorService/EndStray"
 )
 
 // AccessServiceClient is a client for the mayfly.v1.AccessService service.
@@ -651,4 +662,140 @@ type UnimplementedAuditServiceHandler struct{}
 
 func (UnimplementedAuditServiceHandler) ListEvents(context.Context, *connect.Request[v1.ListEventsRequest]) (*connect.Response[v1.ListEventsResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.AuditService.ListEvents is not implemented"))
+}
+
+// OperatorServiceClient is a client for the mayfly.v1.OperatorService service.
+type OperatorServiceClient interface {
+	// ForgetLease gives up waiting for the death of an overdue lease, such as
+	// one of a provider that is gone for good. The lease has lapsed then, and
+	// is never said to be dead.
+	ForgetLease(context.Context, *connect.Request[v1.ForgetLeaseRequest]) (*connect.Response[v1.Lease], error)
+	// ListStrays lists what providers have under the installation's name and no
+	// lease answers for, by provider and name.
+	ListStrays(context.Context, *connect.Request[v1.ListStraysRequest]) (*connect.Response[v1.ListStraysResponse], error)
+	// EndStray has a stray ended and removed at its provider, and waits a moment
+	// for it. It is tried for as long as it takes, whether the caller waits or not.
+	EndStray(context.Context, *connect.Request[v1.EndStrayRequest]) (*connect.Response[v1.EndStrayResponse], error)
+}
+
+// NewOperatorServiceClient constructs a client for the mayfly.v1.OperatorService service. By
+// default, it uses the Connect protocol with the binary Protobuf Codec, asks for gzipped responses,
+// and sends uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the
+// connect.WithGRPC() or connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewOperatorServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) OperatorServiceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	operatorServiceMethods := v1.File_mayfly_v1_mayfly_proto.Services().ByName("OperatorService").Methods()
+	return &operatorServiceClient{
+		forgetLease: connect.NewClient[v1.ForgetLeaseRequest, v1.Lease](
+			httpClient,
+			baseURL+OperatorServiceForgetLeaseProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("ForgetLease")),
+			connect.WithClientOptions(opts...),
+		),
+		listStrays: connect.NewClient[v1.ListStraysRequest, v1.ListStraysResponse](
+			httpClient,
+			baseURL+OperatorServiceListStraysProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("ListStrays")),
+			connect.WithClientOptions(opts...),
+		),
+		endStray: connect.NewClient[v1.EndStrayRequest, v1.EndStrayResponse](
+			httpClient,
+			baseURL+OperatorServiceEndStrayProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("EndStray")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// operatorServiceClient implements OperatorServiceClient.
+type operatorServiceClient struct {
+	forgetLease *connect.Client[v1.ForgetLeaseRequest, v1.Lease]
+	listStrays  *connect.Client[v1.ListStraysRequest, v1.ListStraysResponse]
+	endStray    *connect.Client[v1.EndStrayRequest, v1.EndStrayResponse]
+}
+
+// ForgetLease calls mayfly.v1.OperatorService.ForgetLease.
+func (c *operatorServiceClient) ForgetLease(ctx context.Context, req *connect.Request[v1.ForgetLeaseRequest]) (*connect.Response[v1.Lease], error) {
+	return c.forgetLease.CallUnary(ctx, req)
+}
+
+// ListStrays calls mayfly.v1.OperatorService.ListStrays.
+func (c *operatorServiceClient) ListStrays(ctx context.Context, req *connect.Request[v1.ListStraysRequest]) (*connect.Response[v1.ListStraysResponse], error) {
+	return c.listStrays.CallUnary(ctx, req)
+}
+
+// EndStray calls mayfly.v1.OperatorService.EndStray.
+func (c *operatorServiceClient) EndStray(ctx context.Context, req *connect.Request[v1.EndStrayRequest]) (*connect.Response[v1.EndStrayResponse], error) {
+	return c.endStray.CallUnary(ctx, req)
+}
+
+// OperatorServiceHandler is an implementation of the mayfly.v1.OperatorService service.
+type OperatorServiceHandler interface {
+	// ForgetLease gives up waiting for the death of an overdue lease, such as
+	// one of a provider that is gone for good. The lease has lapsed then, and
+	// is never said to be dead.
+	ForgetLease(context.Context, *connect.Request[v1.ForgetLeaseRequest]) (*connect.Response[v1.Lease], error)
+	// ListStrays lists what providers have under the installation's name and no
+	// lease answers for, by provider and name.
+	ListStrays(context.Context, *connect.Request[v1.ListStraysRequest]) (*connect.Response[v1.ListStraysResponse], error)
+	// EndStray has a stray ended and removed at its provider, and waits a moment
+	// for it. It is tried for as long as it takes, whether the caller waits or not.
+	EndStray(context.Context, *connect.Request[v1.EndStrayRequest]) (*connect.Response[v1.EndStrayResponse], error)
+}
+
+// NewOperatorServiceHandler builds an HTTP handler from the service implementation. It returns the
+// path on which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewOperatorServiceHandler(svc OperatorServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	operatorServiceMethods := v1.File_mayfly_v1_mayfly_proto.Services().ByName("OperatorService").Methods()
+	operatorServiceForgetLeaseHandler := connect.NewUnaryHandler(
+		OperatorServiceForgetLeaseProcedure,
+		svc.ForgetLease,
+		connect.WithSchema(operatorServiceMethods.ByName("ForgetLease")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operatorServiceListStraysHandler := connect.NewUnaryHandler(
+		OperatorServiceListStraysProcedure,
+		svc.ListStrays,
+		connect.WithSchema(operatorServiceMethods.ByName("ListStrays")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operatorServiceEndStrayHandler := connect.NewUnaryHandler(
+		OperatorServiceEndStrayProcedure,
+		svc.EndStray,
+		connect.WithSchema(operatorServiceMethods.ByName("EndStray")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/mayfly.v1.OperatorService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case OperatorServiceForgetLeaseProcedure:
+			operatorServiceForgetLeaseHandler.ServeHTTP(w, r)
+		case OperatorServiceListStraysProcedure:
+			operatorServiceListStraysHandler.ServeHTTP(w, r)
+		case OperatorServiceEndStrayProcedure:
+			operatorServiceEndStrayHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedOperatorServiceHandler returns CodeUnimplemented from all methods.
+type UnimplementedOperatorServiceHandler struct{}
+
+func (UnimplementedOperatorServiceHandler) ForgetLease(context.Context, *connect.Request[v1.ForgetLeaseRequest]) (*connect.Response[v1.Lease], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.OperatorService.ForgetLease is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) ListStrays(context.Context, *connect.Request[v1.ListStraysRequest]) (*connect.Response[v1.ListStraysResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.OperatorService.ListStrays is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) EndStray(context.Context, *connect.Request[v1.EndStrayRequest]) (*connect.Response[v1.EndStrayResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.OperatorService.EndStray is not implemented"))
 }
