@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -34,7 +35,7 @@ func prepareDatabase(pg *postgres) error {
 			return err
 		}
 	}
-	return pg.exec("postgres", "CREATE ROLE vault LOGIN PASSWORD 'vault-password'")
+	return pg.exec("postgres", "CREATE ROLE vault LOGIN CREATEROLE PASSWORD 'vault-password'")
 }
 
 // exec runs statements as the superuser.
@@ -330,3 +331,5 @@ func handleOf(t testing.TB, raw providers.Handle) handle {
 	}
 	return h
 }
+
+func isNothing(err error) bool { return errors.Is(err, providers.ErrNothingMade) }
