@@ -65,11 +65,11 @@ func walk(c *cobra.Command, visit func(*cobra.Command)) {
 		if below.Hidden || below.Name() == "help" || below.Name() == "completion" {
 			continue
 		}
-		if below.HasSubCommands() {
-			walk(below, visit)
-		} else if below.Runnable() {
+		// A group has no example; a verb has one, also where others are below it.
+		if below.Runnable() && (!below.HasSubCommands() || below.Example != "") {
 			visit(below)
 		}
+		walk(below, visit)
 	}
 }
 

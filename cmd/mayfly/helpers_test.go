@@ -59,6 +59,8 @@ func TestJSONHasTheNamesOfTheAPI(t *testing.T) {
 		{incidentView{}, &mayflyv1.Incident{}},
 		{closingView{}, &mayflyv1.CloseIncidentResponse{}},
 		{eventView{}, &mayflyv1.Event{}},
+		{strayView{}, &mayflyv1.Stray{}},
+		{strayEndView{}, &mayflyv1.EndStrayResponse{}},
 	} {
 		fields := tt.message.ProtoReflect().Descriptor().Fields()
 		view := reflect.TypeOf(tt.view)

@@ -22,8 +22,8 @@ an ID, it shows one of them whole.
 
 The states: minting (it may be coming into being), active, revoking (it must die,
 and its death is not confirmed), revoked (the provider confirmed its death),
-expired (it died by itself). OVERDUE means that a lease is past its end without
-its death being confirmed.`,
+expired (it died by itself), lapsed (it is over, and nobody knows that it is dead).
+OVERDUE means that a lease is past its end without its death being confirmed.`,
 		Example: "  mayfly leases\n  mayfly leases --all --tool crm.read\n  mayfly leases --overdue --output json",
 		Args:    atMostOne, ValidArgsFunction: p.completeArgs(p.leaseIDs),
 	}
@@ -36,6 +36,7 @@ its death being confirmed.`,
 	p.completeFlag(c, "tool", p.toolNames)
 	p.completeFlag(c, "grant", p.grantIDs)
 	p.completeFlag(c, "incident", p.incidentIDs(true))
+	c.AddCommand(p.forgetCommand())
 	return p.verb(c, func(ctx context.Context, args []string) error {
 		if len(args) == 1 {
 			return p.showLease(ctx, args[0])
@@ -87,12 +88,16 @@ func (p *program) showLease(ctx context.Context, arg string) error {
 
 // leaseFields are a lease as pairs of name and value.
 func leaseFields(l client.Lease, now time.Time) []string {
+	died, over := when(l.EndedAt, now), ""
+	if l.State == broker.LeaseLapsed {
+		died, over = "", died
+	}
 	return []string{
 		"lease", string(l.ID), "tool", l.Tool, "parameters", paramText(l.Params), "agent", l.Agent.String(),
 		"state", stateText(l), "cause", string(l.Cause), "reason", l.Reason,
 		"given", when(l.CreatedAt, now), "must end", when(l.End, now),
-		"dies by itself", when(l.DiesAt, now), "confirmed dead", when(l.EndedAt, now),
-		"survives", l.Survives, "grant", string(l.Grant), "incident", string(l.Incident),
+		"dies by itself", when(l.DiesAt, now), "confirmed dead", died, "given up on", over,
+		"survives", l.Survives, "left", l.Left, "grant", string(l.Grant), "incident", string(l.Incident),
 		"provider", l.Provider, "correlation", string(l.Correlation),
 	}
 }
@@ -111,6 +116,8 @@ func stateText(l client.Lease) string {
 // endText says when a lease ends, or since when it is dead.
 func endText(l client.Lease, now time.Time) string {
 	switch {
+	case l.State == broker.LeaseLapsed:
+		return "given up on " + span(now.Sub(l.EndedAt)) + " ago, not known to be dead"
 	case !l.EndedAt.IsZero():
 		return "dead since " + span(now.Sub(l.EndedAt))
 	case l.PastEnd:
@@ -145,6 +152,8 @@ provider confirms it, whether you wait or not.`,
 				switch l.State {
 				case broker.LeaseRevoked, broker.LeaseExpired:
 					out.line("Lease %s is dead: %s%s.", l.ID, l.State, inBrackets(string(l.Cause)))
+				case broker.LeaseLapsed:
+					out.line("Lease %s is over; it is not known to be dead%s.", l.ID, inBrackets(string(l.Cause)))
 				default:
 					out.line("Lease %s is being revoked; its death is not confirmed yet%s.", l.ID, inBrackets(string(l.Progress)))
 				}

@@ -69,6 +69,7 @@ type program struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
 	now            func() time.Time
+	terminal       func() bool // whether a person can answer on stdin; nil: looked up
 
 	started bool // a verb's own code runs; what fails before it is a wrong use
 

@@ -253,6 +253,13 @@ func seedCommand(ts *testscript.TestScript, _ bool, args []string) {
 		Id: "i0" + strings.Repeat("0", 24), Title: text, Reference: text, OpenedBy: agent, OpenedAt: at(-time.Minute), EndsAt: at(time.Hour + time.Second),
 		Grants: []*mayflyv1.Grant{grant}, State: "open", ClosedBy: text, LeasesOpen: 2,
 	}}
+	r.Strays = []*mayflyv1.Stray{
+		{Provider: "vault-main", Name: "mf_a", Kind: text, LeaseId: "l0stray" + strings.Repeat("0", 19), DiesAt: at(time.Hour + time.Second), FoundAt: at(-2*time.Minute - time.Second), Why: "lease_unknown"},
+		{Provider: "vault-main", Name: "mf_b", Kind: "stubborn", FoundAt: at(0), Why: "lease_unknown", EndedBy: "spiffe://acme.test/operator/sam", Reason: text},
+	}
+	if text != "plain" {
+		r.Strays = append(r.Strays, &mayflyv1.Stray{Provider: text, Name: text, Kind: text, LeaseId: text, FoundAt: at(0), Why: text, EndedBy: text, Reason: text})
+	}
 	r.Events = []*mayflyv1.Event{{
 		Sequence: 7, Time: at(0), Type: text, Actor: text, Agent: text, Tool: text, Provider: text, LeaseId: text, Reason: text, Cause: text,
 		CorrelationId: text, Details: map[string]string{text: text},

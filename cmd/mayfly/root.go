@@ -36,7 +36,7 @@ The broker is at MAYFLY_ADDR. Begin with "mayfly whoami" and "mayfly tools".`,
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp)) // the flag is there: see above
 	root.AddCommand(
 		p.whoamiCommand(), p.toolsCommand(), p.getCommand(), p.execCommand(),
-		p.leasesCommand(), p.revokeCommand(), p.grantCommand(), p.incidentCommand(),
+		p.leasesCommand(), p.revokeCommand(), p.straysCommand(), p.grantCommand(), p.incidentCommand(),
 		p.auditCommand(), p.svidCommand(), p.versionCommand(), p.docsCommand(),
 		exitCodesTopic(), environmentTopic(),
 	)
@@ -91,6 +91,19 @@ func exactly(what string) cobra.PositionalArgs {
 			return fmt.Errorf("%s needs a %s", cmd.CommandPath(), what)
 		case len(args) > 1:
 			return tooMany(cmd, args[1])
+		}
+		return nil
+	}
+}
+
+// exactlyTwo wants two arguments; first and second name them in the help.
+func exactlyTwo(first, second string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		switch {
+		case len(args) < 2:
+			return fmt.Errorf("%s needs a %s and a %s", cmd.CommandPath(), first, second)
+		case len(args) > 2:
+			return tooMany(cmd, args[2])
 		}
 		return nil
 	}

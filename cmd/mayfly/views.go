@@ -67,6 +67,25 @@ type leaseView struct {
 	DiesAt        time.Time         `json:"diesAt,omitzero"`
 	EndedAt       time.Time         `json:"endedAt,omitzero"`
 	Survives      string            `json:"survives,omitempty"`
+	IsStatic      bool              `json:"isStatic,omitempty"`
+	Left          string            `json:"left,omitempty"`
+}
+
+type strayView struct {
+	Provider string    `json:"provider"`
+	Name     string    `json:"name"`
+	Kind     string    `json:"kind,omitempty"`
+	LeaseID  string    `json:"leaseId,omitempty"`
+	DiesAt   time.Time `json:"diesAt,omitzero"`
+	FoundAt  time.Time `json:"foundAt"`
+	Why      string    `json:"why"`
+	EndedBy  string    `json:"endedBy,omitempty"`
+	Reason   string    `json:"reason,omitempty"`
+}
+
+type strayEndView struct {
+	Stray   strayView `json:"stray"`
+	Removed bool      `json:"removed"`
 }
 
 type credentialView struct {
@@ -173,6 +192,14 @@ func viewLease(l client.Lease) leaseView {
 		GrantID: string(l.Grant), IncidentID: string(l.Incident), Reason: l.Reason, CorrelationID: string(l.Correlation),
 		State: string(l.State), Progress: string(l.Progress), Cause: string(l.Cause), Overdue: l.PastEnd,
 		CreatedAt: l.CreatedAt, End: l.End, DiesAt: l.DiesAt, EndedAt: l.EndedAt, Survives: l.Survives,
+		IsStatic: l.Static, Left: l.Left,
+	}
+}
+
+func viewStray(s client.Stray) strayView {
+	return strayView{
+		Provider: s.Provider, Name: s.Name, Kind: s.Kind, LeaseID: string(s.Lease), DiesAt: s.DiesAt, FoundAt: s.FoundAt,
+		Why: s.Why, EndedBy: s.EndedBy, Reason: s.Reason,
 	}
 }
 

@@ -35,6 +35,7 @@ type Broker struct {
 	Grants    []*mayflyv1.Grant
 	Incidents []*mayflyv1.Incident
 	Events    []*mayflyv1.Event
+	Strays    []*mayflyv1.Stray
 	Secret    map[string]string // what every lease gives
 	TTL       time.Duration     // of leases that ask for none; zero means 5 minutes
 	PageSize  int               // how many items there are on a page at most; zero means as many as are asked for
@@ -80,6 +81,7 @@ func (b *Broker) Start(config *tls.Config) (addr string, stop func(), err error)
 	mux.Handle(mayflyv1connect.NewGrantServiceHandler(grants{Broker: b}))
 	mux.Handle(mayflyv1connect.NewIncidentServiceHandler(incidents{Broker: b}))
 	mux.Handle(mayflyv1connect.NewAuditServiceHandler(audit{Broker: b}))
+	mux.Handle(mayflyv1connect.NewOperatorServiceHandler(operator{Broker: b}))
 	protocols := new(http.Protocols)
 	protocols.SetHTTP2(true)
 	srv := &http.Server{Handler: b.around(mux), Protocols: protocols, TLSConfig: config, ReadHeaderTimeout: 10 * time.Second,

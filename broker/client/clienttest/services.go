@@ -164,3 +164,45 @@ func (a audit) ListEvents(_ context.Context, r *connect.Request[mayflyv1.ListEve
 	}
 	return connect.NewResponse(res), nil
 }
+
+type operator struct {
+	*Broker
+	mayflyv1connect.UnimplementedOperatorServiceHandler
+}
+
+func (o operator) ForgetLease(_ context.Context, r *connect.Request[mayflyv1.ForgetLeaseRequest]) (*connect.Response[mayflyv1.Lease], error) {
+	o.Lock()
+	defer o.Unlock()
+	l := access{Broker: o.Broker}.find(r.Msg.GetId())
+	switch {
+	case l == nil:
+		return nil, notFound("lease")
+	case l.GetState() != string(broker.LeaseRevoking):
+		return nil, Refusal(connect.CodeFailedPrecondition, broker.ReasonConflict, "only what is being revoked in vain can be forgotten", "revoke it first")
+	}
+	l.State, l.Cause, l.Overdue, l.EndedAt = string(broker.LeaseLapsed), string(broker.CauseForgotten), false, timestamppb.New(o.now())
+	return connect.NewResponse(l), nil
+}
+
+func (o operator) ListStrays(_ context.Context, r *connect.Request[mayflyv1.ListStraysRequest]) (*connect.Response[mayflyv1.ListStraysResponse], error) {
+	o.Lock()
+	defer o.Unlock()
+	items, next, err := page(o.Broker, o.Strays, r.Msg.GetPageSize(), r.Msg.GetPageToken())
+	return connect.NewResponse(&mayflyv1.ListStraysResponse{Strays: items, NextPageToken: next}), err
+}
+
+func (o operator) EndStray(_ context.Context, r *connect.Request[mayflyv1.EndStrayRequest]) (*connect.Response[mayflyv1.EndStrayResponse], error) {
+	o.Lock()
+	defer o.Unlock()
+	for n, s := range o.Strays {
+		if s.GetProvider() == r.Msg.GetProvider() && s.GetName() == r.Msg.GetName() {
+			s.EndedBy, s.Reason = "spiffe://acme.test/operator/sam", r.Msg.GetReason()
+			removed := s.GetKind() != "stubborn"
+			if removed {
+				o.Strays = slices.Delete(slices.Clone(o.Strays), n, n+1)
+			}
+			return connect.NewResponse(&mayflyv1.EndStrayResponse{Stray: s, Removed: removed}), nil
+		}
+	}
+	return nil, notFound("stray")
+}
