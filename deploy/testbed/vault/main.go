@@ -58,11 +58,12 @@ func run() error {
 	cluster := flag.String("cluster", "127.0.0.1:8201", "address for other nodes")
 	certFile := flag.String("cert", "", "certificate of the API; plain HTTP without")
 	keyFile := flag.String("key", "", "key of the certificate")
+	limit := flag.Duration("max-request-duration", vault.DefaultMaxRequestDuration, "longest time that a request may take")
 	level := flag.String("log-level", "warn", "trace, debug, info, warn, error")
 	flag.Parse()
-	if *data == "" || (*certFile == "") != (*keyFile == "") {
+	if *data == "" || (*certFile == "") != (*keyFile == "") || *limit <= 0 {
 		flag.Usage()
-		return errors.New("--data is required, and --cert goes with --key")
+		return errors.New("--data is required, --cert goes with --key, and --max-request-duration is above zero")
 	}
 	if err := os.MkdirAll(*data, 0o700); err != nil {
 		return err
@@ -105,7 +106,10 @@ func run() error {
 		return fmt.Errorf("starting the core: %w", err)
 	}
 
-	config := &configutil.Listener{Type: "tcp", Address: *listen, MaxRequestSize: vaulthttp.DefaultMaxRequestSize}
+	config := &configutil.Listener{
+		Type: "tcp", Address: *listen,
+		MaxRequestSize: vaulthttp.DefaultMaxRequestSize, MaxRequestDuration: *limit,
+	}
 	l, err := net.Listen("tcp", *listen)
 	if err != nil {
 		return err
