@@ -13,3 +13,9 @@ var Catalog string
 
 // KeysPath is the directory of the signing keys in Catalog.
 const KeysPath = "/var/lib/mayfly/keys"
+
+// VaultCatalog is the sample catalog with Vault. It names addresses and files
+// of acme.test.
+//
+//go:embed catalog/vault.yaml
+var VaultCatalog string
