@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"runtime/debug"
 	"strings"
 
 	"go.etcd.io/bbolt"
@@ -37,6 +39,45 @@ func (db *DB) WriteTo(w io.Writer) (int64, error) {
 		return n, fmt.Errorf("backing up %s: %w", db.path, err)
 	}
 	return n, nil
+}
+
+// CopyTo writes a snapshot of the store in the file at path to w, as DB.WriteTo
+// does, without changing anything: for a store that no broker has open. The
+// error is store.ErrInUse if one has.
+func CopyTo(path string, w io.Writer) (int64, error) {
+	if err := checkFile(path); err != nil {
+		return 0, fmt.Errorf("copying store %s: %w", path, err)
+	}
+	if _, err := os.Stat(path); err != nil {
+		return 0, fmt.Errorf("copying store %s: %w", path, err)
+	}
+	opts := options(Config{})
+	opts.ReadOnly = true
+	opts.InitialMmapSize = 0 // nothing is written, so it does not grow
+	bolt, err := openBoltWith(path, opts)
+	if err != nil {
+		return 0, fmt.Errorf("copying store %s: %w", path, err)
+	}
+	db := &DB{path: path, bolt: bolt, closed: make(chan struct{})}
+	n, err := db.copyTo(w)
+	return n, errors.Join(err, db.Close())
+}
+
+func (db *DB) copyTo(w io.Writer) (n int64, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("copying store %s: %w", db.path, damaged(p))
+		}
+	}()
+	empty, err := db.inspect()
+	switch {
+	case err != nil:
+		return 0, fmt.Errorf("copying store %s: %w", db.path, err)
+	case empty:
+		return 0, fmt.Errorf("copying store %s: nothing is in it", db.path)
+	}
+	return db.WriteTo(w)
 }
 
 // Check reads the whole file and reports damage to its structure. Every Update

@@ -93,7 +93,11 @@ func checkFile(path string) error {
 	return nil
 }
 
-func openBolt(path string, config Config) (db *bbolt.DB, err error) {
+func openBolt(path string, config Config) (*bbolt.DB, error) {
+	return openBoltWith(path, options(config))
+}
+
+func openBoltWith(path string, opts *bbolt.Options) (db *bbolt.DB, err error) {
 	// bbolt panics on some damage, and a file that was cut short faults when
 	// its mapping is read.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
@@ -102,7 +106,7 @@ func openBolt(path string, config Config) (db *bbolt.DB, err error) {
 			db, err = nil, damaged(p)
 		}
 	}()
-	db, err = bbolt.Open(path, mode, options(config))
+	db, err = bbolt.Open(path, mode, opts)
 	switch {
 	case errors.Is(err, berrors.ErrTimeout):
 		return nil, fmt.Errorf("%w: one file serves one broker; stop the other process first", store.ErrInUse)
