@@ -190,11 +190,9 @@ func (m *making) refuse(ctx context.Context, cause error) (providers.Minted, err
 // take makes the lease of Vault's answer.
 func (m *making) take(ctx context.Context, secret *api.Secret, asked time.Time) (providers.Minted, error) {
 	now := m.p.now()
-	if secret == nil {
-		secret = &api.Secret{}
-	}
-	if secret.LeaseID == "" && len(secret.Data) == 0 {
-		return providers.Minted{}, m.nothing(ctx, &fault{kind: missing, what: "reading " + m.plan.path, err: errors.New("Vault answered nothing")})
+	if secret == nil || secret.LeaseID == "" && len(secret.Data) == 0 {
+		// Vault says 404 where there is nothing. This is somebody else's answer.
+		return providers.Minted{}, m.unread(ctx, &fault{kind: cut, what: "reading " + m.plan.path, err: errors.New("the answer is empty")})
 	}
 	m.Read = true
 	allowed := m.req.End.Sub(m.req.Now) + slack

@@ -199,6 +199,7 @@ func TestLostAnswers(t *testing.T) {
 				p.session.dropped(p.session.token)
 				p.session.retryAt = time.Time{}
 				a := mint(t.Context(), p, w.request(w.database(), 2*time.Minute))
+				t.Logf("%v", a.err)
 				made := len(w.rolesOf(a.req.Lease))
 				if n := px.count(stepRead); n > 1 {
 					t.Errorf("the credential was read %d times", n)
@@ -211,8 +212,8 @@ func TestLostAnswers(t *testing.T) {
 					t.Error("it does not work")
 				case a.err != nil && !a.minted.Secret.IsZero():
 					t.Error("an error and a secret")
-				case isNothing(a.err) && made > 0:
-					t.Errorf("%v; and there are %d roles", a.err, made)
+				case isNothing(a.err) && (made > 0 || at == stepRead):
+					t.Errorf("%v; and there are %d roles, or were", a.err, made)
 				case isNothing(a.err) && broker.ReasonOf(a.err) == broker.ReasonInternal:
 					t.Errorf("the agent is told nothing: %v", a.err)
 				}
@@ -229,7 +230,7 @@ func TestLostAnswers(t *testing.T) {
 					if d := p.Revoke(t.Context(), []providers.Ending{e})[0]; d.Err != nil || d.Progress == broker.ProgressVerified || !d.RetryAt.Equal(e.Settles) {
 						t.Errorf("before it settles: %+v", d)
 					}
-					if made == 1 && !w.tokenLives(handleOf(t, e.Handle).Accessor) {
+					if name != "twice" && !w.tokenLives(handleOf(t, e.Handle).Accessor) {
 						t.Error("the token was ended while a read with it might be under way")
 					}
 					if left := w.rolesOf(a.req.Lease); len(left) > 0 {
