@@ -54,7 +54,7 @@ func (p *Postgres) freeze() error {
 			return err
 		}
 	}
-	return p.paused.watch()
+	return p.paused.watch(p.data())
 }
 
 func (p *Postgres) resume() error {
@@ -72,12 +72,16 @@ func (p *Postgres) resume() error {
 	return err
 }
 
-func (s *pause) watch() error {
+func (s *pause) watch(data string) error {
+	segment := ""
+	if id, ok := sharedMemory(data); ok {
+		segment = strconv.Itoa(id)
+	}
 	names := make([]string, len(s.pids))
 	for i, pid := range s.pids {
 		names[i] = strconv.Itoa(pid)
 	}
-	s.guard = exec.Command("/bin/sh", "-c", `read -r _; kill -KILL "$@"`, "guard")
+	s.guard = exec.Command("/bin/sh", "-c", `read -r _; kill -KILL "$@"; test -z "$0" || ipcrm -m "$0"`, segment)
 	s.guard.Args = append(s.guard.Args, names...)
 	s.guard.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	var err error

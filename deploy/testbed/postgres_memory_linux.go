@@ -9,23 +9,29 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// freeSharedMemory frees the small System V segment by which PostgreSQL sees
-// that a folder is in use: a server that was killed leaves it. The pid file,
-// which only such a server leaves too, names it on its seventh line.
-func freeSharedMemory(data string) {
+// sharedMemory is the small System V segment by which PostgreSQL sees that a
+// folder is in use. The pid file names it on its seventh line.
+func sharedMemory(data string) (id int, ok bool) {
 	b, err := os.ReadFile(filepath.Join(data, "postmaster.pid"))
 	if err != nil {
-		return
+		return 0, false
 	}
 	lines := strings.Split(string(b), "\n")
 	if len(lines) < 7 {
-		return
+		return 0, false
 	}
 	key := strings.Fields(lines[6])
 	if len(key) != 2 {
-		return
+		return 0, false
 	}
-	if id, err := strconv.Atoi(key[1]); err == nil {
+	id, err = strconv.Atoi(key[1])
+	return id, err == nil
+}
+
+// freeSharedMemory frees the segment of a server that was killed. Only such a
+// server leaves the pid file.
+func freeSharedMemory(data string) {
+	if id, ok := sharedMemory(data); ok {
 		_, _ = unix.SysvShmCtl(id, unix.IPC_RMID, nil)
 	}
 }

@@ -73,7 +73,10 @@ func run() error {
 	defer stop()
 	log := hclog.New(&hclog.LoggerOptions{Level: hclog.LevelFromString(*level), Output: os.Stderr})
 
-	storage, err := raft.NewRaftBackend(map[string]string{"path": filepath.Clean(*data), "node_id": "testbed"}, log.Named("storage"))
+	storage, err := raft.NewRaftBackend(map[string]string{
+		"path": filepath.Clean(*data), "node_id": "testbed",
+		"performance_multiplier": "1", // what Vault advises for production; its default makes each start 5 s longer
+	}, log.Named("storage"))
 	if err != nil {
 		return fmt.Errorf("opening integrated storage: %w", err)
 	}
