@@ -1,0 +1,314 @@
+package vault
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/providers/vault/vaultscope"
+)
+
+// as connects to the tools' database with a password.
+func (w *world) as(user, password string) *pgx.Conn {
+	w.t.Helper()
+	c, err := pgx.Connect(w.t.Context(), fmt.Sprintf("host=127.0.0.1 port=%d dbname=crm sslmode=disable user=%s password=%s", w.pg.port, user, password))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { c.Close(context.Background()) })
+	return c
+}
+
+// super runs SQL as PostgreSQL's superuser.
+func (w *world) super(sql string, args ...any) {
+	w.t.Helper()
+	if err := w.pg.exec("crm", fmt.Sprintf(sql, args...)); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// leased makes a role as Vault does.
+func (w *world) leased(installation broker.InstallationID) (name string) {
+	name = vaultscope.LeaseRolePrefix(installation, broker.NewLeaseID(time.Now())) + "AbCd1234"
+	c := w.as("vault", "vault-password")
+	_, err := c.Exec(w.t.Context(), fmt.Sprintf(`CREATE ROLE %q LOGIN PASSWORD 'pw' VALID UNTIL '2100-01-01' IN ROLE %q`, name, vaultscope.GroupRole("crm.read")))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return name
+}
+
+func (w *world) drop(c *pgx.Conn, installation broker.InstallationID, names ...string) ([]string, error) {
+	rows, err := c.Query(w.t.Context(), `SELECT * FROM mayfly_`+w.id+`.drop_roles($1, $2)`, vaultscope.Installation(installation), names)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, pgx.RowTo[string])
+}
+
+func sqlState(err error) string {
+	var e *pgconn.PgError
+	if errors.As(err, &e) {
+		return e.Code
+	}
+	return ""
+}
+
+// TestPostgresEscalations: whoever steals the broker's login to PostgreSQL can
+// find and drop roles of its installation, and do nothing else.
+func TestPostgresEscalations(t *testing.T) {
+	v, pg := servers(t)
+	w := newWorld(t, v, pg)
+	w.setup(w.database())
+	c := w.as(w.sweep(), "sweep-password")
+	other := broker.NewInstallationID(time.Now())
+	mine, theirs := w.leased(w.installation), w.leased(other)
+	schema, group := "mayfly_"+w.id, vaultscope.GroupRole("crm.read")
+	w.super(`CREATE TABLE customers_%s (name text); CREATE SCHEMA theirs_%s; CREATE ROLE victim_%s`, w.id, w.id, w.id)
+
+	keep, err := pgx.Connect(t.Context(), pg.super("crm")) // a session to end
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer keep.Close(context.Background())
+
+	for name, sql := range map[string]string{
+		"another installation's roles":  fmt.Sprintf(`SELECT * FROM %s.roles('%s')`, schema, vaultscope.Installation(other)),
+		"drop another installation's":   fmt.Sprintf(`SELECT * FROM %s.drop_roles('%s', ARRAY['%s'])`, schema, vaultscope.Installation(other), theirs),
+		"all installations' roles":      fmt.Sprintf(`SELECT * FROM %s.roles('')`, schema),
+		"nobody's installation":         fmt.Sprintf(`SELECT * FROM %s.roles(NULL)`, schema),
+		"a pattern":                     fmt.Sprintf(`SELECT * FROM %s.roles('%%')`, schema),
+		"create a role":                 `CREATE ROLE x_` + w.id,
+		"drop a role":                   fmt.Sprintf(`DROP ROLE %q`, mine),
+		"drop Vault's login":            `DROP ROLE vault`,
+		"make itself a superuser":       fmt.Sprintf(`ALTER ROLE %s SUPERUSER`, w.sweep()),
+		"make itself create roles":      fmt.Sprintf(`ALTER ROLE %s CREATEROLE`, w.sweep()),
+		"change a password":             `ALTER ROLE vault PASSWORD 'x'`,
+		"give a leased role more time":  fmt.Sprintf(`ALTER ROLE %q VALID UNTIL 'infinity'`, mine),
+		"become Vault's login":          `SET ROLE vault`,
+		"become the superuser":          `SET SESSION AUTHORIZATION postgres`,
+		"become a tool":                 fmt.Sprintf(`SET ROLE %q`, group),
+		"become a leased role":          fmt.Sprintf(`SET ROLE %q`, mine),
+		"join Vault's login":            fmt.Sprintf(`GRANT vault TO %s`, w.sweep()),
+		"join a tool":                   fmt.Sprintf(`GRANT %q TO %s`, group, w.sweep()),
+		"read the tools' data":          `SELECT * FROM customers_` + w.id,
+		"write the tools' data":         `INSERT INTO customers_` + w.id + ` VALUES ('x')`,
+		"read passwords":                `SELECT rolpassword FROM pg_authid`,
+		"create a schema":               `CREATE SCHEMA x_` + w.id,
+		"create in its schema":          `CREATE TABLE ` + schema + `.t (a int)`,
+		"create in public":              `CREATE TABLE public.t_` + w.id + ` (a int)`,
+		"create in another's schema":    `CREATE TABLE theirs_` + w.id + `.t (a int)`,
+		"replace its function":          `CREATE OR REPLACE FUNCTION ` + schema + `.end_sessions() RETURNS bigint LANGUAGE sql SECURITY DEFINER AS 'SELECT 1::bigint'`,
+		"own its function":              fmt.Sprintf(`ALTER FUNCTION %s.end_sessions() OWNER TO %s`, schema, w.sweep()),
+		"change its function":           fmt.Sprintf(`ALTER FUNCTION %s.end_sessions() RESET search_path`, schema),
+		"drop its function":             fmt.Sprintf(`DROP FUNCTION %s.end_sessions()`, schema),
+		"end somebody's session":        `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'postgres' AND pid <> pg_backend_pid()`,
+		"read a file":                   `SELECT pg_read_file('/etc/passwd')`,
+		"run a program":                 `COPY (SELECT 1) TO PROGRAM 'true'`,
+		"write a file":                  `COPY (SELECT 1) TO '/tmp/mayfly-escalation'`,
+		"load a library":                `LOAD '/tmp/x.so'`,
+		"create an extension":           `CREATE EXTENSION file_fdw`,
+		"create a database":             `CREATE DATABASE x_` + w.id,
+		"change the server":             `ALTER SYSTEM SET log_statement = 'all'`,
+		"read the server's files":       `SELECT * FROM pg_ls_dir('.')`,
+		"create an event trigger":       `CREATE EVENT TRIGGER x ON ddl_command_start EXECUTE FUNCTION ` + schema + `.end_sessions()`,
+		"hide from the log":             `SET log_statement = 'none'`,
+		"copy the server":               `SELECT pg_create_physical_replication_slot('x')`,
+		"switch off replication safety": `SET session_replication_role = replica`,
+	} {
+		_, err := c.Exec(t.Context(), sql)
+		if state := sqlState(err); state != "42501" {
+			t.Errorf("%s: want SQLSTATE 42501, and it is %q: %v", name, state, err)
+		}
+	}
+	// PostgreSQL answers this one with a warning, and does nothing.
+	if _, err := c.Exec(t.Context(), fmt.Sprintf(`GRANT EXECUTE ON FUNCTION %s.end_sessions() TO PUBLIC`, schema)); err != nil {
+		t.Error(err)
+	}
+	if _, err := w.as(theirs, "pw").Exec(t.Context(), `SELECT `+schema+`.end_sessions()`); sqlState(err) != "42501" {
+		t.Errorf("an agent's login may end sessions: %v", err)
+	}
+
+	// Names that drop_roles must leave alone, whatever they look like.
+	inst := vaultscope.RolePrefix(w.installation)
+	w.super(`CREATE ROLE %q SUPERUSER; CREATE ROLE %q CREATEROLE; CREATE ROLE %q REPLICATION`, inst+"super", inst+"creator", inst+"replica")
+	injections := []string{
+		inst + `x"; DROP ROLE victim_` + w.id + `; --`, inst + `x'; DROP ROLE victim_` + w.id + `; --`,
+		inst + `x$mayfly$; DROP ROLE victim_` + w.id + `; --`, inst + `%I%s`, inst + "x\\\"; DROP ROLE victim_" + w.id,
+	}
+	safe := []string{"postgres", "vault", w.sweep(), group, theirs, "victim_" + w.id, "pg_signal_backend", "PUBLIC", "current_user", "",
+		strings.ToUpper(mine), " " + mine, "%", "mf_%", inst[:len(inst)-1] + "%", inst + "super", inst + "creator", inst + "replica"}
+	gone, err := w.drop(c, w.installation, append(safe, injections...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if slices.Sort(gone); !slices.Equal(gone, slices.Sorted(slices.Values(injections))) {
+		t.Errorf("of names that are none of its own, these are said to be gone: %q", gone)
+	}
+	for _, name := range []string{"postgres", "vault", w.sweep(), group, theirs, mine, "victim_" + w.id, inst + "super", inst + "creator", inst + "replica"} {
+		if !slices.Contains(w.roles(name), name) {
+			t.Errorf("role %s was dropped", name)
+		}
+	}
+	w.super(`DROP ROLE %q; DROP ROLE %q; DROP ROLE %q`, inst+"super", inst+"creator", inst+"replica")
+
+	// What it can create for itself must not mislead the functions.
+	for _, sql := range []string{
+		`CREATE TEMP TABLE pg_roles AS SELECT 1::oid AS oid, 'x'::name AS rolname, false AS rolsuper, false AS rolcreaterole, false AS rolcreatedb, false AS rolreplication, false AS rolbypassrls, NULL::timestamptz AS rolvaliduntil`,
+		`CREATE TEMP TABLE pg_stat_activity AS SELECT pid, usesysid FROM pg_catalog.pg_stat_activity`,
+		`CREATE FUNCTION pg_temp.starts_with(text, text) RETURNS bool LANGUAGE sql AS 'SELECT true'`,
+		`SET search_path = pg_temp, pg_catalog`,
+	} {
+		if _, err := c.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if gone, err := w.drop(c, w.installation, "vault", theirs, mine); err != nil || !slices.Equal(gone, []string{mine}) {
+		t.Errorf("with tables of its own, %q are gone: %v", gone, err)
+	}
+	if n := len(w.roles(mine)); n != 0 {
+		t.Error("its own role is still there")
+	}
+}
+
+// TestPostgresSetup: the narrow login does what it is for.
+func TestPostgresSetup(t *testing.T) {
+	v, pg := servers(t)
+	w := newWorld(t, v, pg)
+	w.setup(w.database()).setup(w.database()) // it may be run again
+	c := w.as(w.sweep(), "sweep-password")
+	ctx := t.Context()
+	a, b := w.leased(w.installation), w.leased(w.installation)
+	session := w.as(a, "pw")
+	rows, err := c.Query(ctx, `SELECT name, valid_until IS NOT NULL, sessions FROM mayfly_`+w.id+`.roles($1)`, vaultscope.Installation(w.installation))
+	if err != nil {
+		t.Fatal(err)
+	}
+	type found struct {
+		Name     string
+		Until    bool
+		Sessions int64
+	}
+	all, err := pgx.CollectRows(rows, pgx.RowToStructByPos[found])
+	want := []found{{a, true, 1}, {b, true, 0}}
+	slices.SortFunc(want, func(x, y found) int { return strings.Compare(x.Name, y.Name) })
+	slices.SortFunc(all, func(x, y found) int { return strings.Compare(x.Name, y.Name) })
+	if err != nil || !slices.Equal(all, want) {
+		t.Fatalf("got %v, %v\nwant %v", all, err, want)
+	}
+
+	// An open session ends with the role, and names that are gone are said to be.
+	gone, err := w.drop(c, w.installation, a, b, inventName(w))
+	if err != nil || len(gone) != 3 {
+		t.Errorf("%q are gone: %v", gone, err)
+	}
+	wantEnded(t, session)
+	if gone, err := w.drop(c, w.installation, a); err != nil || len(gone) != 1 {
+		t.Errorf("a second time, %q are gone: %v", gone, err)
+	}
+	if gone, err := w.drop(c, w.installation); err != nil || len(gone) != 0 {
+		t.Errorf("of no names, %q are gone: %v", gone, err)
+	}
+	if _, err := c.Exec(ctx, `SELECT * FROM mayfly_`+w.id+`.drop_roles($1, NULL)`, vaultscope.Installation(w.installation)); err != nil {
+		t.Error(err)
+	}
+}
+
+func inventName(w *world) string {
+	return vaultscope.LeaseRolePrefix(w.installation, broker.NewLeaseID(time.Now())) + "ZzZzZzZz"
+}
+
+// wantEnded waits until PostgreSQL has ended a session.
+func wantEnded(t *testing.T, c *pgx.Conn) {
+	t.Helper()
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		if _, err := c.Exec(t.Context(), `SELECT 1`); err != nil {
+			return
+		}
+	}
+	t.Error("the session goes on")
+}
+
+// TestDropRolesThatHoldOn: an agent cannot keep its role by what it does with it.
+func TestDropRolesThatHoldOn(t *testing.T) {
+	v, pg := servers(t)
+	w := newWorld(t, v, pg)
+	w.setup(w.database())
+	ctx := t.Context()
+	group := vaultscope.GroupRole("crm.read")
+	w.super(`CREATE SCHEMA work_%s; GRANT ALL ON SCHEMA work_%s TO %q`, w.id, w.id, group)
+	c := w.as(w.sweep(), "sweep-password")
+
+	t.Run("it owns things", func(t *testing.T) {
+		name := w.leased(w.installation)
+		agent := w.as(name, "pw")
+		if _, err := agent.Exec(ctx, fmt.Sprintf(`CREATE TABLE work_%[1]s.t (a int); CREATE TYPE work_%[1]s.e AS ENUM ('x'); GRANT SELECT ON work_%[1]s.t TO PUBLIC;
+			CREATE FUNCTION work_%[1]s.f() RETURNS name LANGUAGE sql SECURITY DEFINER AS 'SELECT current_user'`, w.id)); err != nil {
+			t.Fatal(err)
+		}
+		gone, err := w.drop(c, w.installation, name)
+		if err != nil || !slices.Equal(gone, []string{name}) || len(w.roles(name)) != 0 {
+			t.Errorf("%q are gone: %v", gone, err)
+		}
+		wantEnded(t, agent)
+		// What it made is the tool's now, and has no more rights than that.
+		var owner string
+		if err := w.as("vault", "vault-password").QueryRow(ctx, fmt.Sprintf(`SELECT work_%s.f()`, w.id)).Scan(&owner); err != nil || owner != group {
+			t.Errorf("what it left runs as %q: %v", owner, err)
+		}
+	})
+	t.Run("it has members", func(t *testing.T) {
+		name, friend := w.leased(w.installation), w.leased(w.installation)
+		agent := w.as(name, "pw")
+		_, err := agent.Exec(ctx, fmt.Sprintf(`GRANT %q TO %q`, name, friend))
+		t.Logf("an agent gives its role to another: %v", err)
+		if gone, err := w.drop(c, w.installation, name); err != nil || len(gone) != 1 {
+			t.Errorf("%q are gone: %v", gone, err)
+		}
+	})
+	t.Run("it cannot be dropped", func(t *testing.T) {
+		name := w.leased(w.installation)
+		agent := w.as(name, "pw")
+		w.super(`CREATE TABLE mine_%s (a int); ALTER TABLE mine_%s OWNER TO %q; REVOKE %q FROM %q`, w.id, w.id, name, group, name) // no heir
+		free := w.leased(w.installation)
+		gone, err := w.drop(c, w.installation, name, free)
+		if err != nil || !slices.Equal(gone, []string{free}) {
+			t.Errorf("%q are gone: %v", gone, err)
+		}
+		wantEnded(t, agent)
+		if _, err := pgx.Connect(ctx, fmt.Sprintf("host=127.0.0.1 port=%d dbname=crm sslmode=disable user=%s password=pw", w.pg.port, name)); err == nil {
+			t.Error("what cannot be dropped can still log in")
+		}
+		w.super(`DROP TABLE mine_%s; DROP ROLE %q`, w.id, name)
+	})
+	t.Run("it comes back at once", func(t *testing.T) {
+		name := w.leased(w.installation)
+		tx, err := c.Begin(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tx.Exec(ctx, `SELECT * FROM mayfly_`+w.id+`.drop_roles($1, $2)`, vaultscope.Installation(w.installation), []string{name}); err != nil {
+			t.Fatal(err)
+		}
+		back := w.as(name, "pw") // the drop does not count yet
+		if err := tx.Commit(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := back.Exec(ctx, `SELECT 1`); err != nil {
+			t.Fatalf("the session ended with its role; then end_sessions is for nothing: %v", err)
+		}
+		var n int64
+		if err := c.QueryRow(ctx, `SELECT mayfly_`+w.id+`.end_sessions()`).Scan(&n); err != nil || n < 1 {
+			t.Errorf("%d sessions were ended: %v", n, err)
+		}
+		wantEnded(t, back)
+	})
+}
