@@ -29,9 +29,9 @@ const (
 	longTTL  = 40
 )
 
-// catalog writes one variant of the catalog. vault is the provider's entry;
+// catalogText is one variant of the catalog. vault is the provider's entry;
 // empty means that there is no Vault, and every tool is the broker's own.
-func catalog(v variant, vault, keys string) string {
+func catalogText(v variant, vault, keys string) string {
 	var b strings.Builder
 	b.WriteString("agents:\n")
 	for i := range agents {

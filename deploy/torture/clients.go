@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/audit"
@@ -52,7 +53,7 @@ func (a *actor) agent(ctx context.Context) {
 		case roll < 8:
 			req.Tool = toolWrite
 		}
-		if a.rng.IntN(3) > 0 {
+		if req.Tool == toolRead && a.rng.IntN(3) > 0 {
 			req.TTL = time.Duration(shortTTL+a.rng.IntN(longTTL-shortTTL+1)) * time.Second
 		}
 		asked := time.Now()
@@ -97,8 +98,24 @@ func (a *actor) giveBack(ctx context.Context, g ledger.Delivered) {
 	}
 }
 
-// bot opens windows and closes them.
+// child is the same actor, with a part of its own of the seed.
+func (a *actor) child() *actor {
+	c := *a
+	c.rng = rand.New(rand.NewPCG(a.rng.Uint64(), a.rng.Uint64()))
+	return &c
+}
+
+// pending is how many windows, or grants, of one actor may be waiting for
+// their end: an end waits for leases that a kill has left unsettled, and a
+// broker that is killed every second never gets to answer it.
+const pending = 40
+
+// bot opens windows and closes them, without waiting for the answer before it
+// opens the next.
 func (a *actor) bot(ctx context.Context) {
+	var closing errgroup.Group
+	closing.SetLimit(pending)
+	defer func() { _ = closing.Wait() }() // what runs in it returns no errors
 	for ctx.Err() == nil {
 		req := client.IncidentRequest{Title: "torture", Tools: []string{toolRead, toolWrite, toolStatus}}
 		first := a.rng.IntN(agents)
@@ -113,25 +130,42 @@ func (a *actor) bot(ctx context.Context) {
 		}
 		a.history.note(a.name, "opened", in.ID)
 		a.evidence.Acknowledged(audit.IncidentOpened, string(in.ID), "it was opened by "+a.name)
-		a.pause(ctx, 500*time.Millisecond, 4*time.Second)
-		for ctx.Err() == nil {
-			_, ended, err := a.api.CloseIncident(ctx, in.ID, "over")
-			at := time.Now()
-			if err != nil {
-				a.refused(ctx, "close", err)
-				a.pause(ctx, 20*time.Millisecond, 200*time.Millisecond)
-				continue
-			}
-			a.history.note(a.name, "closed", in.ID, ended.Dead, ended.Revoking)
-			a.evidence.Acknowledged(audit.IncidentClosed, string(in.ID), "it was closed by "+a.name)
-			a.over(ctx, string(in.ID), at)
-			break
+		c := a.child()
+		closing.Go(func() error {
+			c.pause(ctx, 200*time.Millisecond, 3*time.Second)
+			c.end(ctx, "close", string(in.ID), audit.IncidentClosed, func() (client.Ended, error) {
+				_, ended, err := c.api.CloseIncident(ctx, in.ID, "over")
+				return ended, err
+			})
+			return nil
+		})
+		a.pause(ctx, 300*time.Millisecond, 1200*time.Millisecond)
+	}
+}
+
+// end ends an incident or a grant, however often that has to be asked for.
+func (a *actor) end(ctx context.Context, act, id string, told audit.Type, call func() (client.Ended, error)) {
+	for ctx.Err() == nil {
+		ended, err := call()
+		at := time.Now()
+		if err != nil {
+			a.refused(ctx, act, err)
+			a.pause(ctx, 20*time.Millisecond, 200*time.Millisecond)
+			continue
 		}
+		a.report.ended(act)
+		a.history.note(a.name, act, id, ended.Dead, ended.Revoking)
+		a.evidence.Acknowledged(told, id, "it was answered to "+a.name+" that it is over")
+		a.over(ctx, id, at)
+		return
 	}
 }
 
 // operator makes grants and withdraws them, and ends leases one by one.
 func (a *actor) operator(ctx context.Context) {
+	var withdrawing errgroup.Group
+	withdrawing.SetLimit(pending)
+	defer func() { _ = withdrawing.Wait() }()
 	for ctx.Err() == nil {
 		req := client.GrantRequest{Agent: agentID(a.rng.IntN(agents)), Tool: toolWrite, For: 10 * time.Minute, Reason: "torture"}
 		if a.rng.IntN(3) == 0 {
@@ -145,23 +179,20 @@ func (a *actor) operator(ctx context.Context) {
 		}
 		a.history.note(a.name, "granted", g.ID)
 		a.evidence.Acknowledged(audit.GrantCreated, string(g.ID), "it was made by "+a.name)
+		c := a.child()
+		withdrawing.Go(func() error {
+			c.pause(ctx, 200*time.Millisecond, 3*time.Second)
+			c.end(ctx, "withdraw", string(g.ID), audit.GrantEnded, func() (client.Ended, error) {
+				_, ended, err := c.api.WithdrawGrant(ctx, g.ID, "over")
+				return ended, err
+			})
+			return nil
+		})
 		for range a.rng.IntN(4) {
 			a.pause(ctx, 100*time.Millisecond, 600*time.Millisecond)
 			a.revokeOne(ctx)
 		}
-		for ctx.Err() == nil {
-			_, ended, err := a.api.WithdrawGrant(ctx, g.ID, "over")
-			at := time.Now()
-			if err != nil {
-				a.refused(ctx, "withdraw", err)
-				a.pause(ctx, 20*time.Millisecond, 200*time.Millisecond)
-				continue
-			}
-			a.history.note(a.name, "withdrew", g.ID, ended.Dead, ended.Revoking)
-			a.evidence.Acknowledged(audit.GrantEnded, string(g.ID), "it was withdrawn by "+a.name)
-			a.over(ctx, string(g.ID), at)
-			break
-		}
+		a.pause(ctx, 100*time.Millisecond, 600*time.Millisecond)
 	}
 }
 
@@ -242,7 +273,7 @@ func (a *actor) reloader(ctx context.Context) {
 			// From here on, also a broker that is restarted may enable it again.
 			a.deliveries.Enabled(agentID(now.disabled).String(), time.Now())
 		}
-		if err := replace(a.catalogPath, catalog(next, a.vaultEntry, a.keys)); err != nil {
+		if err := replace(a.catalogPath, catalogText(next, a.vaultEntry, a.keys)); err != nil {
 			a.fatal(fmt.Errorf("writing the catalog: %w", err))
 			return
 		}

@@ -196,7 +196,7 @@ func (a *actor) chaos(ctx context.Context) {
 func (r *run) finish(ctx context.Context) error {
 	r.say("ending everything")
 	r.proxy.Quiet(true)
-	if err := replace(r.catalogPath, catalog(variant{disabled: -1}, r.vaultEntry, r.keys)); err != nil {
+	if err := replace(r.catalogPath, catalogText(variant{disabled: -1}, r.vaultEntry, r.keys)); err != nil {
 		return err
 	}
 	if d := r.current.Load(); d == nil || !d.alive() {

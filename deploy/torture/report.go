@@ -24,6 +24,7 @@ type report struct {
 	kills      map[string]int // by failpoint; "" is a random instant
 	atProxy    []int          // attempts to mint that the proxy saw under way, at each kill
 	refusals   map[string]int
+	answers    map[string]int // ends of incidents and grants that were answered
 	reloads    int
 	looks      int
 	lookErrors int
@@ -41,7 +42,7 @@ type report struct {
 }
 
 func newReport(opt options) *report {
-	return &report{opt: opt, began: time.Now(), kills: map[string]int{}, refusals: map[string]int{}, chaos: map[string]int{},
+	return &report{opt: opt, began: time.Now(), kills: map[string]int{}, refusals: map[string]int{}, answers: map[string]int{}, chaos: map[string]int{},
 		lost: map[string]struct{}{}, byKind: map[ledger.Kind]int{}}
 }
 
@@ -55,6 +56,7 @@ func (r *report) killed(at string, minting int) {
 	r.do(func() { r.kills[at]++; r.atProxy = append(r.atProxy, minting) })
 }
 func (r *report) refused(act, why string) { r.do(func() { r.refusals[act+": "+why]++ }) }
+func (r *report) ended(act string)        { r.do(func() { r.answers[act]++ }) }
 func (r *report) reloaded()               { r.do(func() { r.reloads++ }) }
 func (r *report) disturbed(what string)   { r.do(func() { r.chaos[what]++ }) }
 func (r *report) untold(role string)      { r.do(func() { r.lost[role] = struct{}{} }) }
@@ -144,6 +146,7 @@ type summary struct {
 	LoginsUntried   int                 `json:"logins_untried"`
 	RolesUntold     int                 `json:"roles_that_vault_told_nobody_of"`
 	StraysPlanted   int                 `json:"strays_planted"`
+	Answered        map[string]int      `json:"ends_answered"`
 	Reloads         int                 `json:"reloads"`
 	Disturbed       map[string]int      `json:"disturbed"`
 	Faults          map[proxy.Fault]int `json:"faults"`
@@ -168,7 +171,7 @@ func (r *run) summary(failed error) summary {
 		KillsRandom: p.kills[""], KillsFailpoint: map[string]int{}, MintsAtProxy: p.atProxy,
 		Evidence: t, Delivered: r.deliveries.Count(), Looks: p.looks, LookErrors: p.lookErrors, Most: p.most, UnusedTokens: p.unused,
 		LoginsRefused: p.logins[0], LoginsWorked: p.logins[1], LoginsUntried: p.noLogin,
-		RolesUntold: len(p.lost), StraysPlanted: p.strays, Reloads: p.reloads, Disturbed: p.chaos, Faults: r.proxy.Faults(), Refusals: p.refusals,
+		RolesUntold: len(p.lost), StraysPlanted: p.strays, Answered: p.answers, Reloads: p.reloads, Disturbed: p.chaos, Faults: r.proxy.Faults(), Refusals: p.refusals,
 		Orphans: p.byKind[ledger.Orphan], DeliveredLate: p.byKind[ledger.Late], WithoutEvidence: p.byKind[ledger.NoEvidence],
 		ByKind: p.byKind, Violations: p.violations, Dir: r.opt.dir,
 	}
@@ -207,6 +210,7 @@ func (s summary) write(w io.Writer) {
 	fmt.Fprintf(w, "  faults of the network      %s\n", counts(s.Faults))
 	fmt.Fprintf(w, "  faults of the servers      %s\n", counts(s.Disturbed))
 	fmt.Fprintf(w, "  reloads                    %d\n", s.Reloads)
+	fmt.Fprintf(w, "  ends that were answered    %s\n", counts(s.Answered))
 	fmt.Fprintf(w, "  looks at the world         %d whole, %d failed; at most %d roles (%d unsettled), %d leases open\n", s.Looks, s.LookErrors, s.Most.Roles, s.Most.Unsettled, s.Most.Open)
 	fmt.Fprintf(w, "  logins tried               %d worked, %d were refused, %d could not be tried\n", s.LoginsWorked, s.LoginsRefused, s.LoginsUntried)
 	fmt.Fprintf(w, "  roles Vault told nobody of %d; %d strays planted, %d removed by the sweep\n", s.RolesUntold, s.StraysPlanted, s.Evidence.Strays)

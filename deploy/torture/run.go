@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/client"
 	"github.com/mayfly-security/mayfly/deploy/torture/ledger"
 	"github.com/mayfly-security/mayfly/deploy/torture/proxy"
@@ -55,7 +56,7 @@ type run struct {
 	current      atomic.Pointer[daemon]
 	operators    *client.Client // an operator's, for looking
 	bots         *client.Client // the bot's, for the end
-	installation string
+	installation broker.InstallationID
 
 	evidence   *ledger.Evidence
 	deliveries *ledger.Deliveries
@@ -137,10 +138,7 @@ func setUp(ctx context.Context, opt options, out io.Writer) (_ *run, err error) 
 	}
 	r.vaultEntry = r.world.providerEntry(r.proxy.Addr())
 	r.catalogPath = filepath.Join(opt.dir, "catalog.yaml")
-	if err := replace(r.catalogPath, catalog(variant{disabled: -1}, r.vaultEntry, r.keys)); err != nil {
-		return nil, err
-	}
-	if err := r.world.setUp(ctx, r.catalogPath); err != nil {
+	if err := replace(r.catalogPath, catalogText(variant{disabled: -1}, r.vaultEntry, r.keys)); err != nil {
 		return nil, err
 	}
 	listen, err := freeAddr()
@@ -239,7 +237,16 @@ func (r *run) torture(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.installation = string(who.Installation)
+	r.installation = who.Installation
+	// The setup is made as an operator makes it: once the installation is
+	// known, and for the widest of the catalogs that there will be.
+	wide := filepath.Join(r.opt.dir, "widest.yaml")
+	if err := replace(wide, catalogText(variant{disabled: -1, longer: true}, r.vaultEntry, r.keys)); err != nil {
+		return err
+	}
+	if err := r.world.setUp(ctx, wide, r.installation); err != nil {
+		return err
+	}
 	stopActors, err := r.actors(ctx)
 	if err != nil {
 		return err
@@ -307,6 +314,9 @@ func (r *run) actors(ctx context.Context) (stop func(), err error) {
 	return stop, nil
 }
 
+// longLives is how rare lives are in which every end is answered.
+const longLives = 15
+
 // rounds kills the broker and starts it again, and looks at the world after
 // each start.
 func (r *run) rounds(ctx context.Context, d *daemon) error {
@@ -325,8 +335,11 @@ func (r *run) rounds(ctx context.Context, d *daemon) error {
 		// A random instant, or the failpoint; whichever comes first where both
 		// are to be, for a point may not be passed often enough.
 		most := 150*time.Millisecond + time.Duration(r.rng.Int64N(int64(900*time.Millisecond)))
-		if failpoint != "" {
+		switch {
+		case failpoint != "":
 			most = 2 * time.Second
+		case r.rng.IntN(longLives) == 0:
+			most = 6 * time.Second // longer than an end waits for leases that are not settled
 		}
 		if !d.within(most) {
 			r.beforeKill()

@@ -2,111 +2,85 @@ package main
 
 import (
 	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 
-	"github.com/jackc/pgx/v5"
-
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/catalog"
+	"github.com/mayfly-security/mayfly/deploy/testbed"
+	"github.com/mayfly-security/mayfly/providers"
+	"github.com/mayfly-security/mayfly/providers/token"
+	"github.com/mayfly-security/mayfly/providers/vault"
 	"github.com/mayfly-security/mayfly/providers/vault/vaultscope"
 )
 
-// sql is the PostgreSQL side.
-const setupSQL = `
-CREATE ROLE vault LOGIN CREATEROLE PASSWORD 'vault-password';
-GRANT pg_signal_backend TO vault;
-CREATE ROLE crm_ro NOLOGIN;
-GRANT crm_ro TO vault WITH ADMIN OPTION;
-CREATE ROLE mayfly_sweep LOGIN PASSWORD 'sweep-password';
-CREATE SCHEMA mayfly;
-GRANT USAGE ON SCHEMA mayfly TO mayfly_sweep;
-GRANT CREATE, USAGE ON SCHEMA mayfly TO vault;
-SET ROLE vault;
-CREATE FUNCTION mayfly.roles(installation text) RETURNS TABLE (name text, valid_until timestamptz, sessions integer)
-  LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-  SELECT rolname::text, rolvaliduntil, (SELECT count(*)::integer FROM pg_stat_activity a WHERE a.usename = rolname)
-  FROM pg_roles WHERE starts_with(rolname, 'mf_' || installation || '-') $$;
-CREATE FUNCTION mayfly.drop_roles(installation text, names text[]) RETURNS SETOF text
-  LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-  DECLARE each text;
-  BEGIN
-    FOREACH each IN ARRAY names LOOP
-      CONTINUE WHEN NOT starts_with(each, 'mf_' || installation || '-');
-      PERFORM pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = each;
-      EXECUTE format('DROP ROLE IF EXISTS %I', each);
-      RETURN NEXT each;
-    END LOOP;
-  END $$;
-REVOKE ALL ON FUNCTION mayfly.roles(text), mayfly.drop_roles(text, text[]) FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION mayfly.roles(text), mayfly.drop_roles(text, text[]) TO mayfly_sweep;
-RESET ROLE;
-`
-
-// setUp prepares PostgreSQL and Vault as an operator does.
-func (w *world) setUp(ctx context.Context, _ string) error {
-	if err := os.WriteFile(filepath.Join(w.dir, "sweep-password"), []byte("sweep-password\n"), 0o600); err != nil {
-		return err
-	}
-	if _, err := w.super.Exec(ctx, "CREATE DATABASE crm"); err != nil {
-		return err
-	}
-	crm, err := pgx.Connect(ctx, w.pg.super("crm"))
+// setUp prepares Vault and PostgreSQL as an operator does: with what `mayfly
+// vault setup` prints for the catalog and the installation, and nothing else.
+func (w *world) setUp(ctx context.Context, catalogPath string, installation broker.InstallationID) error {
+	snapshot, err := catalog.Load([]string{catalogPath}, map[string]providers.Driver{"token": token.Driver{}, "vault": vault.Driver{}})
 	if err != nil {
 		return err
 	}
-	defer crm.Close(ctx)
-	if _, err := crm.Exec(ctx, setupSQL); err != nil {
+	setup, err := w.setupOf(snapshot, installation)
+	if err != nil {
+		return err
+	}
+	for _, script := range setup.Scripts {
+		if err := w.pg.Exec(ctx, testbed.DatabaseName, script.SQL); err != nil {
+			return fmt.Errorf("setting PostgreSQL up: %w", err)
+		}
+	}
+	if err := w.pg.Exec(ctx, testbed.DatabaseName, "ALTER ROLE "+sweepLogin+" PASSWORD '"+sweepPassword+"'"); err != nil {
 		return fmt.Errorf("setting PostgreSQL up: %w", err)
 	}
-	keys, err := w.jwtKeys()
-	if err != nil {
-		return err
-	}
-	type write struct {
-		path string
-		data map[string]any
-	}
-	writes := []write{
-		{"sys/auth/jwt", map[string]any{"type": "jwt"}},
-		{"auth/jwt/config", map[string]any{"jwt_validation_pubkeys": keys}},
-		{"auth/jwt/role/mayfly", map[string]any{
-			"role_type": "jwt", "user_claim": "sub", "bound_audiences": []string{audience}, "bound_subject": brokerID.String(),
-			"token_policies": "mayfly-_broker", "token_ttl": "15m", "token_max_ttl": "15m", "token_no_default_policy": true,
-		}},
-		{"sys/mounts/database", map[string]any{"type": "database"}},
-		{"database/config/crm", map[string]any{
-			"plugin_name": "postgresql-database-plugin", "allowed_roles": "*", "username": "vault", "password": "vault-password",
-			"connection_url":    fmt.Sprintf("postgresql://{{username}}:{{password}}@127.0.0.1:%d/crm?sslmode=disable", w.pg.port),
-			"username_template": vaultscope.UsernameTemplate,
-		}},
-	}
-	var policy strings.Builder
-	for tool, roles := range map[string]map[string]int{toolRead: {"crm-read-short": shortTTL, "crm-read": longTTL}, toolWrite: {"crm-write": longTTL}} {
-		var rules strings.Builder
-		for role, ttl := range roles {
-			writes = append(writes, write{"database/roles/" + role, map[string]any{
-				"db_name": "crm", "default_ttl": ttl, "max_ttl": ttl,
-				"creation_statements":   []string{`CREATE ROLE "{{name}}" LOGIN PASSWORD '{{password}}' VALID UNTIL '{{expiration}}' IN ROLE crm_ro;`},
-				"revocation_statements": []string{`SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{{name}}';`, `DROP ROLE IF EXISTS "{{name}}";`},
-			}})
-			fmt.Fprintf(&rules, "path \"database/creds/%s\" { capabilities = [\"read\"] }\n", role)
-			fmt.Fprintf(&policy, "path \"sys/leases/revoke/database/creds/%s/*\" { capabilities = [\"update\"] allowed_parameters = { \"sync\" = [true] } }\n", role)
-		}
-		writes = append(writes,
-			write{"sys/policies/acl/mayfly-" + tool, map[string]any{"policy": rules.String()}},
-			write{"auth/token/roles/mayfly-" + tool, map[string]any{
-				"allowed_policies": "mayfly-" + tool, "orphan": true, "renewable": false, "token_type": "service",
-				"token_no_default_policy": true, "token_explicit_max_ttl": "1h", "token_num_uses": 2,
-			}})
-		fmt.Fprintf(&policy, "path \"auth/token/create/mayfly-%s\" { capabilities = [\"update\"] required_parameters = [\"explicit_max_ttl\", \"meta\"] allowed_parameters = { \"ttl\" = [] \"explicit_max_ttl\" = [] \"meta\" = [] \"display_name\" = [] } }\n", tool)
-	}
-	policy.WriteString("path \"auth/token/revoke-accessor\" { capabilities = [\"update\"] }\n")
-	writes = append(writes, write{"sys/policies/acl/mayfly-_broker", map[string]any{"policy": policy.String()}})
-	for _, each := range writes {
-		if _, err := w.vault.client.Logical().WriteWithContext(ctx, each.path, each.data); err != nil {
-			return fmt.Errorf("setting Vault up: writing %s: %w", each.path, err)
+	for _, each := range setup.Writes {
+		_, err := w.vault.Client().Logical().WriteWithContext(ctx, each.Path, each.Body)
+		if err != nil && !(each.Kind == vaultscope.WriteMount && strings.Contains(err.Error(), "path is already in use")) {
+			return fmt.Errorf("setting Vault up: writing %s: %w", each.Path, err)
 		}
 	}
 	return nil
+}
+
+func (w *world) setupOf(snapshot *catalog.Snapshot, installation broker.InstallationID) (*vaultscope.Setup, error) {
+	keys, err := w.jwtKeys()
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range snapshot.Providers() {
+		if p.Driver != "vault" {
+			continue
+		}
+		config, err := vaultscope.ParseConfig(p.Config)
+		if err != nil {
+			return nil, err
+		}
+		var tools []broker.Tool
+		for _, t := range snapshot.Tools() {
+			if t.Provider == p.Name {
+				tools = append(tools, t)
+			}
+		}
+		return vaultscope.NewSetup(config, tools, vaultscope.Options{
+			Broker: brokerID, Installation: installation, PublicKeys: keys,
+			Connection: testbed.DatabaseName, VaultLogin: testbed.AdminLogin,
+		})
+	}
+	return nil, errors.New("the catalog has no Vault")
+}
+
+// jwtKeys are the keys that the broker's JWT-SVIDs are verified with.
+func (w *world) jwtKeys() ([]string, error) {
+	var keys []string
+	for _, key := range w.people.trust.Bundle().JWTAuthorities() {
+		der, err := x509.MarshalPKIXPublicKey(key)
+		if err != nil {
+			return nil, err
+		}
+		keys = append(keys, string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})))
+	}
+	return keys, nil
 }

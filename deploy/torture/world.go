@@ -2,16 +2,13 @@ package main
 
 import (
 	"context"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/hashicorp/vault/api"
@@ -20,6 +17,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/deploy/testbed"
 	"github.com/mayfly-security/mayfly/deploy/torture/ledger"
 	"github.com/mayfly-security/mayfly/providers/vault/vaultscope"
 )
@@ -36,13 +34,20 @@ const settleBound = 30*time.Second + requestLimit + 10*time.Second + 10*time.Sec
 
 const audience = "https://vault.torture.test"
 
+// The broker's own login at PostgreSQL. Its password guards a server that lives
+// as long as the run, on loopback.
+const (
+	sweepLogin    = "mayfly_sweep"
+	sweepPassword = "torture"
+)
+
 // world is the real Vault and PostgreSQL. Its methods may be called from many
 // goroutines.
 type world struct {
 	dir    string
 	people *people
-	pg     *postgres
-	vault  *vault
+	pg     *testbed.Postgres
+	vault  *testbed.Vault
 	super  *pgxpool.Pool
 
 	mu    sync.Mutex
@@ -56,18 +61,19 @@ func newWorld(ctx context.Context, dir, vaultBin string, p *people) (_ *world, e
 			err = errors.Join(err, w.close())
 		}
 	}()
-	log, err := os.OpenFile(filepath.Join(dir, "servers.log"), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
+	if err := os.WriteFile(w.passwordFile(), []byte(sweepPassword), 0o600); err != nil {
 		return nil, err
 	}
-	defer log.Close() // the servers have it, too
-	if w.pg, err = newPostgres(ctx, log); err != nil {
+	if w.pg, err = testbed.StartPostgres(ctx, testbed.PostgresConfig{NoFsync: true}); err != nil {
 		return nil, err
 	}
-	if w.vault, err = newVault(ctx, vaultBin, log); err != nil {
+	if w.vault, err = testbed.StartVault(ctx, testbed.VaultConfig{Binary: vaultBin, MaxRequestDuration: requestLimit, LogLevel: "error"}); err != nil {
 		return nil, err
 	}
-	config, err := pgxpool.ParseConfig(w.pg.super("postgres"))
+	if err := testbed.VaultPostgres(ctx, w.vault, w.pg); err != nil {
+		return nil, err
+	}
+	config, err := pgxpool.ParseConfig(w.pg.SocketDSN("postgres", "postgres"))
 	if err != nil {
 		return nil, err
 	}
@@ -76,7 +82,9 @@ func newWorld(ctx context.Context, dir, vaultBin string, p *people) (_ *world, e
 	return w, err
 }
 
-func (w *world) vaultAddr() string { return w.vault.addr() }
+func (w *world) passwordFile() string { return filepath.Join(w.dir, "sweep-password") }
+
+func (w *world) vaultAddr() string { return w.vault.Addr }
 
 // providerEntry is the catalog's entry for Vault behind a proxy.
 func (w *world) providerEntry(proxy string) string {
@@ -87,8 +95,8 @@ func (w *world) providerEntry(proxy string) string {
       auth: {method: jwt, audience: %q}
       request_limit: %s
       databases:
-        - {mount: database, dsn: "host=127.0.0.1 port=%d dbname=crm user=mayfly_sweep sslmode=disable", password_file: %q}
-`, proxy, audience, requestLimit, w.pg.port, filepath.Join(w.dir, "sweep-password"))
+        - {mount: database, dsn: "host=127.0.0.1 port=%d dbname=%s user=%s sslmode=disable", password_file: %q}
+`, proxy, audience, requestLimit, w.pg.Port, testbed.DatabaseName, sweepLogin, w.passwordFile())
 }
 
 func (w *world) close() error {
@@ -97,10 +105,10 @@ func (w *world) close() error {
 		w.super.Close()
 	}
 	if w.vault != nil {
-		errs = append(errs, w.vault.end())
+		errs = append(errs, w.vault.Close())
 	}
 	if w.pg != nil {
-		errs = append(errs, w.pg.end())
+		errs = append(errs, w.pg.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -115,9 +123,9 @@ type seen struct {
 }
 
 // look reads every role and every accessor that bears the installation's name.
-func (w *world) look(ctx context.Context, installation string) seen {
+func (w *world) look(ctx context.Context, installation broker.InstallationID) seen {
 	var s seen
-	s.roles, s.rolesErr = w.roles(ctx, broker.InstallationID(installation))
+	s.roles, s.rolesErr = w.roles(ctx, installation)
 	s.tokens, s.tokensErr = w.tokens(ctx, installation)
 	return s
 }
@@ -138,10 +146,10 @@ func (w *world) roles(ctx context.Context, installation broker.InstallationID) (
 	return things, err
 }
 
-func (w *world) tokens(ctx context.Context, installation string) ([]ledger.Thing, error) {
+func (w *world) tokens(ctx context.Context, installation broker.InstallationID) ([]ledger.Thing, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	list, err := w.vault.client.Logical().ListWithContext(ctx, "auth/token/accessors")
+	list, err := w.vault.Client().Logical().ListWithContext(ctx, "auth/token/accessors")
 	if err != nil || list == nil {
 		return nil, errors.Join(err, errors.New("Vault lists no accessors"))
 	}
@@ -160,7 +168,7 @@ func (w *world) tokens(ctx context.Context, installation string) ([]ledger.Thing
 			if !alive {
 				continue
 			}
-			if meta["mayfly_installation"] == installation {
+			if meta["mayfly_installation"] == string(installation) {
 				lease = broker.LeaseID(meta["mayfly_lease"])
 			}
 			w.mu.Lock()
@@ -176,7 +184,7 @@ func (w *world) tokens(ctx context.Context, installation string) ([]ledger.Thing
 
 // lookup asks Vault about a token by its accessor.
 func (w *world) lookup(ctx context.Context, accessor string) (meta map[string]string, uses int, alive bool, err error) {
-	s, err := w.vault.client.Auth().Token().LookupAccessorWithContext(ctx, accessor)
+	s, err := w.vault.Client().Auth().Token().LookupAccessorWithContext(ctx, accessor)
 	var answer *api.ResponseError
 	if errors.As(err, &answer) && (answer.StatusCode == 403 || answer.StatusCode == 404) {
 		return nil, 0, false, nil // it is gone
@@ -231,11 +239,10 @@ func (w *world) spent(ctx context.Context, tokens []ledger.Thing, open func(brok
 func (w *world) login(ctx context.Context, user, password string) (works bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	config, err := pgx.ParseConfig(fmt.Sprintf("host=127.0.0.1 port=%d dbname=crm sslmode=disable", w.pg.port))
+	config, err := pgx.ParseConfig(w.pg.DSN(testbed.DatabaseName, user, password))
 	if err != nil {
 		return false, err
 	}
-	config.User, config.Password = user, password
 	c, err := pgx.ConnectConfig(ctx, config)
 	var refusal *pgconn.PgError
 	switch {
@@ -247,45 +254,33 @@ func (w *world) login(ctx context.Context, user, password string) (works bool, e
 	return false, err
 }
 
-var chaosKinds = []string{"vault killed", "vault sealed", "postgres restarted", "postgres killed"}
+// chaosKinds are the disturbances of the servers.
+var chaosKinds = []string{"vault killed", "vault sealed", "vault frozen", "postgres restarted", "postgres killed", "postgres frozen"}
 
 // disturb takes a server away for a while and brings it back.
 func (w *world) disturb(ctx context.Context, what string, away time.Duration) error {
+	pause := func() error { time.Sleep(away); return nil }
+	var steps []func() error
 	switch what {
 	case "vault killed":
-		w.vault.stop(syscall.SIGKILL)
-		time.Sleep(away)
-		if err := w.vault.begin(); err != nil {
+		steps = []func() error{w.vault.Kill, pause, func() error { return w.vault.Start(ctx) }, func() error { return w.vault.Unseal(ctx) }}
+	case "vault sealed":
+		steps = []func() error{func() error { return w.vault.Seal(ctx) }, pause, func() error { return w.vault.Unseal(ctx) }}
+	case "vault frozen":
+		steps = []func() error{w.vault.Pause, pause, w.vault.Resume}
+	case "postgres restarted":
+		steps = []func() error{func() error { return w.pg.Stop(ctx) }, pause, func() error { return w.pg.Start(ctx) }}
+	case "postgres killed":
+		steps = []func() error{w.pg.Kill, pause, func() error { return w.pg.Start(ctx) }}
+	case "postgres frozen":
+		steps = []func() error{w.pg.Pause, pause, w.pg.Resume}
+	default:
+		return fmt.Errorf("there is no disturbance %q", what)
+	}
+	for _, step := range steps {
+		if err := step(); err != nil {
 			return err
 		}
-		return w.vault.unseal(ctx)
-	case "vault sealed":
-		if err := w.vault.client.Sys().SealWithContext(ctx); err != nil {
-			return fmt.Errorf("sealing Vault: %w", err)
-		}
-		time.Sleep(away)
-		return w.vault.unseal(ctx)
-	case "postgres restarted", "postgres killed":
-		how := syscall.SIGINT
-		if what == "postgres killed" {
-			how = syscall.SIGQUIT // not SIGKILL: that leaves shared memory behind
-		}
-		w.pg.stop(how)
-		time.Sleep(away)
-		return w.pg.begin(ctx)
 	}
-	return fmt.Errorf("there is no disturbance %q", what)
-}
-
-// jwtKeys are the keys that the broker's JWT-SVIDs are verified with.
-func (w *world) jwtKeys() ([]string, error) {
-	var keys []string
-	for _, key := range w.people.trust.Bundle().JWTAuthorities() {
-		der, err := x509.MarshalPKIXPublicKey(key)
-		if err != nil {
-			return nil, err
-		}
-		keys = append(keys, string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})))
-	}
-	return keys, nil
+	return nil
 }
