@@ -88,8 +88,13 @@ func (s *Server) issueSVID(identity Identity) (*svid, error) {
 	}
 	now := s.now().Round(0) // by the wall clock: the monotonic one stands still while a laptop sleeps
 	issuer := s.newest()
+	subject := pkix.Name{Organization: []string{"Mayfly dev trust domain"}}
+	if len(identity.DNSNames) > 0 {
+		// As SPIRE does: some verifiers (Vault's cert auth) want a common name.
+		subject.CommonName = identity.DNSNames[0]
+	}
 	cert, err := createCertificate(&x509.Certificate{
-		Subject:               pkix.Name{Organization: []string{"Mayfly dev trust domain"}},
+		Subject:               subject,
 		URIs:                  []*url.URL{identity.ID.URL()},
 		DNSNames:              identity.DNSNames,
 		NotBefore:             now.Add(-backdate),

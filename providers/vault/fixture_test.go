@@ -116,12 +116,7 @@ func newWorld(t testing.TB, v *vaultServer, pg *postgres) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	src, err := spiffe.Open(t.Context(), spiffe.Config{Addr: addr, Log: slog.New(slog.DiscardHandler)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { src.Close() })
-	w.login = src
+	w.login = source(t, addr)
 
 	w.write("sys/mounts/"+w.mount("database"), map[string]any{"type": "database"})
 	w.write(w.mount("database")+"/config/mayfly", map[string]any{
@@ -174,6 +169,17 @@ func (w *world) bundle() string {
 		b.Write(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}))
 	}
 	return b.String()
+}
+
+// source is the identity that a socket gives.
+func source(t testing.TB, addr string) attestation.LoginSource {
+	t.Helper()
+	src, err := spiffe.Open(t.Context(), spiffe.Config{Addr: addr, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { src.Close() })
+	return src
 }
 
 func (w *world) mount(kind string) string { return kind + "-" + w.id }

@@ -3,6 +3,7 @@ package vault
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"fmt"
 	"net"
 	"net/http"
@@ -160,6 +161,7 @@ func (p *postgres) super(db string) string {
 type vaultServer struct {
 	dir, key, root string
 	port, cluster  int
+	args           []string // such as --cert
 	client         *api.Client
 	*process
 }
@@ -169,13 +171,13 @@ func testbedBinary(name string) string {
 	return filepath.Join(filepath.Dir(file), "../../bin/testbed", name)
 }
 
-func newVault() (*vaultServer, error) {
+func newVault(args ...string) (*vaultServer, error) {
 	dir, err := os.MkdirTemp("", "mayfly-vault-")
 	if err != nil {
 		return nil, err
 	}
-	v := &vaultServer{dir: dir, port: freePort(), cluster: freePort()}
-	if v.client, err = newAPI(endpoint{address: v.address()}, &http.Transport{}); err != nil {
+	v := &vaultServer{dir: dir, port: freePort(), cluster: freePort(), args: args}
+	if v.client, err = newAPI(endpoint{address: v.address()}, &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}); err != nil {
 		return nil, err
 	}
 	if err := v.begin(); err != nil {
@@ -195,12 +197,18 @@ func newVault() (*vaultServer, error) {
 	return v, v.unseal()
 }
 
-func (v *vaultServer) address() string { return fmt.Sprintf("http://127.0.0.1:%d", v.port) }
+func (v *vaultServer) address() string {
+	scheme := "http"
+	if len(v.args) > 0 {
+		scheme = "https"
+	}
+	return fmt.Sprintf("%s://127.0.0.1:%d", scheme, v.port)
+}
 
 func (v *vaultServer) begin() error {
 	var err error
-	v.process, err = start("vault", exec.Command(testbedBinary("vault"), "--data", filepath.Join(v.dir, "data"),
-		"--listen", fmt.Sprintf("127.0.0.1:%d", v.port), "--cluster", fmt.Sprintf("127.0.0.1:%d", v.cluster), "--log-level", "error"))
+	v.process, err = start("vault", exec.Command(testbedBinary("vault"), append([]string{"--data", filepath.Join(v.dir, "data"),
+		"--listen", fmt.Sprintf("127.0.0.1:%d", v.port), "--cluster", fmt.Sprintf("127.0.0.1:%d", v.cluster), "--log-level", "error"}, v.args...)...))
 	return err
 }
 
