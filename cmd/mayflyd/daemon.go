@@ -64,6 +64,7 @@ type daemon struct {
 	engine   *lease.Engine
 	server   *server.Server
 	ops      *server.Ops
+	control  *control // nil where there can be none
 	ln       net.Listener
 	opsLn    net.Listener
 
@@ -77,7 +78,7 @@ type daemon struct {
 // start brings the broker up; when it has returned, agents are served. What
 // was opened before a failure is closed.
 func start(ctx context.Context, s settings) (_ *daemon, err error) {
-	d := &daemon{settings: s, log: s.log, failed: make(chan error, 2)}
+	d := &daemon{settings: s, log: s.log, failed: make(chan error, 3)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.close(ctx))
@@ -133,6 +134,13 @@ func start(ctx context.Context, s settings) (_ *daemon, err error) {
 	}
 	if err := d.listen(); err != nil {
 		return nil, err
+	}
+	if path := controlPath(s.store); len(path) > maxSocketPath {
+		d.log.Warn("the path of the control socket is too long for a socket: to make a backup, stop the broker", "path", path)
+	} else if d.control, err = openControl(s.store, d.engine, db.WriteTo, d.log); err != nil {
+		return nil, err
+	} else {
+		d.serving.Go(func() { d.served("the control socket", d.control.serve()) })
 	}
 	d.log.Info("serving", "id", d.identity.ID().String(), "listen", d.ln.Addr().String(),
 		"installation", d.engine.InstallationID(), "catalog", snapshot.Digest())
@@ -211,6 +219,9 @@ func (d *daemon) close(ctx context.Context) error {
 		}
 		if d.ops != nil {
 			errs = append(errs, d.ops.Shutdown(ctx))
+		}
+		if d.control != nil {
+			errs = append(errs, d.control.shutdown(ctx))
 		}
 		d.serving.Wait()
 		if d.engine != nil {

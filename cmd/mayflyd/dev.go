@@ -25,6 +25,9 @@ import (
 // told otherwise.
 const brokerPath = "/mayfly"
 
+// devStore is the store's name in the state directory.
+const devStore = "mayfly.db"
+
 // devIdentities are who one can be in dev besides the agents, openers and
 // group members of the catalog.
 var devIdentities = []string{"/service/crm"}
@@ -113,7 +116,7 @@ func runDev(ctx context.Context, f devFlags, out, errOut io.Writer) (err error) 
 		return err
 	}
 	d, err := start(ctx, settings{
-		store: filepath.Join(f.dir, "mayfly.db"), listen: f.listen, opsListen: f.ops,
+		store: filepath.Join(f.dir, devStore), listen: f.listen, opsListen: f.ops,
 		workload: brokerSocket, catalog: []string{catalogFile}, log: log,
 	})
 	if err != nil {
