@@ -37,7 +37,7 @@ The broker is at MAYFLY_ADDR. Begin with "mayfly whoami" and "mayfly tools".`,
 	root.AddCommand(
 		p.whoamiCommand(), p.toolsCommand(), p.getCommand(), p.execCommand(),
 		p.leasesCommand(), p.revokeCommand(), p.straysCommand(), p.grantCommand(), p.incidentCommand(),
-		p.auditCommand(), p.svidCommand(), p.versionCommand(), p.docsCommand(),
+		p.auditCommand(), p.svidCommand(), p.vaultCommand(), p.versionCommand(), p.docsCommand(),
 		exitCodesTopic(), environmentTopic(),
 	)
 	return root
