@@ -36,6 +36,7 @@ type GrantRequest struct {
 type Ended struct {
 	Dead     int // confirmed dead since the call
 	Revoking int // still being revoked
+	Lapsed   int // over, and not known to be dead
 }
 
 // CreateGrant gives one agent the right to one tool for a time.
@@ -63,7 +64,7 @@ func (c *Client) WithdrawGrant(ctx context.Context, id broker.GrantID, reason st
 		return Grant{}, Ended{}, err
 	}
 	d := decoder{}
-	return d.grant(res.GetGrant()), Ended{int(res.GetLeasesEnded()), int(res.GetLeasesRevoking())}, d.err
+	return d.grant(res.GetGrant()), Ended{int(res.GetLeasesEnded()), int(res.GetLeasesRevoking()), int(res.GetLeasesLapsed())}, d.err
 }
 
 // GrantFilter says which grants to list. Zero fields match everything.

@@ -56,7 +56,7 @@ func (c *Client) CloseIncident(ctx context.Context, id broker.IncidentID, reason
 		return Incident{}, Ended{}, err
 	}
 	d := decoder{}
-	return d.incident(res.GetIncident()), Ended{int(res.GetLeasesEnded()), int(res.GetLeasesRevoking())}, d.err
+	return d.incident(res.GetIncident()), Ended{int(res.GetLeasesEnded()), int(res.GetLeasesRevoking()), int(res.GetLeasesLapsed())}, d.err
 }
 
 // Incident shows one incident.

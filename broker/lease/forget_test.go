@@ -135,3 +135,29 @@ func TestForgetWhileItIsMade(t *testing.T) {
 		r.wantState(p.Items[0].ID, broker.LeaseRevoked, time.Minute)
 	})
 }
+
+// TestAForgottenLeaseIsNotCountedDead where what ended it answers how many are.
+func TestAForgottenLeaseIsNotCountedDead(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, func(r *rig) { r.tune = func(c *lease.Config) { c.EndWait = time.Minute } })
+		g := r.grant(support, "db.read", time.Hour)
+		r.grant(support, "vault.read", time.Hour)
+		id := r.mustIssue("db.read").Lease.ID
+		r.world.SetScript(never)
+		answered := make(chan lease.Ended)
+		go func() {
+			_, ended, err := r.engine.WithdrawGrant(context.Background(), as(sam), g.ID, "")
+			if err != nil {
+				t.Error(err)
+			}
+			answered <- ended
+		}()
+		time.Sleep(10 * time.Second)
+		if _, err := r.engine.ForgetLease(context.Background(), as(sam), id, "gone"); err != nil {
+			t.Fatal(err)
+		}
+		if got := <-answered; got != (lease.Ended{Lapsed: 1}) {
+			t.Errorf("the withdrawal says %+v", got)
+		}
+	})
+}

@@ -209,6 +209,7 @@ func endGrant(t store.Txn, id broker.GrantID, now time.Time, state broker.GrantS
 type Ended struct {
 	Dead     int // confirmed dead since the call
 	Revoking int // still being revoked
+	Lapsed   int // over, and not known to be dead: nothing and nobody could end them
 }
 
 // WithdrawGrant ends a grant and its leases. When it has returned, no lease of
@@ -262,7 +263,6 @@ func (e *Engine) withdrawGrant(ctx context.Context, caller broker.Caller, id bro
 	if err := e.awaitDeliveries(ctx, id); err != nil {
 		return broker.Grant{}, Ended{}, err
 	}
-	var ended Ended
-	ended.Dead, ended.Revoking, err = e.awaitEnd(ctx, ids)
+	ended, err := e.awaitEnd(ctx, ids)
 	return g, ended, err
 }

@@ -206,8 +206,7 @@ func (e *Engine) closeIncident(ctx context.Context, caller broker.Caller, id bro
 	if err := e.awaitDeliveries(ctx, in.Grants...); err != nil {
 		return broker.Incident{}, Ended{}, err
 	}
-	var ended Ended
-	ended.Dead, ended.Revoking, err = e.awaitEnd(ctx, ids)
+	ended, err := e.awaitEnd(ctx, ids)
 	return in, ended, err
 }
 

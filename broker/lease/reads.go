@@ -114,7 +114,7 @@ func (e *Engine) revokeLease(ctx context.Context, caller broker.Caller, id broke
 	if _, err := e.endLeases(ctx, []broker.LeaseID{id}, why); err != nil {
 		return broker.Lease{}, err
 	}
-	if _, _, err := e.awaitEnd(ctx, []broker.LeaseID{id}); err != nil {
+	if _, err := e.awaitEnd(ctx, []broker.LeaseID{id}); err != nil {
 		return broker.Lease{}, err
 	}
 	return e.Lease(context.WithoutCancel(ctx), id, owner)

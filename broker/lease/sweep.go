@@ -266,39 +266,47 @@ func (e *Engine) endLeases(ctx context.Context, ids []broker.LeaseID, why ending
 }
 
 // awaitEnd waits, for at most the configured time, until the leases have
-// ended, and returns how many have and how many have not.
-func (e *Engine) awaitEnd(ctx context.Context, ids []broker.LeaseID) (ended, revoking int, err error) {
+// ended, and returns what became of them.
+func (e *Engine) awaitEnd(ctx context.Context, ids []broker.LeaseID) (Ended, error) {
 	timer := time.NewTimer(e.cfg.EndWait)
 	defer timer.Stop()
 	left := slices.Clone(ids)
+	var ended Ended
 	for {
 		changed := e.watch.next()
+		var seen Ended
 		err := e.store.View(ctx, func(r store.Reader) error {
+			seen = Ended{}
 			var still []broker.LeaseID
 			for _, id := range left {
 				l, err := mustLease(r, id)
-				if err != nil {
+				switch {
+				case err != nil:
 					return err
-				}
-				if !l.State.Ended() {
+				case !l.State.Ended():
 					still = append(still, id)
+				case l.State == broker.LeaseLapsed:
+					seen.Lapsed++
+				default:
+					seen.Dead++
 				}
 			}
 			left = still
 			return nil
 		})
 		if err != nil {
-			return 0, 0, err
+			return Ended{}, err
 		}
+		ended = Ended{Dead: ended.Dead + seen.Dead, Lapsed: ended.Lapsed + seen.Lapsed, Revoking: len(left)}
 		if len(left) == 0 {
-			return len(ids), 0, nil
+			return ended, nil
 		}
 		select {
 		case <-changed:
 		case <-timer.C:
-			return len(ids) - len(left), len(left), nil
+			return ended, nil
 		case <-ctx.Done():
-			return len(ids) - len(left), len(left), nil
+			return ended, nil
 		}
 	}
 }

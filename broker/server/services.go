@@ -231,7 +231,7 @@ func (g grantService) WithdrawGrant(ctx context.Context, req *connect.Request[ma
 			return nil, err
 		}
 		return &mayflyv1.WithdrawGrantResponse{Grant: grantMessage(lease.GrantView{Grant: grant}),
-			LeasesEnded: int32(ended.Dead), LeasesRevoking: int32(ended.Revoking)}, nil
+			LeasesEnded: int32(ended.Dead), LeasesRevoking: int32(ended.Revoking), LeasesLapsed: int32(ended.Lapsed)}, nil
 	})
 }
 
@@ -309,7 +309,7 @@ func (i incidentService) CloseIncident(ctx context.Context, req *connect.Request
 			return nil, err
 		}
 		return &mayflyv1.CloseIncidentResponse{Incident: incidentMessage(v),
-			LeasesEnded: int32(ended.Dead), LeasesRevoking: int32(ended.Revoking)}, nil
+			LeasesEnded: int32(ended.Dead), LeasesRevoking: int32(ended.Revoking), LeasesLapsed: int32(ended.Lapsed)}, nil
 	})
 }
 

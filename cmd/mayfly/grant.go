@@ -136,7 +136,7 @@ func (p *program) grantWithdrawCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return p.show(withdrawalView{viewGrant(g), ended.Dead, ended.Revoking}, func(out *page) {
+			return p.show(withdrawalView{viewGrant(g), ended.Dead, ended.Revoking, ended.Lapsed}, func(out *page) {
 				out.line("Grant %s is %s: %s.", g.ID, g.State, endedText(ended))
 			})
 		})

@@ -82,7 +82,7 @@ being revoked. Closing what is closed shows how its leases stand.`,
 			if err != nil {
 				return err
 			}
-			return p.show(closingView{viewIncident(in), ended.Dead, ended.Revoking}, func(out *page) {
+			return p.show(closingView{viewIncident(in), ended.Dead, ended.Revoking, ended.Lapsed}, func(out *page) {
 				out.line("Incident %s is %s: %s.", in.ID, in.State, endedText(ended))
 			})
 		})

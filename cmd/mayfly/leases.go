@@ -171,5 +171,8 @@ func endedText(e client.Ended) string {
 	if e.Revoking > 0 {
 		s += fmt.Sprintf(", %s still being revoked (see `mayfly leases`)", count(e.Revoking, "lease"))
 	}
+	if e.Lapsed > 0 {
+		s += fmt.Sprintf(", %s over and not known to be dead", count(e.Lapsed, "lease"))
+	}
 	return s
 }

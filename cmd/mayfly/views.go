@@ -117,6 +117,7 @@ type withdrawalView struct {
 	Grant          grantView `json:"grant"`
 	LeasesEnded    int       `json:"leasesEnded"`
 	LeasesRevoking int       `json:"leasesRevoking"`
+	LeasesLapsed   int       `json:"leasesLapsed,omitempty"`
 }
 
 type incidentView struct {
@@ -137,6 +138,7 @@ type closingView struct {
 	Incident       incidentView `json:"incident"`
 	LeasesEnded    int          `json:"leasesEnded"`
 	LeasesRevoking int          `json:"leasesRevoking"`
+	LeasesLapsed   int          `json:"leasesLapsed,omitempty"`
 }
 
 type eventView struct {

@@ -1490,8 +1490,10 @@ type WithdrawGrantResponse struct {
 	// How many of its leases are confirmed dead since the call, and how many are still being revoked.
 	LeasesEnded    int32 `protobuf:"varint,2,opt,name=leases_ended,json=leasesEnded,proto3" json:"leases_ended,omitempty"`
 	LeasesRevoking int32 `protobuf:"varint,3,opt,name=leases_revoking,json=leasesRevoking,proto3" json:"leases_revoking,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// How many are over and not known to be dead: nothing could end them.
+	LeasesLapsed  int32 `protobuf:"varint,4,opt,name=leases_lapsed,json=leasesLapsed,proto3" json:"leases_lapsed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WithdrawGrantResponse) Reset() {
@@ -1541,6 +1543,13 @@ func (x *WithdrawGrantResponse) GetLeasesEnded() int32 {
 func (x *WithdrawGrantResponse) GetLeasesRevoking() int32 {
 	if x != nil {
 		return x.LeasesRevoking
+	}
+	return 0
+}
+
+func (x *WithdrawGrantResponse) GetLeasesLapsed() int32 {
+	if x != nil {
+		return x.LeasesLapsed
 	}
 	return 0
 }
@@ -1952,8 +1961,10 @@ type CloseIncidentResponse struct {
 	LeasesEnded int32 `protobuf:"varint,2,opt,name=leases_ended,json=leasesEnded,proto3" json:"leases_ended,omitempty"`
 	// How many of its leases are still being revoked.
 	LeasesRevoking int32 `protobuf:"varint,3,opt,name=leases_revoking,json=leasesRevoking,proto3" json:"leases_revoking,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// How many are over and not known to be dead: nothing could end them.
+	LeasesLapsed  int32 `protobuf:"varint,4,opt,name=leases_lapsed,json=leasesLapsed,proto3" json:"leases_lapsed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CloseIncidentResponse) Reset() {
@@ -2003,6 +2014,13 @@ func (x *CloseIncidentResponse) GetLeasesEnded() int32 {
 func (x *CloseIncidentResponse) GetLeasesRevoking() int32 {
 	if x != nil {
 		return x.LeasesRevoking
+	}
+	return 0
+}
+
+func (x *CloseIncidentResponse) GetLeasesLapsed() int32 {
+	if x != nil {
+		return x.LeasesLapsed
 	}
 	return 0
 }
@@ -3037,11 +3055,12 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\">\n" +
 	"\x14WithdrawGrantRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x8b\x01\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xb0\x01\n" +
 	"\x15WithdrawGrantResponse\x12&\n" +
 	"\x05grant\x18\x01 \x01(\v2\x10.mayfly.v1.GrantR\x05grant\x12!\n" +
 	"\fleases_ended\x18\x02 \x01(\x05R\vleasesEnded\x12'\n" +
-	"\x0fleases_revoking\x18\x03 \x01(\x05R\x0eleasesRevoking\"\xac\x01\n" +
+	"\x0fleases_revoking\x18\x03 \x01(\x05R\x0eleasesRevoking\x12#\n" +
+	"\rleases_lapsed\x18\x04 \x01(\x05R\fleasesLapsed\"\xac\x01\n" +
 	"\x11ListGrantsRequest\x12\x10\n" +
 	"\x03all\x18\x01 \x01(\bR\x03all\x12\x14\n" +
 	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x12\n" +
@@ -3077,11 +3096,12 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\x0fidempotency_key\x18\x06 \x01(\tR\x0eidempotencyKey\">\n" +
 	"\x14CloseIncidentRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x94\x01\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xb9\x01\n" +
 	"\x15CloseIncidentResponse\x12/\n" +
 	"\bincident\x18\x01 \x01(\v2\x13.mayfly.v1.IncidentR\bincident\x12!\n" +
 	"\fleases_ended\x18\x02 \x01(\x05R\vleasesEnded\x12'\n" +
-	"\x0fleases_revoking\x18\x03 \x01(\x05R\x0eleasesRevoking\"$\n" +
+	"\x0fleases_revoking\x18\x03 \x01(\x05R\x0eleasesRevoking\x12#\n" +
+	"\rleases_lapsed\x18\x04 \x01(\x05R\fleasesLapsed\"$\n" +
 	"\x12GetIncidentRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"d\n" +
 	"\x14ListIncidentsRequest\x12\x10\n" +
