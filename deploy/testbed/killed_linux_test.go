@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // remains is what a process that is about to be killed has running.
@@ -30,6 +32,13 @@ func TestNothingStaysBehindWhenKilled(t *testing.T) {
 		return
 	}
 	t.Parallel()
+	// The orphans become ours, and so stay in a session where somebody could
+	// continue them: without that, Linux itself would continue a stopped
+	// orphan, as it does on a machine but not in many a container.
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) }()
 	cmd := exec.Command(os.Args[0], "-test.run=^TestNothingStaysBehindWhenKilled$")
 	cmd.Env = append(os.Environ(), victim+"=1")
 	var stderr bytes.Buffer
