@@ -10,10 +10,12 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -403,4 +405,85 @@ func TestBackupThatIsCutOff(t *testing.T) {
 	if _, err := openControl(path, broken{}, nil, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "no socket") {
 		t.Errorf("over somebody's file: %v", err)
 	}
+}
+
+// TestControlSocketIsForItsOwn: another user gets nothing from it, although
+// the file's mode would let it in. It takes root to be another user.
+func TestControlSocketIsForItsOwn(t *testing.T) {
+	dir, err := os.MkdirTemp("", "mf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	path := filepath.Join(dir, "mayfly.db")
+	var copies atomic.Int64
+	c, err := openControl(path, broken{}, func(w io.Writer) (int64, error) { copies.Add(1); _, err := io.WriteString(w, "all"); return 3, err }, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var serving sync.WaitGroup
+	serving.Go(func() { _ = c.serve() })
+	defer serving.Wait()
+	defer c.shutdown(context.Background())
+	ask := fmt.Sprintf(`{"Socket": %q}`, controlPath(path))
+	if out, err := askControl(t, ask, nil); err != nil || out != "all" {
+		t.Fatalf("our own user: %q, %v", out, err)
+	}
+	if os.Geteuid() != 0 {
+		t.Log("nobody else was tried: this is not root")
+		return
+	}
+	for _, open := range []struct {
+		path string
+		mode os.FileMode
+	}{{dir, 0o777}, {controlPath(path), 0o777}} {
+		if err := os.Chmod(open.path, open.mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out, err := askControl(t, ask, &syscall.Credential{Uid: 65534, Gid: 65534}); err == nil || out != "" {
+		t.Errorf("another user: %q, %v", out, err)
+	}
+	if n := copies.Load(); n != 1 {
+		t.Errorf("%d copies were made", n)
+	}
+}
+
+// askControl asks for a backup in a process of its own, as the user.
+func askControl(t *testing.T, ask string, as *syscall.Credential) (string, error) {
+	t.Helper()
+	// The test binary may lie where another user cannot reach it.
+	self, err := os.ReadFile(os.Args[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "mf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	binary := filepath.Join(dir, "ask")
+	if err := os.WriteFile(binary, self, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(binary)
+	cmd.Dir = dir
+	cmd.Env = []string{childEnv + "=" + ask}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: as}
+	out, err := cmd.Output()
+	return string(out), err
+}
+
+// printBackup is what the process of askControl does.
+func printBackup(socket string) error {
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	_, err = backup{warn: os.Stderr}.fromBroker(context.Background(), conn, os.Stdout)
+	return err
 }

@@ -47,6 +47,7 @@ func TestMain(m *testing.M) {
 // childSettings are what a child daemon is started with.
 type childSettings struct {
 	Store, Workload, Catalog string
+	Socket                   string // no daemon: ask this control socket for a backup, and print it
 }
 
 // runChild is the daemon as mayflyd wires it, with the test-only provider and
@@ -56,6 +57,9 @@ func runChild(text string) error {
 	var c childSettings
 	if err := json.Unmarshal([]byte(text), &c); err != nil {
 		return err
+	}
+	if c.Socket != "" {
+		return printBackup(c.Socket)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
