@@ -1,4 +1,4 @@
-//go:build !failpoints
+//go:build !failpoints || !unix
 
 // Package failpoint lets the torture test kill the broker at named points. It
 // does something only in a build with the tag "failpoints", which nobody ships.

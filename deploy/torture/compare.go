@@ -1,3 +1,5 @@
+//go:build unix
+
 package main
 
 import (
@@ -34,6 +36,11 @@ func (r *run) compare(ctx context.Context, all bool) error {
 		Roled:   func(tool string) bool { return tool != toolStatus },
 	}
 	seen := r.world.look(ctx, r.installation)
+	if seen.rolesErr == nil {
+		var wrong []ledger.Violation
+		seen.roles, wrong = r.strays.judge(seen.roles, look.Began, r.outageEnd(look.Began))
+		r.found(wrong...)
+	}
 	look.Roles, look.RolesRead, look.Tokens = seen.roles, seen.rolesErr == nil, seen.tokens
 	if look.After, err = r.leases(ctx, false); err != nil {
 		return err
@@ -236,10 +243,13 @@ func (r *run) drain(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		at := time.Now()
 		seen := r.world.look(ctx, r.installation)
 		if err := errors.Join(seen.rolesErr, seen.tokensErr); err != nil {
 			return err
 		}
+		_, wrong := r.strays.judge(seen.roles, at, r.outageEnd(at))
+		r.found(wrong...)
 		if len(open)+len(seen.roles)+len(seen.tokens) == 0 {
 			left = ""
 			break

@@ -1,3 +1,5 @@
+//go:build unix
+
 package main
 
 // failpoints are the points at which the broker can be told to kill itself.

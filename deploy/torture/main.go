@@ -1,3 +1,5 @@
+//go:build unix
+
 // Torture kills a real broker again and again, at random instants and at named
 // failpoints, while clients use it against a real Vault and a real PostgreSQL
 // over a network that fails, and compares what the world has with what the
@@ -41,6 +43,7 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags.StringVar(&opt.mutate, "mutate", "", "take a protection out of the broker: no-intent")
 	flags.BoolVar(&opt.calm, "calm", false, "kills alone: no faults of the network's or of the servers'")
 	flags.DurationVar(&opt.bound, "bound", settleBound, "how long a lease may be minting or revoking")
+	flags.BoolVar(&opt.stop, "stop", false, "stop at the first violation; --mutate does")
 	flags.BoolVar(&opt.verbose, "verbose", false, "tell of each round")
 	keep := flags.Bool("keep", false, "keep the run's folder")
 	asJSON := flags.Bool("json", false, "write the report as JSON to the standard output, and the rest to the standard error")
@@ -54,6 +57,7 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if opt.rounds == 0 && opt.duration == 0 {
 		opt.rounds = 40
 	}
+	opt.stop = opt.stop || opt.mutate != ""
 	told := stdout
 	if *asJSON {
 		told = stderr

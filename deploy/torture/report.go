@@ -1,3 +1,5 @@
+//go:build unix
+
 package main
 
 import (
@@ -35,7 +37,6 @@ type report struct {
 	noLogin    int          // logins that could not be tried
 	chaos      map[string]int
 	lost       map[string]struct{} // roles of which Vault told nobody
-	strays     int                 // roles that were planted
 	drain      time.Duration
 	violations []ledger.Violation
 	byKind     map[ledger.Kind]int
@@ -62,7 +63,6 @@ func (r *report) disturbed(what string)   { r.do(func() { r.chaos[what]++ }) }
 func (r *report) untold(role string)      { r.do(func() { r.lost[role] = struct{}{} }) }
 func (r *report) drained(t time.Duration) { r.do(func() { r.drain = t }) }
 func (r *report) lookFailed(err error)    { r.do(func() { r.lookErrors++; r.lastLook = err.Error() }) }
-func (r *report) planted()                { r.do(func() { r.strays++ }) }
 func (r *report) looked(c ledger.Count, s seen) {
 	r.do(func() {
 		r.looks++
@@ -146,6 +146,8 @@ type summary struct {
 	LoginsUntried   int                 `json:"logins_untried"`
 	RolesUntold     int                 `json:"roles_that_vault_told_nobody_of"`
 	StraysPlanted   int                 `json:"strays_planted"`
+	StraysSwept     int                 `json:"strays_swept"`
+	StrayLongest    string              `json:"stray_longest"`
 	Answered        map[string]int      `json:"ends_answered"`
 	Reloads         int                 `json:"reloads"`
 	Disturbed       map[string]int      `json:"disturbed"`
@@ -171,7 +173,7 @@ func (r *run) summary(failed error) summary {
 		KillsRandom: p.kills[""], KillsFailpoint: map[string]int{}, MintsAtProxy: p.atProxy,
 		Evidence: t, Delivered: r.deliveries.Count(), Looks: p.looks, LookErrors: p.lookErrors, Most: p.most, UnusedTokens: p.unused,
 		LoginsRefused: p.logins[0], LoginsWorked: p.logins[1], LoginsUntried: p.noLogin,
-		RolesUntold: len(p.lost), StraysPlanted: p.strays, Answered: p.answers, Reloads: p.reloads, Disturbed: p.chaos, Faults: r.proxy.Faults(), Refusals: p.refusals,
+		RolesUntold: len(p.lost), StraysPlanted: r.strays.count, StraysSwept: r.strays.swept, StrayLongest: r.strays.longest.Round(time.Millisecond).String(), Answered: p.answers, Reloads: p.reloads, Disturbed: p.chaos, Faults: r.proxy.Faults(), Refusals: p.refusals,
 		Orphans: p.byKind[ledger.Orphan], DeliveredLate: p.byKind[ledger.Late], WithoutEvidence: p.byKind[ledger.NoEvidence],
 		ByKind: p.byKind, Violations: p.violations, Dir: r.opt.dir,
 	}
@@ -213,7 +215,7 @@ func (s summary) write(w io.Writer) {
 	fmt.Fprintf(w, "  ends that were answered    %s\n", counts(s.Answered))
 	fmt.Fprintf(w, "  looks at the world         %d whole, %d failed; at most %d roles (%d unsettled), %d leases open\n", s.Looks, s.LookErrors, s.Most.Roles, s.Most.Unsettled, s.Most.Open)
 	fmt.Fprintf(w, "  logins tried               %d worked, %d were refused, %d could not be tried\n", s.LoginsWorked, s.LoginsRefused, s.LoginsUntried)
-	fmt.Fprintf(w, "  roles Vault told nobody of %d; %d strays planted, %d removed by the sweep\n", s.RolesUntold, s.StraysPlanted, s.Evidence.Strays)
+	fmt.Fprintf(w, "  roles that Vault lost      %d told to nobody, %d planted; of these %d swept, the last after %s\n", s.RolesUntold, s.StraysPlanted, s.StraysSwept, s.StrayLongest)
 	fmt.Fprintf(w, "  events of evidence         %d\n\n", s.Evidence.Events)
 	fmt.Fprintf(w, "  orphans                    %d\n", s.Orphans)
 	fmt.Fprintf(w, "  deliveries after close     %d\n", s.DeliveredLate)

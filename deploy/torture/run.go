@@ -1,3 +1,5 @@
+//go:build unix
+
 package main
 
 import (
@@ -30,6 +32,7 @@ type options struct {
 	dir      string // where everything of the run lies
 	verbose  bool
 	mutate   string
+	stop     bool          // at the first violation
 	calm     bool          // no faults of the network's and of the servers'
 	bound    time.Duration // how long a lease may be minting or revoking
 }
@@ -60,6 +63,7 @@ type run struct {
 
 	evidence   *ledger.Evidence
 	deliveries *ledger.Deliveries
+	strays     *strays
 	report     *report
 	asking     atomic.Int64 // agents whose request is under way
 
@@ -95,7 +99,8 @@ func (r *run) found(wrong ...ledger.Violation) {
 // setUp starts everything but the broker.
 func setUp(ctx context.Context, opt options, out io.Writer) (_ *run, err error) {
 	r := &run{
-		opt: opt, evidence: ledger.NewEvidence(), deliveries: ledger.NewDeliveries(), report: newReport(opt),
+		opt: opt, evidence: ledger.NewEvidence(), deliveries: ledger.NewDeliveries(),
+		strays: &strays{planted: map[string]time.Time{}}, report: newReport(opt),
 		rng: rand.New(rand.NewPCG(opt.seed, 0)),
 	}
 	var sayMu sync.Mutex
@@ -254,6 +259,9 @@ func (r *run) torture(ctx context.Context) error {
 	r.report.began = time.Now()
 	err = r.rounds(ctx, d)
 	stopActors()
+	if r.opt.stop && err == nil && r.report.count() > 0 {
+		return nil
+	}
 	if err == nil {
 		r.mu.Lock()
 		err = r.failed
@@ -300,6 +308,8 @@ func (r *run) actors(ctx context.Context) (stop func(), err error) {
 	}
 	a, err2 := r.actor(ctx, "reloader", operatorID, 30)
 	err = errors.Join(err, add(a, err2, (*actor).reloader))
+	a, err2 = r.actor(ctx, "loser", operatorID, 32)
+	err = errors.Join(err, add(a, err2, (*actor).loser))
 	if !r.opt.calm {
 		a, err2 = r.actor(ctx, "chaos", operatorID, 31)
 		err = errors.Join(err, add(a, err2, (*actor).chaos))
@@ -324,6 +334,10 @@ func (r *run) rounds(ctx context.Context, d *daemon) error {
 	failpoint := ""
 	for round := 1; ; round++ {
 		if r.opt.duration > 0 && time.Since(r.report.began) > r.opt.duration || r.opt.rounds > 0 && round > r.opt.rounds {
+			return nil
+		}
+		if r.opt.stop && r.report.count() > 0 {
+			r.say("found in round %d", round-1)
 			return nil
 		}
 		if err := r.compare(ctx, false); err == nil {
