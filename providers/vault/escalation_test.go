@@ -487,37 +487,44 @@ func TestEscalations(t *testing.T) {
 	t.Logf("%d escalations at Vault were denied", len(attacks))
 }
 
+// policy changes a policy's text; what it returns changes it back.
+func (h *thief) policy(name, from, to string) (restore func()) {
+	h.t.Helper()
+	path := "sys/policies/acl/" + name
+	secret, err := h.v.client.Logical().Read(path)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	text := secret.Data["policy"].(string)
+	if !strings.Contains(text, from) {
+		h.t.Fatalf("policy %s does not contain %q", name, from)
+	}
+	h.write(path, map[string]any{"policy": strings.ReplaceAll(text, from, to)})
+	return func() { h.write(path, map[string]any{"policy": text}) }
+}
+
+// role changes a field of a role of Vault's; what it returns changes it back.
+func (h *thief) role(path, field string, value, was any) (restore func()) {
+	h.t.Helper()
+	secret, err := h.v.client.Logical().Read(path)
+	if err != nil || secret == nil {
+		h.t.Fatalf("reading %s: %v", path, err)
+	}
+	whole := secret.Data // writing a role of JWT auth replaces it
+	whole[field] = value
+	h.write(path, whole)
+	return func() {
+		whole[field] = was
+		h.write(path, whole)
+	}
+}
+
 // TestEscalationsAreNoticed: each part of the setup is there for something.
 // Without it, the escalation that it prevents succeeds.
 func TestEscalationsAreNoticed(t *testing.T) {
 	h := newThief(t)
 	attacks := h.attacks()
-	policy := func(name, from, to string) func() {
-		path := "sys/policies/acl/" + name
-		secret, err := h.v.client.Logical().Read(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		text := secret.Data["policy"].(string)
-		if !strings.Contains(text, from) {
-			t.Fatalf("policy %s does not contain %q", name, from)
-		}
-		h.write(path, map[string]any{"policy": strings.ReplaceAll(text, from, to)})
-		return func() { h.write(path, map[string]any{"policy": text}) }
-	}
-	role := func(path, field string, value, was any) func() {
-		secret, err := h.v.client.Logical().Read(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		whole := secret.Data // writing a role of JWT auth replaces it
-		whole[field] = value
-		h.write(path, whole)
-		return func() {
-			whole[field] = was
-			h.write(path, whole)
-		}
-	}
+	policy, role := h.policy, h.role
 	ours, tokenRole, login := h.config.BrokerPolicy(), "auth/token/roles/"+h.config.TokenRole("crm.read"), "auth/"+h.mount("jwt")+"/role/mayfly"
 	sync := "  required_parameters = [\"sync\"]\n  allowed_parameters = {\n    \"sync\" = [true]\n  }\n"
 	for name, tt := range map[string]struct {

@@ -36,11 +36,15 @@ type Driver struct {
 	// Login is what the broker logs in to Vault with. Nil is enough for
 	// validating configuration; Open then fails.
 	Login attestation.LoginSource
+	// CheckToken is a token of an operator's with which CheckLive sees more
+	// than the broker may. Empty: it looks as the broker alone.
+	CheckToken string
 }
 
 var (
-	_ providers.Driver  = Driver{}
-	_ providers.Meaning = Driver{}
+	_ providers.Driver      = Driver{}
+	_ providers.Meaning     = Driver{}
+	_ providers.LiveChecker = Driver{}
 )
 
 // ValidateConfig implements providers.Driver.

@@ -2,6 +2,7 @@ package vaultscope
 
 import (
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -34,18 +35,6 @@ func (d Database) SQLUser() string {
 		return "" // ParseConfig has read it already
 	}
 	return settings["user"]
-}
-
-// FunctionBody is the body of a function of the setup, as PostgreSQL shows it
-// in pg_proc.prosrc; empty if there is no such function. With an installation,
-// it refuses all others.
-func FunctionBody(name, installation string) string {
-	for _, f := range functions(installation) {
-		if f.name == name {
-			return f.body
-		}
-	}
-	return ""
 }
 
 // FunctionNames are the functions of the setup with their arguments, as
@@ -231,3 +220,19 @@ func comment(mark, text string) string {
 	}
 	return b.String()
 }
+
+// SameFunction reports whether a body, as PostgreSQL has it, is that of a
+// function of the setup, for any installation.
+func SameFunction(name, body string) bool {
+	for _, f := range functions("") {
+		if f.name == name {
+			return strings.TrimSpace(unbound(body)) == strings.TrimSpace(unbound(f.body))
+		}
+	}
+	return false
+}
+
+var installationCheck = regexp.MustCompile(`IF installation (?:!~ '\^\[a-z0-9\]\{9\}\$'|IS DISTINCT FROM '[a-z0-9]{9}') THEN\n    RAISE EXCEPTION '(?:no|another) installation' `)
+
+// unbound takes from a body which installation it is bound to.
+func unbound(body string) string { return installationCheck.ReplaceAllString(body, "IF installation ") }
