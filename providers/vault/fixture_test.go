@@ -250,10 +250,11 @@ type attempt struct {
 	recorded []providers.Handle
 	minted   providers.Minted
 	err      error
+	ended    chan struct{} // for who ends it
 }
 
 func mint(ctx context.Context, p *provider, req providers.MintRequest) *attempt {
-	a := &attempt{req: req}
+	a := &attempt{req: req, ended: make(chan struct{})}
 	a.minted, a.err = p.Mint(ctx, req, func(h providers.Handle) error {
 		a.recorded = append(a.recorded, h)
 		return nil
