@@ -4,15 +4,17 @@ SHELL     := /bin/bash
 GO        ?= go
 BIN       := $(CURDIR)/bin
 TOOLS     := $(BIN)/tools
+TESTBED   := $(BIN)/testbed
 VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS   := -s -w -X main.version=$(VERSION)
 TEST_ARGS ?=
+ARGS      ?=
 
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help: ## List the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: build
 build: ## Build mayfly and mayflyd into bin/
@@ -23,14 +25,46 @@ demo: build ## The main job, from no access to access and back, on embedded defa
 	CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN)/examples/ ./deploy/examples/crm ./deploy/examples/demo
 	$(BIN)/examples/demo --bin $(BIN)
 
+.PHONY: demo-vault
+demo-vault: build need-postgres $(TESTBED)/vault ## The same with a real Vault and PostgreSQL: a login that is gone at the close
+	CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN)/examples/ ./deploy/examples/demo-vault
+	$(BIN)/examples/demo-vault --bin $(BIN)
+
+.PHONY: torture
+torture: need-postgres $(TESTBED)/vault ## Kill the broker under load, and compare; ARGS="--seed 7 --rounds 40 --clients 24"
+	@mkdir -p $(BIN)/torture
+	CGO_ENABLED=0 $(GO) build -trimpath -tags failpoints -ldflags '$(LDFLAGS)' -o $(BIN)/torture/ ./cmd/mayflyd
+	CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN)/torture/ ./deploy/torture
+	$(BIN)/torture/torture --mayflyd $(BIN)/torture/mayflyd --vault $(TESTBED)/vault $(ARGS)
+
 .PHONY: test
-test: need-cc ## Run every test, with the race detector
+test: need-cc need-postgres $(TESTBED)/vault ## Run every test, with the race detector; builds Vault once (minutes)
 	$(GO) test -race -parallel 8 -timeout 15m $(TEST_ARGS) ./...
 
 .PHONY: need-cc
 need-cc:
 	@command -v $$($(GO) env CC) >/dev/null || { \
 	  echo "make test needs a C compiler for the race detector: apt-get install -y gcc libc6-dev" >&2; exit 1; }
+
+.PHONY: need-postgres
+need-postgres:
+	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || command -v pg_config >/dev/null || { \
+	  echo "this needs the PostgreSQL server, and starts its own: apt-get install -y postgresql" >&2; exit 1; }
+
+# The servers that tests, demonstrations and the torture use. Each is pinned in
+# a module of its own, and built again when that changes.
+.PHONY: testbed testbed-vault testbed-minio testbed-etcd
+testbed: testbed-vault testbed-minio testbed-etcd ## Build the real servers that tests use: Vault, MinIO, etcd
+testbed-vault: $(TESTBED)/vault
+testbed-minio: $(TESTBED)/minio
+testbed-etcd: $(TESTBED)/etcd
+
+$(TESTBED)/vault: deploy/testbed/vault/main.go deploy/testbed/vault/go.mod deploy/testbed/vault/go.sum
+	@GO='$(GO)' deploy/testbed/build vault . $@
+$(TESTBED)/minio: deploy/testbed/minio/go.mod deploy/testbed/minio/go.sum
+	@GO='$(GO)' deploy/testbed/build minio github.com/minio/minio $@
+$(TESTBED)/etcd: deploy/testbed/etcd/go.mod deploy/testbed/etcd/go.sum
+	@GO='$(GO)' deploy/testbed/build etcd go.etcd.io/etcd/server/v3 $@
 
 .PHONY: lint
 lint: $(TOOLS)/buf $(TOOLS)/staticcheck ## gofmt, vet, staticcheck, buf, and that generated code is fresh
