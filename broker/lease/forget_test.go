@@ -2,6 +2,7 @@ package lease_test
 
 import (
 	"context"
+	"strings"
 	"testing"
 	"time"
 
@@ -29,7 +30,10 @@ func TestForget(t *testing.T) {
 		id := d.Lease.ID
 
 		_, err := forget(id, "gone for good")
-		r.wantReason(err, broker.ReasonConflict) // it is active
+		r.wantReason(err, broker.ReasonConflict)
+		if err == nil || !strings.Contains(err.Error(), "is active") {
+			t.Errorf("an active lease: %v", err)
+		}
 
 		r.world.SetScript(never)
 		if _, err := r.engine.RevokeLease(ctx, as(sam), id, ""); err != nil {
