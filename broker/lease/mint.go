@@ -146,7 +146,7 @@ func (m *minter) mint(ctx context.Context, req providers.MintRequest, record fun
 		m.e.metrics.minted(m.l.Provider, time.Since(start), err)
 	}()
 	minted, err = m.p.Mint(ctx, req, record)
-	if err == nil && minted.DiesAt.IsZero() {
+	if err == nil && minted.DiesAt.IsZero() && !minted.Static {
 		err = errors.New("the provider made a credential that does not die by itself (I8)")
 	}
 	return minted, err
@@ -154,7 +154,7 @@ func (m *minter) mint(ctx context.Context, req providers.MintRequest, record fun
 
 // settle takes over what the provider says of the credential's life.
 func (m *minter) settle(minted providers.Minted) {
-	m.l.DiesAt, m.l.Survives = minted.DiesAt.UTC(), minted.Survives
+	m.l.DiesAt, m.l.Survives, m.l.Static = minted.DiesAt.UTC(), minted.Survives, minted.Static
 	if !minted.Ends.IsZero() && minted.Ends.Before(m.l.End) {
 		m.l.End = minted.Ends.UTC()
 	}
@@ -271,7 +271,7 @@ func (m *minter) activate(ctx context.Context, h providers.Handle) (refusal *bro
 				return err
 			}
 			l.Handle, l.MintDone = h, true
-			l.DiesAt, l.Survives = m.l.DiesAt, m.l.Survives
+			l.DiesAt, l.Survives, l.Static = m.l.DiesAt, m.l.Survives, m.l.Static
 			if l.State == broker.LeaseMinting {
 				l.End = earlier(l.End, m.l.End) // one that is being ended has its end, and is indexed by it
 			}

@@ -97,8 +97,14 @@ type leaseRecord struct {
 	Refund bool `json:",omitempty"`
 }
 
+// ending is what the provider is told of a lease that is to be ended. Settles
+// is told only while something of the attempt may still be under way.
 func (l *leaseRecord) ending() providers.Ending {
-	return providers.Ending{Lease: l.ID, Tool: l.Tool, Handle: l.Handle, DiesAt: l.DiesAt}
+	e := providers.Ending{Lease: l.ID, Tool: l.Tool, Handle: l.Handle, DiesAt: l.DiesAt}
+	if !l.MintDone && l.ActiveAt.IsZero() {
+		e.Settles = l.Settles
+	}
+	return e
 }
 
 // event makes the evidence of a change to the lease. The actor is the broker

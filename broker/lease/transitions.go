@@ -59,7 +59,7 @@ const (
 )
 
 func waitsFor(l *leaseRecord) string {
-	if l.Survives != "" {
+	if l.Survives != "" && !l.Static { // what is static does not die by itself
 		return waitsExpiry
 	}
 	return waitsProvider
@@ -88,7 +88,11 @@ func startRevoking(t store.Txn, l *leaseRecord, now time.Time, why ending) error
 	return appendEvent(t, ev)
 }
 
-// finish moves a lease to its last state: its death is confirmed.
+// maxLeft bounds what a provider says of what is left of a dead lease.
+const maxLeft = 300
+
+// finish moves a lease to its last state: its death is confirmed. What may
+// still be there of it stands in l.Left.
 func finish(t store.Txn, l *leaseRecord, now time.Time, state broker.LeaseState, retention time.Duration, details map[string]string) error {
 	for _, key := range []string{
 		keyDue(l.Provider, l.Due, l.ID),
@@ -117,6 +121,12 @@ func finish(t store.Txn, l *leaseRecord, now time.Time, state broker.LeaseState,
 	}
 	ev := l.event(now, what)
 	ev.Details = maps.Clone(details)
+	if l.Left != "" {
+		if ev.Details == nil {
+			ev.Details = map[string]string{}
+		}
+		ev.Details["left"] = l.Left
+	}
 	return appendEvent(t, ev)
 }
 

@@ -408,10 +408,11 @@ func (w *worker) write(leases []*leaseRecord, deaths []providers.Death, unsettle
 // step is what one Death means for one lease.
 func (w *worker) step(t store.Txn, l *leaseRecord, d providers.Death, unsettled bool, now, early time.Time) error {
 	e := w.e
-	dead := d.Progress == broker.ProgressVerified
+	over := d.Lapsed || d.Progress == broker.ProgressVerified
+	dead := over && !d.Lapsed // who says both is believed the less
 
 	switch {
-	case dead && unsettled:
+	case over && unsettled:
 		// Something may have appeared after the provider looked. Dead is only
 		// believed when nothing can come any more.
 		at := now.Add(e.retryAfter(l.Attempts))
@@ -420,8 +421,10 @@ func (w *worker) step(t store.Txn, l *leaseRecord, d providers.Death, unsettled 
 		}
 		l.Attempts++
 		return moveDue(t, l, at)
+	case d.Lapsed && l.State == broker.LeaseRevoking:
+		return w.lapsed(t, l, d, now)
 	case dead && l.State == broker.LeaseActive:
-		l.Cause = broker.CauseTTL
+		l.Left, l.Cause = leftOf(d), broker.CauseTTL
 		return finish(t, l, now, broker.LeaseExpired, e.cfg.Retention, nil)
 	case dead:
 		state := broker.LeaseRevoked
@@ -429,6 +432,7 @@ func (w *worker) step(t store.Txn, l *leaseRecord, d providers.Death, unsettled 
 			state = broker.LeaseExpired
 		}
 		e.metrics.died(l.Provider, now.Sub(l.End))
+		l.Left = leftOf(d)
 		return finish(t, l, now, state, e.cfg.Retention, nil)
 	case l.State == broker.LeaseActive:
 		// It should have died by itself, and something is left: end it.
@@ -450,6 +454,26 @@ func (w *worker) step(t store.Txn, l *leaseRecord, d providers.Death, unsettled 
 		}
 	}
 	return moveDue(t, l, at)
+}
+
+// leftOf is what a provider says of what is left, fit for the evidence.
+func leftOf(d providers.Death) string { return broker.Clean(broker.Shorten(d.Left, maxLeft)) }
+
+// lapsed ends a lease of which nothing can be ended: nobody says that it is dead.
+func (w *worker) lapsed(t store.Txn, l *leaseRecord, d providers.Death, now time.Time) error {
+	if d.Progress != broker.ProgressNone && d.Progress != broker.ProgressVerified {
+		l.Progress = d.Progress
+	}
+	l.Left = leftOf(d)
+	details := lastKnown(l)
+	details["why"] = "the provider can do nothing to end it"
+	if l.Static {
+		details["why"] = "static: the secret was there before the lease, and only a rotation ends it"
+	}
+	if l.Left != "" {
+		details["left"] = l.Left
+	}
+	return lapse(t, l, now, w.e.cfg.Retention, ending{}, details)
 }
 
 func (l *leaseRecord) progressEvent(now time.Time) audit.Event {
