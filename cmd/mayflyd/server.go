@@ -9,7 +9,6 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	"github.com/mayfly-security/mayfly/broker/catalog"
 	"github.com/mayfly-security/mayfly/broker/catalog/strictyaml"
 )
 
@@ -99,40 +98,6 @@ for the next start.`,
 				return err
 			}
 			return d.run(cmd.Context(), onHangup(cmd.Context()))
-		},
-	}
-	cmd.Flags().StringVar(&config, "config", "", "the configuration file")
-	_ = cmd.MarkFlagRequired("config") // fails only for a flag that is not defined
-	return cmd
-}
-
-func checkCommand() *cobra.Command {
-	var config string
-	cmd := &cobra.Command{
-		Use:   "check",
-		Short: "Validate configuration and catalog without starting",
-		Long: `Check reads the configuration and the catalog as "mayflyd server" would, and says
-everything that is wrong with them, with file and line. It opens no store, asks
-no provider and changes nothing. It exits with 1 if anything is wrong.`,
-		Example: "  mayflyd check --config /etc/mayfly/mayflyd.yaml",
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := readConfig(config)
-			if err != nil {
-				return err
-			}
-			snapshot, err := catalog.Load(s.catalog, drivers(nil))
-			if err != nil {
-				return err
-			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s is good: agents %d, providers %d, tools %d; catalog digest %s\n",
-				config, len(snapshot.Agents()), len(snapshot.Providers()), len(snapshot.Tools()), snapshot.Digest())
-			for _, t := range snapshot.Tools() {
-				if survives := snapshot.ScopeInfo(t.Name).Survives; survives != "" {
-					fmt.Fprintf(cmd.OutOrStdout(), "note: tool %s survives a revocation: %s\n", t.Name, survives)
-				}
-			}
-			return nil
 		},
 	}
 	cmd.Flags().StringVar(&config, "config", "", "the configuration file")
