@@ -222,7 +222,7 @@ func (a *actor) over(ctx context.Context, on string, at time.Time) {
 	delivered, wrong := a.deliveries.Over(on, at)
 	a.found(wrong...)
 	a.rng.Shuffle(len(delivered), func(i, j int) { delivered[i], delivered[j] = delivered[j], delivered[i] })
-	for _, g := range delivered[:min(len(delivered), 3)] {
+	for _, g := range delivered[:min(len(delivered), sampled)] {
 		l, err := a.operators.Lease(ctx, g.Lease.ID)
 		switch {
 		case err != nil:

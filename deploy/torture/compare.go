@@ -69,6 +69,7 @@ func (r *run) compare(ctx context.Context, all bool) error {
 		return err
 	}
 	r.found(r.evidence.Agrees(look.After, first, r.evidence.Last(), false)...)
+	r.sample(ctx, look)
 	r.history.note("driver", "looked", count.Open, count.Revoking, count.Roles, count.Unsettled, count.Tokens, time.Since(look.Began).Milliseconds())
 	if !all {
 		return nil
@@ -84,6 +85,24 @@ func (r *run) compare(ctx context.Context, all bool) error {
 		}
 	}
 	return nil
+}
+
+// sampled is how many logins are tried at a look, and how many credentials at
+// the answer that what they lived on is over.
+const sampled = 4
+
+// sample logs in with some credentials that were delivered and are alive.
+func (r *run) sample(ctx context.Context, look ledger.Look) {
+	tried := 0
+	for id, l := range look.After { // in no order
+		if tried == sampled || ctx.Err() != nil {
+			return
+		}
+		if g, delivered := r.deliveries.Of(id); delivered && l.State == broker.LeaseActive {
+			r.mustWork(ctx, g)
+			tried++
+		}
+	}
 }
 
 // follow reads the evidence to its end.
@@ -121,24 +140,24 @@ func (r *run) lease(ctx context.Context, id broker.LeaseID) (broker.Lease, bool,
 	return l.Lease, err == nil, err
 }
 
-// mustWork logs in with a credential that was just delivered.
-func (a *actor) mustWork(ctx context.Context, g ledger.Delivered) {
+// mustWork logs in with a credential that was delivered and is not known to be over.
+func (r *run) mustWork(ctx context.Context, g ledger.Delivered) {
 	if g.User == "" {
 		return
 	}
-	works, err := a.world.login(ctx, g.User, g.Password)
-	a.report.login(works, err)
-	if err != nil || works || a.proxy.Doubled(string(g.Lease.ID)) {
+	works, err := r.world.login(ctx, g.User, g.Password)
+	r.report.login(works, err)
+	if err != nil || works || r.proxy.Doubled(string(g.Lease.ID)) {
 		return
 	}
 	// It may have been ended meanwhile.
-	l, known, err := a.lease(ctx, g.Lease.ID)
+	l, known, err := r.lease(ctx, g.Lease.ID)
 	switch {
 	case err != nil:
 	case !known:
-		a.found(ledger.Violation{Kind: ledger.Lost, Lease: g.Lease.ID, What: fmt.Sprintf("lease %s was delivered, and the store does not have it", g.Lease.ID)})
+		r.found(ledger.Violation{Kind: ledger.Lost, Lease: g.Lease.ID, What: fmt.Sprintf("lease %s was delivered, and the store does not have it", g.Lease.ID)})
 	case l.State == broker.LeaseActive && time.Now().Before(l.End):
-		a.found(ledger.Violation{Kind: ledger.Broken, Lease: l.ID, What: fmt.Sprintf("role %s of lease %s cannot log in, and the lease is active", g.User, l.ID)})
+		r.found(ledger.Violation{Kind: ledger.Broken, Lease: l.ID, What: fmt.Sprintf("role %s of lease %s cannot log in, and the lease is active", g.User, l.ID)})
 	}
 }
 
