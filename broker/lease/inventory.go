@@ -36,6 +36,7 @@ type inventory struct {
 	provider string
 	poked    chan struct{} // has room for one
 	stuck    chan struct{} // of a call that has not returned in its time; nil if there is none
+	stuckOn  *openProvider // that the call was made of
 
 	// unwritten are strays that were removed, and of which the store could not
 	// be told yet.
@@ -322,14 +323,14 @@ func (i *inventory) stillStrays(strays []Stray) (still []Stray, err error) {
 // is made until it has returned.
 func within[T any](i *inventory, p *openProvider, limit time.Duration, call func(context.Context) (T, error)) (T, error) {
 	var none T
-	if i.stuck != nil {
+	if i.stuck != nil && i.stuckOn == p { // a reload may have put another in its place
 		select {
 		case <-i.stuck:
-			i.stuck = nil
 		default:
 			return none, errStuck
 		}
 	}
+	i.stuck, i.stuckOn = nil, nil
 	type outcome struct {
 		value T
 		err   error
@@ -363,7 +364,7 @@ func within[T any](i *inventory, p *openProvider, limit time.Duration, call func
 	case o := <-answer:
 		return o.value, o.err
 	case <-grace.C:
-		i.stuck = returned
+		i.stuck, i.stuckOn = returned, p
 		return none, fmt.Errorf("the provider did not answer in %s: %w", limit, context.DeadlineExceeded)
 	}
 }

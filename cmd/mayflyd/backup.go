@@ -81,6 +81,9 @@ type made struct {
 }
 
 func (b backup) run(ctx context.Context) (err error) {
+	if _, err := os.Stat(b.store); err != nil {
+		return fmt.Errorf("there is no store to back up: %w", err)
+	}
 	if _, err := os.Lstat(b.out); err == nil {
 		return fmt.Errorf("%s is there already, and a backup takes the place of nothing: give another name", b.out)
 	} else if !errors.Is(err, fs.ErrNotExist) {
