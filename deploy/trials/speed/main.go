@@ -67,8 +67,8 @@ type measurement struct {
 	mayfly   []*client.Client
 	operator *client.Client
 	grant    broker.GrantID
-	vault  *api.Client // with one long-lived token that can read the path
-	root   *api.Client
+	vault    *api.Client // with one long-lived token that can read the path
+	root     *api.Client
 }
 
 func (m *measurement) run() error {
