@@ -35,6 +35,23 @@ const (
 	Group = "tool_crm_query"
 )
 
+// TokenTool is the tool of the provider that Config.Tokens adds.
+const TokenTool = "status.write"
+
+const (
+	tokenProvider = `  - name: tokens
+    driver: token
+    config: {issuer: "https://mayfly.acme.test", keys: %q}
+`
+	tokenTool = `  - name: ` + TokenTool + `
+    provider: tokens
+    description: Post to the status page
+    max_ttl: 30m
+    scope: {audience: "https://status.acme.test", scopes: [status.write], verification: offline, leeway: 30s}
+
+`
+)
+
 // sweepLogin is the broker's narrow login to PostgreSQL.
 const sweepLogin = "mayfly_sweep"
 
@@ -56,6 +73,9 @@ type Config struct {
 	// RequestLimit is Vault's limit on one request, and the provider's. Zero:
 	// 90 s, as Vault has it.
 	RequestLimit time.Duration
+	// Tokens adds a second provider, the broker's own tokens, with the tool
+	// TokenTool.
+	Tokens bool
 	// VaultAddr is what the catalog says of Vault's address; empty: the truth.
 	// A proxy's, where there is one.
 	VaultAddr string
@@ -111,6 +131,10 @@ func (w *World) writeCatalog(c Config) error {
 	}
 	if c.RequestLimit > 0 {
 		text = strings.Replace(text, "    config:\n", "    config:\n      request_limit: "+c.RequestLimit.String()+"\n", 1)
+	}
+	if c.Tokens {
+		text = strings.Replace(text, "\nproviders:\n", "\nproviders:\n"+fmt.Sprintf(tokenProvider, filepath.Join(w.dir, "state", "keys")), 1)
+		text = strings.Replace(text, "\ntools:\n", "\ntools:\n"+tokenTool, 1)
 	}
 	if c.NoSweep {
 		before, after, _ := strings.Cut(text, "      # A narrow login")
