@@ -415,6 +415,14 @@ func TestAProviderThatDoesNotReturnHoldsUpNobody(t *testing.T) {
 		if !strings.Contains(string(r.logs.Bytes()), "did not answer in 1m0s") {
 			t.Error("the log does not say that it did not answer")
 		}
+		// Another configuration is another provider, and is asked.
+		if err := r.reload("{mode: recorded, mint_timeout: 10s", "{mode: recorded, mint_timeout: 11s"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * time.Minute)
+		if n := calls.Load(); n != 2 {
+			t.Errorf("after a reload %d lists were asked for", n)
+		}
 		start := time.Now()
 		r.stop()
 		if took := time.Since(start); took > 5*time.Second {
