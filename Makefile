@@ -82,12 +82,6 @@ generate: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-connect-go ## 
 	$(GO) run ./cmd/mayflyd docs docs/reference
 	$(GO) run ./cmd/mayfly docs docs/reference
 
-.PHONY: torture
-torture: testbed-vault ## Kill the broker again and again, and compare: make torture ARGS="--seed 7 --rounds 300"
-	CGO_ENABLED=0 $(GO) build -tags failpoints -o $(BIN)/torture/mayflyd ./cmd/mayflyd
-	CGO_ENABLED=0 $(GO) build -o $(BIN)/torture/torture ./deploy/torture
-	$(BIN)/torture/torture --mayflyd $(BIN)/torture/mayflyd --vault $(TESTBED)/vault $(ARGS)
-
 .PHONY: bench
 bench: ## Leases a second over mTLS, memory and start time with 100,000 open leases
 	$(GO) test -run '^$$' -bench . -benchtime 3s -timeout 20m ./cmd/mayflyd ./store/bolt
