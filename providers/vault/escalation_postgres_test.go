@@ -158,6 +158,15 @@ func TestPostgresEscalations(t *testing.T) {
 			t.Errorf("role %s was dropped", name)
 		}
 	}
+	// A role that has such a name is dropped, and nothing but it.
+	evil := injections[0]
+	w.super(`CREATE ROLE "%s"`, strings.ReplaceAll(evil, `"`, `""`))
+	if gone, err := w.drop(c, w.installation, evil); err != nil || !slices.Equal(gone, []string{evil}) || len(w.roles(evil)) != 0 {
+		t.Errorf("%q are gone: %v", gone, err)
+	}
+	if len(w.roles("victim_"+w.id)) != 1 {
+		t.Error("the name of a role was run as SQL")
+	}
 	w.super(`DROP ROLE %q; DROP ROLE %q; DROP ROLE %q`, inst+"super", inst+"creator", inst+"replica")
 
 	// What it can create for itself must not mislead the functions.
