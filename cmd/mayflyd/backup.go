@@ -183,17 +183,22 @@ func (s stoppable) Write(b []byte) (int, error) {
 	return s.w.Write(b)
 }
 
-// finishBackup checks the whole copy and marks it. From then on, whoever opens
-// it restores.
-func finishBackup(ctx context.Context, path string, m made) error {
+// finishBackup marks the copy and then checks the whole of it. The mark comes
+// first: what a kill leaves is to restore, too, if somebody takes it for a backup.
+func finishBackup(ctx context.Context, path string, m made) (err error) {
 	db, err := bolt.Open(path, bolt.Config{})
 	if err != nil {
 		return fmt.Errorf("checking the backup: %w", err)
 	}
-	if err = db.Check(ctx); err != nil {
-		err = fmt.Errorf("checking the backup: the store is damaged: %w", err)
-	} else {
-		err = lease.MarkBackup(ctx, db, m.at, m.by)
+	defer func() {
+		if p := recover(); p != nil { // bbolt does, on some damage
+			err = fmt.Errorf("checking the backup: the store is damaged: %v", p)
+		}
+	}()
+	if err = lease.MarkBackup(ctx, db, m.at, m.by); err == nil {
+		if err = db.Check(ctx); err != nil {
+			err = fmt.Errorf("checking the backup: the store is damaged: %w", err)
+		}
 	}
 	return errors.Join(err, db.Close())
 }
