@@ -57,6 +57,9 @@ type Config struct {
 	// RetryMin and RetryMax bound the pause between two tries to end a lease;
 	// zero means 500 ms and 1 minute.
 	RetryMin, RetryMax time.Duration
+	// MintWait is how long a request waits while a provider has as many mints
+	// under way as it takes, before it is refused; zero means 2 seconds.
+	MintWait time.Duration
 	// InventoryEvery is how often each provider that can list what it has is
 	// compared with the store; zero means 1 minute.
 	InventoryEvery time.Duration
@@ -88,6 +91,9 @@ type Engine struct {
 	workMu  sync.Mutex
 	workers map[string]*worker // by provider
 	house   *housekeeper
+
+	gateMu sync.Mutex
+	gates  map[string]*gate // by provider
 
 	inventories  map[string]*inventory // by provider; with workMu
 	metricStrays *prometheus.CounterVec
@@ -127,6 +133,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	setDefault(&cfg.EndWait, 5*time.Second)
 	setDefault(&cfg.RetryMin, 500*time.Millisecond)
 	setDefault(&cfg.RetryMax, time.Minute)
+	setDefault(&cfg.MintWait, 2*time.Second)
 	setDefault(&cfg.InventoryEvery, time.Minute)
 
 	e := &Engine{
@@ -135,6 +142,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		watch:       newBroadcast(),
 		minting:     map[broker.LeaseID]struct{}{},
 		workers:     map[string]*worker{},
+		gates:       map[string]*gate{},
 		inventories: map[string]*inventory{},
 	}
 	e.replays = newReplays(cfg.ReplayWindow)

@@ -56,6 +56,9 @@ func openOne(ctx context.Context, driver providers.Driver, name string, cfg prov
 	if t.Concurrency <= 0 {
 		t.Concurrency = 4
 	}
+	if t.MintConcurrency <= 0 {
+		t.MintConcurrency = 64
+	}
 	meaning := cfg.Raw
 	if m, ok := driver.(providers.Meaning); ok {
 		if meaning, err = m.Meaning(cfg.Raw); err != nil {

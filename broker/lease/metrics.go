@@ -21,6 +21,7 @@ type metrics struct {
 	mint      *prometheus.HistogramVec
 	end       *prometheus.HistogramVec
 	lateDeath *prometheus.HistogramVec
+	left      *prometheus.CounterVec
 }
 
 func newMetrics(reg prometheus.Registerer, e *Engine) *metrics {
@@ -36,9 +37,11 @@ func newMetrics(reg prometheus.Registerer, e *Engine) *metrics {
 			Name: "mayfly_revoke_seconds", Help: "Time that one call to a provider to revoke or confirm took, by provider, call and outcome.", Buckets: buckets}, []string{"provider", "call", "outcome"}),
 		lateDeath: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "mayfly_death_after_end_seconds", Help: "Time from a lease's end to its confirmed death, by provider.", Buckets: append(buckets, 300, 3600)}, []string{"provider"}),
+		left: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "mayfly_provider_calls_left_behind_total", Help: "Calls that a provider did not answer in its time nor soon after, by provider and call."}, []string{"provider", "call"}),
 	}
 	if reg != nil {
-		reg.MustRegister(m.issued, m.refused, m.mint, m.end, m.lateDeath, leaseCollector{e})
+		reg.MustRegister(m.issued, m.refused, m.mint, m.end, m.lateDeath, m.left, leaseCollector{e}, gateCollector{e})
 	}
 	return m
 }
@@ -46,6 +49,8 @@ func newMetrics(reg prometheus.Registerer, e *Engine) *metrics {
 func (m *metrics) minted(provider string, took time.Duration, err error) {
 	outcome := "ok"
 	switch {
+	case errors.Is(err, providers.ErrAway):
+		outcome = "away"
 	case errors.Is(err, providers.ErrRefused):
 		outcome = "refused"
 	case errors.Is(err, providers.ErrNothingMade):
@@ -58,7 +63,10 @@ func (m *metrics) minted(provider string, took time.Duration, err error) {
 
 func (m *metrics) ended(provider, call string, took time.Duration, err error) {
 	outcome := "ok"
-	if err != nil {
+	switch {
+	case errors.Is(err, providers.ErrAway):
+		outcome = "away"
+	case err != nil:
 		outcome = "error"
 	}
 	m.end.WithLabelValues(provider, call, outcome).Observe(took.Seconds())
@@ -143,4 +151,39 @@ func (c leaseCollector) Collect(ch chan<- prometheus.Metric) {
 	}
 	ch <- prometheus.MustNewConstMetric(overdueDesc, prometheus.GaugeValue, float64(counts.Overdue-counts.Surviving), waitsProvider)
 	ch <- prometheus.MustNewConstMetric(overdueDesc, prometheus.GaugeValue, float64(counts.Surviving), waitsExpiry)
+}
+
+// gateCollector tells how each provider fares.
+type gateCollector struct{ e *Engine }
+
+var (
+	upDesc      = prometheus.NewDesc("mayfly_provider_up", "1 while a provider mints and ends leases, as far as the last calls tell, and 0 while it does not, by provider.", []string{"provider"}, nil)
+	breakerDesc = prometheus.NewDesc("mayfly_provider_breaker_open", "1 while nothing is given at a provider but for one attempt now and then, by provider.", []string{"provider"}, nil)
+	mintsDesc   = prometheus.NewDesc("mayfly_mints_in_flight", "Mints under way, those left behind too, by provider.", []string{"provider"}, nil)
+	leftDesc    = prometheus.NewDesc("mayfly_provider_calls_left_behind", "Calls left behind that have not returned, by provider and call.", []string{"provider", "call"}, nil)
+)
+
+func (gateCollector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{upDesc, breakerDesc, mintsDesc, leftDesc} {
+		ch <- d
+	}
+}
+
+func (c gateCollector) Collect(ch chan<- prometheus.Metric) {
+	c.e.gateMu.Lock()
+	gates := make([]*gate, 0, len(c.e.gates))
+	for _, g := range c.e.gates {
+		gates = append(gates, g)
+	}
+	c.e.gateMu.Unlock()
+	is := map[bool]float64{true: 1}
+	for _, g := range gates {
+		s := g.state()
+		ch <- prometheus.MustNewConstMetric(upDesc, prometheus.GaugeValue, is[s.up], g.provider)
+		ch <- prometheus.MustNewConstMetric(breakerDesc, prometheus.GaugeValue, is[s.open], g.provider)
+		ch <- prometheus.MustNewConstMetric(mintsDesc, prometheus.GaugeValue, float64(s.mints), g.provider)
+		for what, n := range s.left {
+			ch <- prometheus.MustNewConstMetric(leftDesc, prometheus.GaugeValue, float64(n), g.provider, what)
+		}
+	}
 }

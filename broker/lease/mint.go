@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/mayfly-security/mayfly/broker"
@@ -14,7 +15,8 @@ import (
 	"github.com/mayfly-security/mayfly/store"
 )
 
-// minter makes one lease. It owns l until it returns.
+// minter makes one lease. It owns l until it returns; a call to the provider
+// that is left behind has no part of it but the ID.
 type minter struct {
 	e      *Engine
 	ep     *epoch // the epoch that decided; commits may move it on
@@ -24,6 +26,13 @@ type minter struct {
 	ask    policy.Ask
 	l      *leaseRecord
 	asked  asked
+	place  *place // at the provider's gate; nil where none is needed
+
+	left bool // the call to the provider was left behind
+
+	mu     sync.Mutex
+	over   bool             // nobody waits for the attempt any more
+	handle providers.Handle // the last that was recorded
 }
 
 func (m *minter) request() providers.MintRequest {
@@ -38,7 +47,14 @@ func (m *minter) request() providers.MintRequest {
 // the secret: it is minted first and needs one commit, the one that makes it
 // active.
 func (m *minter) inert(ctx context.Context) (*Delivery, error) {
-	minted, err := m.mint(ctx, m.request(), nil)
+	attempt, cancel := context.WithTimeout(ctx, m.p.traits.MintTimeout)
+	minted, err := m.mint(attempt, m.request(), nil)
+	cancel()
+	if ctx.Err() != nil {
+		m.place.ended(ownWord, err, m.e.clock.now()) // the caller left: that tells nothing of the provider
+	} else {
+		m.place.ended(resultOf(err), err, m.e.clock.now())
+	}
 	if err != nil {
 		return nil, m.providerRefusal(err)
 	}
@@ -85,7 +101,11 @@ func (m *minter) outside(ctx context.Context) (*Delivery, error) {
 		m.l.Handle = handle
 	}
 	m.e.startMint(m.l.ID)
-	defer m.e.endMint(m.l.ID)
+	defer func() {
+		if !m.left {
+			m.e.endMint(m.l.ID)
+		}
+	}()
 	if d, is, err := m.mutant(ctx, now, deadline); is {
 		return d, err
 	}
@@ -104,14 +124,15 @@ func (m *minter) outside(ctx context.Context) (*Delivery, error) {
 		return m.record(detached, h)
 	})
 	cancel()
+	m.place.ended(resultOf(err), err, m.e.clock.now())
 	if err != nil {
 		m.fail(detached, minted.Handle, err)
 		return nil, m.providerRefusal(err)
 	}
-	m.settle(minted)
 	if minted.Handle == nil {
-		minted.Handle = m.l.Handle
+		minted.Handle = m.lastHandle()
 	}
+	m.settle(minted)
 
 	done := m.e.deliveries.begin(m.l.Grant)
 	failpoint.At("lease.activate.before")
@@ -136,20 +157,56 @@ func (m *minter) outside(ctx context.Context) (*Delivery, error) {
 }
 
 // mint calls the provider and turns a panic, and a credential that would live
-// for ever, into an error of unknown outcome.
+// for ever, into an error of unknown outcome. So is an attempt that does not
+// end in its time: what it records from then on is refused, nothing of it is
+// ever delivered, and what it comes to after all is ended.
 func (m *minter) mint(ctx context.Context, req providers.MintRequest, record func(providers.Handle) error) (minted providers.Minted, err error) {
 	start := time.Now()
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("provider %s panicked: %v", m.l.Provider, r)
+	minted, err = called(ctx, m.e.gate(m.l.Provider), m.p, callMint, func(ctx context.Context) (providers.Minted, error) {
+		minted, err := m.p.Mint(ctx, req, record)
+		if err == nil && minted.DiesAt.IsZero() && !minted.Static {
+			err = errors.New("the provider made a credential that does not die by itself (I8)")
 		}
-		m.e.metrics.minted(m.l.Provider, time.Since(start), err)
-	}()
-	minted, err = m.p.Mint(ctx, req, record)
-	if err == nil && minted.DiesAt.IsZero() && !minted.Static {
-		err = errors.New("the provider made a credential that does not die by itself (I8)")
+		return minted, err
+	}, m.late)
+	if errors.Is(err, errLeft) {
+		m.left = true
+		m.mu.Lock()
+		m.over = true
+		m.mu.Unlock()
 	}
+	m.e.metrics.minted(m.l.Provider, time.Since(start), err)
 	return minted, err
+}
+
+// late takes what an attempt came to that was left behind: it is ended. Until
+// then no death of its lease was believed.
+func (m *minter) late(minted providers.Minted, _ error) {
+	m.place.leave()
+	if m.p.traits.Inert {
+		return // the secret is dropped here, and so harmless
+	}
+	m.e.endMint(m.l.ID)
+	m.e.endLater(m.l.ID, minted.Handle, broker.CauseMintFailed, false)
+}
+
+// done gives the place at the provider back, if the provider's call is over.
+func (m *minter) done() {
+	if m.left {
+		return // late does
+	}
+	m.place.ended(ownWord, nil, m.e.clock.now()) // if the provider was not asked
+	m.place.leave()
+}
+
+// lastHandle is the last one that was recorded, or planned.
+func (m *minter) lastHandle() providers.Handle {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.handle != nil {
+		return m.handle
+	}
+	return m.l.Handle
 }
 
 // settle takes over what the provider says of the credential's life.
@@ -240,14 +297,23 @@ func (m *minter) record(ctx context.Context, h providers.Handle) error {
 		if err != nil {
 			return err
 		}
-		state, l.Handle = l.State, h
+		if state = l.State; state.Ended() {
+			return nil
+		}
+		l.Handle = h
 		return put(t, keyLease(l.ID), l)
 	})
 	if err != nil {
 		return fmt.Errorf("recording the handle of lease %s: %w", m.l.ID, err)
 	}
 	failpoint.At("lease.record.after")
-	m.l.Handle = h
+	m.mu.Lock()
+	m.handle = h
+	over := m.over
+	m.mu.Unlock()
+	if over {
+		return fmt.Errorf("the attempt to mint lease %s took too long, and is being ended", m.l.ID)
+	}
 	if state != broker.LeaseMinting {
 		return fmt.Errorf("lease %s is %s already", m.l.ID, state)
 	}
@@ -369,6 +435,9 @@ func (m *minter) providerRefusal(err error) error {
 		// certificate"; bounded, and safe to show.
 		return broker.Refuse(refusal.Reason, broker.Clean(broker.Shorten(refusal.Message, 300)),
 			broker.Clean(broker.Shorten(refusal.Next, 300))).Because(err)
+	case errors.Is(err, providers.ErrAway) && errors.Is(err, providers.ErrNothingMade):
+		refusal = broker.Refusef(broker.ReasonProvider, "try again later; nothing was made",
+			"provider %s is away", m.l.Provider)
 	case errors.Is(err, providers.ErrRefused):
 		refusal = broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
 			"provider %s refused to make a credential for %s", m.l.Provider, m.l.Tool)

@@ -22,6 +22,9 @@ type ending struct {
 	reason      string // in the actor's words; may be empty
 	correlation broker.CorrelationID
 	refund      bool // the use of the grant is given back: the agent never had it
+	// handle, if not empty, is a better handle than the store's: the store
+	// could not be told of it.
+	handle string
 }
 
 func mustLease(r getter, id broker.LeaseID) (*leaseRecord, error) {

@@ -1,45 +1,80 @@
 package lease
 
 import (
-	"context"
-	"errors"
-	"fmt"
-	"slices"
+	"math/rand/v2"
 	"sync"
 	"time"
 
-	"github.com/cenkalti/backoff/v4"
-
 	"github.com/mayfly-security/mayfly/broker"
-	"github.com/mayfly-security/mayfly/broker/audit"
-	"github.com/mayfly-security/mayfly/broker/failpoint"
-	"github.com/mayfly-security/mayfly/providers"
-	"github.com/mayfly-security/mayfly/store"
 )
 
 // worker ends the leases of one provider. It reads the provider's part of the
 // due index in the store, so that what must end needs no memory, survives a
 // crash, and is held up by no other provider. It never gives up.
+//
+// While a provider answers nobody, small batches find out when it is back;
+// then everything that is due is ended at full speed. Leases that fail again
+// and again, of a database behind the provider that hangs, say, have a bounded
+// share of the calls, so that they keep no others waiting.
 type worker struct {
 	e        *Engine
 	provider string
+	gate     *gate
 
 	poked chan struct{} // has room for one
 
-	mu    sync.Mutex
-	busy  map[broker.LeaseID]struct{} // in a batch now
-	sleep time.Time                   // until when it sleeps; zero while it works
+	mu      sync.Mutex
+	sleep   time.Time // until when it sleeps; zero while it works
+	busy    map[broker.LeaseID]struct{}
+	failing map[broker.LeaseID]failing   // those whose last try failed
+	tools   map[string]int               // by tool: batches in a row that came to nothing for it
+	soon    map[broker.LeaseID]struct{}  // to be tried now, whenever they are due
+	later   map[broker.LeaseID]time.Time // to be left alone until then, whenever they are due
+	untold  map[broker.LeaseID]told      // what the provider said and the store could not be told
+	doomed  map[broker.LeaseID]ending    // to be ended although the store could not be told
+
+	// Of the loop alone.
+	trouble trouble
+	running [kinds]int
+	fresh   bool      // the last batch was of leases that had not failed
+	hold    time.Time // no batch begins before
+	tell    time.Time // the store is told no sooner
 }
+
+// failing is a lease whose last try failed.
+type failing struct {
+	tool     string
+	attempts int
+}
+
+// kind is one of the kinds of work that a worker does at a time.
+type kind int
+
+const (
+	firstTry kind = iota // ending leases that have not failed
+	retry                // ending leases that have
+	moving               // telling the store of those whose end has come, while the provider is in trouble
+	telling              // telling the store what it could not be told
+	kinds
+)
 
 const (
 	// idleSleep is the longest sleep: a bound for what a missed poke could cost.
 	idleSleep = 10 * time.Second
-	// troubleAfter is how many batches in a row must come to nothing before the
-	// worker pauses; a single lease that cannot be ended stops no other.
-	troubleAfter = 3
-	// troublePause is the longest pause while a provider is in trouble.
-	troublePause = 5 * time.Second
+	// moved is the most leases that are moved to revoking at once.
+	moved = 8 * chunk
+	// crowdedPause is the pause between calls once very many were left behind.
+	crowdedPause = time.Minute
+	// tellPause is the pause between tries to tell the store.
+	tellPause = time.Second
 )
+
+// done is a piece of work that is over.
+type done struct {
+	kind  kind
+	spell int
+	outcome
+}
 
 // startWorkers starts a worker for each provider of the epoch that has none.
 // Those of providers that are gone stay: they have nothing to do.
@@ -48,10 +83,23 @@ func (e *Engine) startWorkers(ep *epoch) {
 	defer e.workMu.Unlock()
 	for name := range ep.providers {
 		if e.workers[name] == nil {
-			w := &worker{e: e, provider: name, poked: make(chan struct{}, 1), busy: map[broker.LeaseID]struct{}{}}
+			w := newWorker(e, name)
 			e.workers[name] = w
 			e.wg.Go(w.run)
 		}
+	}
+}
+
+func newWorker(e *Engine, provider string) *worker {
+	return &worker{
+		e: e, provider: provider, gate: e.gate(provider), poked: make(chan struct{}, 1),
+		busy:    map[broker.LeaseID]struct{}{},
+		failing: map[broker.LeaseID]failing{},
+		tools:   map[string]int{},
+		soon:    map[broker.LeaseID]struct{}{},
+		later:   map[broker.LeaseID]time.Time{},
+		untold:  map[broker.LeaseID]told{},
+		doomed:  map[broker.LeaseID]ending{},
 	}
 }
 
@@ -60,18 +108,25 @@ func (e *Engine) wake(provider string) { e.dueAt(provider, time.Time{}) }
 
 // dueAt tells the provider's worker that something is due at an instant.
 func (e *Engine) dueAt(provider string, at time.Time) {
-	e.workMu.Lock()
-	w := e.workers[provider]
-	e.workMu.Unlock()
+	w := e.worker(provider)
 	if w == nil {
 		return
 	}
 	w.mu.Lock()
 	sooner := w.sleep.IsZero() || at.Before(w.sleep)
 	w.mu.Unlock()
-	if !sooner {
-		return
+	if sooner {
+		w.poke()
 	}
+}
+
+func (e *Engine) worker(provider string) *worker {
+	e.workMu.Lock()
+	defer e.workMu.Unlock()
+	return e.workers[provider]
+}
+
+func (w *worker) poke() {
 	select {
 	case w.poked <- struct{}{}:
 	default:
@@ -81,46 +136,61 @@ func (e *Engine) dueAt(provider string, at time.Time) {
 // run looks for due leases and hands them out in batches until the engine closes.
 func (w *worker) run() {
 	e := w.e
-	pause := newBackOff(min(e.cfg.RetryMin, troublePause), troublePause)
-	failures := 0
 	var batches sync.WaitGroup
 	defer batches.Wait()
-	results := make(chan error)
-	running := 0
-	var notBefore time.Time // set while the provider as a whole is in trouble
+	results := make(chan done)
+	start := func(k kind, work func() outcome) {
+		w.running[k]++
+		d := done{kind: k, spell: w.trouble.spell}
+		batches.Go(func() {
+			d.outcome = work()
+			select {
+			case results <- d:
+			case <-e.ctx.Done():
+			}
+		})
+	}
 	for {
-		limit, size := 1, 1
-		if p, err := e.provider(w.provider); err == nil {
-			limit, size = p.traits.Concurrency, p.traits.Batch
-			p.release()
-		}
-		if failures >= troubleAfter {
-			limit = 1 // one batch at a time finds out whether it is over
-		}
 		now := e.clock.now()
 		next := now.Add(idleSleep)
-		if running < limit && !now.Before(notBefore) {
-			ids, upcoming, err := w.due(now, e.clock.late(), size)
-			switch {
-			case err != nil:
-				e.log.Error("reading due leases", "provider", w.provider, "error", err)
-				next = now.Add(pause.NextBackOff())
-			case len(ids) > 0:
-				running++
-				batches.Go(func() {
-					err := w.batch(ids)
-					w.release(ids)
-					select {
-					case results <- err:
-					case <-e.ctx.Done():
-					}
-				})
-				continue
-			case !upcoming.IsZero() && upcoming.Before(next):
-				next = upcoming
+		if w.mustTell() && w.running[telling] == 0 {
+			if now.Before(w.tell) {
+				next = earlier(next, w.tell)
+			} else {
+				start(telling, w.tellStore)
 			}
-		} else if notBefore.After(now) && running == 0 {
-			next = notBefore
+		}
+		want := w.wants(now)
+		p, err := w.due(now, e.clock.late(), want)
+		if err != nil {
+			e.log.Error("reading due leases", "provider", w.provider, "error", err)
+			next = earlier(next, now.Add(tellPause))
+		}
+		for k, ids := range p.ids {
+			if len(ids) == 0 {
+				continue
+			}
+			if kind(k) != moving {
+				w.fresh = kind(k) == firstTry
+			}
+			start(kind(k), func() outcome {
+				defer w.release(ids)
+				if kind(k) == moving {
+					return w.move(ids)
+				}
+				return w.batch(ids)
+			})
+		}
+		if p.any() {
+			continue
+		}
+		if !p.upcoming.IsZero() {
+			next = earlier(next, p.upcoming)
+		}
+		if w.running[firstTry]+w.running[retry] == 0 { // otherwise an answer comes first
+			if until := later(w.trouble.until, w.hold); until.After(now) {
+				next = earlier(next, until)
+			}
 		}
 
 		w.mu.Lock()
@@ -133,16 +203,9 @@ func (w *worker) run() {
 			return
 		case <-w.poked:
 		case <-timer.C:
-		case err := <-results:
-			running--
-			if err == nil {
-				failures, notBefore = 0, time.Time{}
-				pause.Reset()
-			} else if failures++; failures >= troubleAfter {
-				d := pause.NextBackOff()
-				notBefore = e.clock.now().Add(d)
-				e.log.Error("the provider is in trouble", "provider", w.provider, "failures", failures, "pause", d.String(), "error", err)
-			}
+		case d := <-results:
+			w.running[d.kind]--
+			w.judge(d)
 		}
 		timer.Stop()
 		w.mu.Lock()
@@ -151,372 +214,98 @@ func (w *worker) run() {
 	}
 }
 
-func newBackOff(first, longest time.Duration) *backoff.ExponentialBackOff {
-	return backoff.NewExponentialBackOff(
-		backoff.WithInitialInterval(first),
-		backoff.WithMaxInterval(longest),
-		backoff.WithMaxElapsedTime(0), // the default gives up after 15 minutes
-	)
+// want is how much work of each kind may begin now.
+type want struct {
+	room [kinds]int // 1: a batch may begin
+	size int        // the most leases of a batch
+	one  bool       // first or again, and not both
 }
 
-// due returns the next leases that are due and in no batch, and marks them
-// busy; or, if there are none, when the next one will be, by the engine's time.
-//
-// A lease ends by the later of both clocks. When to try again is a matter of
-// the engine's time alone: a jump of the machine's clock forward must not take
-// the pauses between tries away, and one back not stretch them.
-func (w *worker) due(now, late time.Time, size int) (ids []broker.LeaseID, upcoming time.Time, err error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	err = w.e.store.View(w.e.ctx, func(r store.Reader) error {
-		ids, upcoming = ids[:0], time.Time{}
-		from, to := store.Prefix(prefixDueOf(w.provider))
-		for entry, err := range r.Scan(from, to) {
-			if err != nil {
-				return err
-			}
-			at, err := timeOfKey(entry.Key, 2)
-			if err != nil {
-				return err
-			}
-			wait := at.Sub(now)
-			if broker.LeaseState(entry.Value) == broker.LeaseActive {
-				wait = at.Sub(late)
-			}
-			if wait > 0 {
-				if soon := now.Add(wait); upcoming.IsZero() || soon.Before(upcoming) {
-					upcoming = soon
-				}
-				if at.After(late) {
-					return nil
-				}
-				continue
-			}
-			id := broker.LeaseID(lastPart(entry.Key))
-			if _, busy := w.busy[id]; busy {
-				continue
-			}
-			if ids = append(ids, id); len(ids) == size {
-				return nil
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, time.Time{}, err
+// wants decides what may begin. A provider that is away is asked for one batch
+// at a time. While it is not, the failing have at least one call and at most a
+// quarter of them; where there is only one, they take turns.
+func (w *worker) wants(now time.Time) want {
+	limit, size := 1, 1
+	if p, err := w.e.provider(w.provider); err == nil {
+		limit, size = p.traits.Concurrency, p.traits.Batch
+		p.release()
 	}
-	for _, id := range ids {
-		w.busy[id] = struct{}{}
+	asked := w.running[firstTry] + w.running[retry]
+	wants := want{size: size}
+	if w.trouble.in() && w.running[moving] == 0 && !now.Before(w.tell) {
+		wants.room[moving] = 1
 	}
-	return ids, upcoming, nil
-}
-
-func (w *worker) release(ids []broker.LeaseID) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for _, id := range ids {
-		delete(w.busy, id)
+	if now.Before(w.hold) {
+		return wants
 	}
-}
-
-// batch brings each lease one step further. An error means that nothing came
-// of it for any lease: the provider, or the store, may be in trouble as a whole.
-func (w *worker) batch(ids []broker.LeaseID) error {
-	e := w.e
-	leases := make([]*leaseRecord, 0, len(ids))
-	var ended []broker.LeaseID // due, and still active: their end has come
-	err := e.store.View(e.ctx, func(r store.Reader) error {
-		leases, ended = leases[:0], ended[:0]
-		for _, id := range ids {
-			l, err := mustLease(r, id)
-			if err != nil {
-				return err
-			}
-			leases = append(leases, l)
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	var revoke, confirm []*leaseRecord
-	for _, l := range leases {
+	switch {
+	case w.trouble.in():
+		wants.size = min(size, probeSize)
 		switch {
-		case l.State == broker.LeaseMinting && e.isMinting(l.ID):
-			if err := w.postpone(l, e.clock.now().Add(time.Second)); err != nil {
-				return err
+		case now.Before(w.trouble.until):
+		case w.trouble.away || limit == 1:
+			if asked == 0 {
+				wants.room[firstTry], wants.room[retry], wants.one = 1, 1, true
 			}
-		case l.State == broker.LeaseActive && l.diedByItself(e.clock.early()):
-			// It has died by itself: if nothing is left of it, that was it.
-			confirm = append(confirm, l)
-		case l.State == broker.LeaseActive, l.State == broker.LeaseMinting:
-			ended = append(ended, l.ID)
-		case l.Progress == broker.ProgressNone:
-			revoke = append(revoke, l)
-		case l.State == broker.LeaseRevoking:
-			confirm = append(confirm, l)
+		default:
+			wants.room[firstTry], wants.room[retry] = 1-min(w.running[firstTry], 1), 1-min(w.running[retry], 1)
 		}
-	}
-	if len(ended) > 0 {
-		if err := w.endAtTTL(ended, leases); err != nil {
-			return err
+	case asked < limit:
+		wants.room[firstTry] = 1
+		if w.running[retry] < max(1, limit/4) {
+			wants.room[retry] = 1
 		}
-		// They are due again at once, as revoking.
-		defer e.wake(w.provider)
+		wants.one = limit-asked == 1
 	}
-	p, err := e.provider(w.provider)
-	if err != nil {
-		return err
-	}
-	defer p.release()
-	return errors.Join(
-		w.ask(p, revoke, "revoke", p.Revoke),
-		w.ask(p, confirm, "confirm", p.Confirm),
-	)
+	return wants
 }
 
-// diedByItself reports whether the credential has died by itself for certain.
-func (l *leaseRecord) diedByItself(early time.Time) bool {
-	return !l.DiesAt.IsZero() && !early.Before(l.DiesAt)
-}
-
-// endAtTTL moves leases whose end has come, and attempts that nobody runs any
-// more, to revoking.
-func (w *worker) endAtTTL(ids []broker.LeaseID, leases []*leaseRecord) error {
-	byCause := map[broker.Cause][]broker.LeaseID{}
-	for _, id := range ids {
-		i := slices.IndexFunc(leases, func(l *leaseRecord) bool { return l.ID == id })
-		cause := broker.CauseTTL
-		if leases[i].State == broker.LeaseMinting {
-			cause = broker.CauseMintFailed
-		}
-		byCause[cause] = append(byCause[cause], id)
-	}
-	for cause, ids := range byCause {
-		why := ending{cause: cause, actor: audit.Broker, refund: cause == broker.CauseMintFailed}
-		if _, err := w.e.endLeases(w.e.ctx, ids, why); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (w *worker) postpone(l *leaseRecord, at time.Time) error {
-	return w.e.update(w.e.ctx, w.e.clock.now(), func(t store.Txn) error {
-		l, err := mustLease(t, l.ID)
-		if err != nil || l.State.Ended() {
-			return err
-		}
-		return moveDue(t, l, at)
-	})
-}
-
-// ask has the provider end, or look at, some leases, and writes what it says.
-func (w *worker) ask(p *openProvider, leases []*leaseRecord, what string, call func(context.Context, []providers.Ending) []providers.Death) error {
-	if len(leases) == 0 {
-		return nil
-	}
-	e := w.e
-	endings := make([]providers.Ending, len(leases))
-	for i, l := range leases {
-		endings[i] = l.ending()
-	}
-	// What the answer is worth is decided by what was known before the provider
-	// looked: an attempt that comes back meanwhile may have made something
-	// after the look.
-	early := e.clock.early()
-	unsettled := make([]bool, len(leases))
-	for i, l := range leases {
-		unsettled[i] = e.unsettled(l, early)
-	}
-	ctx, cancel := context.WithTimeout(e.ctx, p.traits.RevokeTimeout)
-	start := time.Now()
-	failpoint.At("lease.end.ask")
-	deaths := safely(ctx, endings, call)
-	failpoint.At("lease.end.answer")
-	cancel()
-	if len(deaths) != len(endings) {
-		return fmt.Errorf("provider %s was asked to %s %d leases and answered for %d", w.provider, what, len(endings), len(deaths))
-	}
-	var trouble error // the first failure
-	progress := false
-	for i, d := range deaths {
-		if d.Err == nil || d.Progress != broker.ProgressNone && d.Progress != leases[i].Progress {
-			progress = true
-		} else if trouble == nil {
-			trouble = d.Err
-		}
-	}
-	e.metrics.ended(w.provider, what, time.Since(start), trouble)
-	var failed error
-	if !progress {
-		failed = fmt.Errorf("asking to %s %d leases: %w", what, len(endings), trouble)
-	}
-	for i := 0; i < len(leases); i += chunk {
-		n := min(i+chunk, len(leases))
-		if err := w.write(leases[i:n], deaths[i:n], unsettled[i:n], early); err != nil {
-			failed = errors.Join(failed, err)
-		}
-	}
-	failpoint.At("lease.end.written")
-	e.watch.signal()
-	return failed
-}
-
-// safely calls the provider and turns a panic into a failure of each lease.
-func safely(ctx context.Context, endings []providers.Ending, call func(context.Context, []providers.Ending) []providers.Death) (deaths []providers.Death) {
-	defer func() {
-		if r := recover(); r != nil {
-			deaths = make([]providers.Death, len(endings))
-			for i := range deaths {
-				deaths[i].Err = fmt.Errorf("the provider panicked: %v", r)
-			}
-		}
-	}()
-	return call(ctx, endings)
-}
-
-// unsettled reports whether something of the attempt to mint may still appear
-// at the provider: its outcome is not known, and there is time left for it.
-func (e *Engine) unsettled(l *leaseRecord, early time.Time) bool {
-	return l.State == broker.LeaseRevoking && l.ActiveAt.IsZero() && !l.MintDone &&
-		(early.Before(l.Settles) || e.isMinting(l.ID))
-}
-
-// write brings the leases to where the provider says that they are. unsettled
-// and early are of the moment before it was asked.
-func (w *worker) write(leases []*leaseRecord, deaths []providers.Death, unsettled []bool, early time.Time) error {
+// judge draws what follows for the worker from a piece of work that is over.
+func (w *worker) judge(d done) {
 	e := w.e
 	now := e.clock.now()
-	return e.update(e.ctx, now, func(t store.Txn) error {
-		for i, was := range leases {
-			l, err := mustLease(t, was.ID)
-			if err != nil {
-				return err
-			}
-			if l.State.Ended() {
-				continue
-			}
-			if err := w.step(t, l, deaths[i], unsettled[i], now, early); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-}
-
-// step is what one Death means for one lease.
-func (w *worker) step(t store.Txn, l *leaseRecord, d providers.Death, unsettled bool, now, early time.Time) error {
-	e := w.e
-	over := d.Lapsed || d.Progress == broker.ProgressVerified
-	dead := over && !d.Lapsed // who says both is believed the less
-
+	if d.store != nil {
+		e.log.Error("telling the store of leases that end", "provider", w.provider, "error", d.store)
+		w.tell = now.Add(tellPause)
+	}
+	if d.kind != firstTry && d.kind != retry {
+		return
+	}
+	if d.left && w.gate.crowded(w.limit()) {
+		w.hold = now.Add(crowdedPause)
+	}
 	switch {
-	case over && unsettled:
-		// Something may have appeared after the provider looked. Dead is only
-		// believed when nothing can come any more.
-		at := now.Add(e.retryAfter(l.Attempts))
-		if l.Settles.After(now) && l.Settles.Before(at) && !e.isMinting(l.ID) {
-			at = l.Settles
-		}
-		l.Attempts++
-		return moveDue(t, l, at)
-	case d.Lapsed && l.State == broker.LeaseRevoking:
-		return w.lapsed(t, l, d, now)
-	case dead && l.State == broker.LeaseActive:
-		l.Left, l.Cause = leftOf(d), broker.CauseTTL
-		return finish(t, l, now, broker.LeaseExpired, e.cfg.Retention, nil)
-	case dead:
-		state := broker.LeaseRevoked
-		if l.diedByItself(early) {
-			state = broker.LeaseExpired
-		}
-		e.metrics.died(l.Provider, now.Sub(l.End))
-		l.Left = leftOf(d)
-		return finish(t, l, now, state, e.cfg.Retention, nil)
-	case l.State == broker.LeaseActive:
-		// It should have died by itself, and something is left: end it.
-		return startRevoking(t, l, now, ending{cause: broker.CauseTTL, actor: audit.Broker})
-	}
-
-	if d.Err != nil {
-		e.log.Warn("ending a lease", "lease", l.ID, "provider", l.Provider, "attempts", l.Attempts+1, "error", d.Err)
-	}
-	at := d.RetryAt
-	if !at.After(now) || d.Err != nil { // not said, or past by the engine's time and not by the provider's
-		at = now.Add(e.retryAfter(l.Attempts))
-		l.Attempts++
-	}
-	if d.Progress != l.Progress {
-		l.Progress = d.Progress
-		if err := appendEvent(t, l.progressEvent(now)); err != nil {
-			return err
-		}
-	}
-	return moveDue(t, l, at)
-}
-
-// leftOf is what a provider says of what is left, fit for the evidence.
-func leftOf(d providers.Death) string { return broker.Clean(broker.Shorten(d.Left, maxLeft)) }
-
-// lapsed ends a lease of which nothing can be ended: nobody says that it is dead.
-func (w *worker) lapsed(t store.Txn, l *leaseRecord, d providers.Death, now time.Time) error {
-	if d.Progress != broker.ProgressNone && d.Progress != broker.ProgressVerified {
-		l.Progress = d.Progress
-	}
-	l.Left = leftOf(d)
-	details := lastKnown(l)
-	details["why"] = "the provider can do nothing to end it"
-	if l.Static {
-		details["why"] = "static: the secret was there before the lease, and only a rotation ends it"
-	}
-	if l.Left != "" {
-		details["left"] = l.Left
-	}
-	return lapse(t, l, now, w.e.cfg.Retention, ending{}, details)
-}
-
-func (l *leaseRecord) progressEvent(now time.Time) audit.Event {
-	ev := l.event(now, audit.LeaseProgressed)
-	if ev.Details == nil {
-		ev.Details = map[string]string{}
-	}
-	ev.Details["progress"] = string(l.Progress)
-	return ev
-}
-
-// retryAfter is the pause before the next try to end a lease that attempts
-// tries did not end.
-func (e *Engine) retryAfter(attempts int) time.Duration {
-	b := newBackOff(e.cfg.RetryMin, e.cfg.RetryMax)
-	d := b.NextBackOff()
-	for range min(attempts, 20) {
-		d = b.NextBackOff()
-	}
-	return d
-}
-
-// recoverMints ends the attempts that an earlier run left: nobody carries them
-// through any more, and what they may have made is to be found and ended.
-func (e *Engine) recoverMints(ctx context.Context) error {
-	var ids []broker.LeaseID
-	err := e.store.View(ctx, func(r store.Reader) error {
-		ids = ids[:0]
-		from, to := store.Prefix(prefixDue)
-		for entry, err := range r.Scan(from, to) {
-			if err != nil {
-				return err
+	case d.away != nil, d.failed != nil && (d.kind == firstTry || w.trouble.in()):
+		pause := min(2*e.cfg.RetryMin, troubleFirst)
+		if w.trouble.failed(d.away != nil, d.spell, pause, now, rand.Float64()) {
+			w.gate.endsNothing(now)
+			err := d.away
+			if err == nil {
+				err = d.failed
 			}
-			if broker.LeaseState(entry.Value) == broker.LeaseMinting {
-				ids = append(ids, broker.LeaseID(lastPart(entry.Key)))
-			}
+			e.log.Error("the provider is in trouble: its leases are ended when it is back", "provider", w.provider, "away", d.away != nil, "error", err)
 		}
-		return nil
-	})
-	if err != nil || len(ids) == 0 {
-		return err
+	case d.answered:
+		if w.trouble.ended(d.spell) {
+			e.log.Info("the provider ends leases again", "provider", w.provider)
+			w.gate.endsAgain(now)
+			w.pullAll()
+		}
 	}
-	e.log.Info("ending attempts to mint that a stop interrupted", "leases", len(ids))
-	_, err = e.endLeases(ctx, ids, ending{cause: broker.CauseRestarted, actor: audit.Broker, refund: true})
-	return err
+}
+
+func (w *worker) limit() int {
+	p, err := w.e.provider(w.provider)
+	if err != nil {
+		return 1
+	}
+	defer p.release()
+	return p.traits.Concurrency
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
 }
