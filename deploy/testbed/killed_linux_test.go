@@ -39,8 +39,16 @@ func TestNothingStaysBehindWhenKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) }()
+	root, err := os.MkdirTemp("/tmp", "mayfly-victim-") // short, for sockets
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(root)
+	if err := os.Chmod(root, 0o711); err != nil { // PostgreSQL's user passes through it
+		t.Fatal(err)
+	}
 	cmd := exec.Command(os.Args[0], "-test.run=^TestNothingStaysBehindWhenKilled$")
-	cmd.Env = append(os.Environ(), victim+"=1")
+	cmd.Env = append(os.Environ(), victim+"=1", "TMPDIR="+root)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.StdoutPipe()
@@ -80,15 +88,12 @@ func TestNothingStaysBehindWhenKilled(t *testing.T) {
 		}
 	}
 
-	sweep(os.TempDir())
+	sweep(root)
 	if _, err := os.Stat(left.Place); err != nil {
 		t.Fatalf("a folder that is young enough to be without its lock still: %v; want it kept", err)
 	}
-	old := time.Now().Add(-2 * placeAge)
-	if err := os.Chtimes(left.Place, old, old); err != nil {
-		t.Fatal(err)
-	}
-	sweep(os.TempDir())
+	age(t, left.Place)
+	sweep(root)
 	if _, err := os.Stat(left.Place); !os.IsNotExist(err) {
 		t.Errorf("the folder of the killed process: %v; want it removed", err)
 	}
@@ -141,17 +146,28 @@ func segmentExists(t *testing.T, id int) bool {
 // A folder that its process has locked stays, however old it is.
 func TestSweepSparesWhatIsUsed(t *testing.T) {
 	t.Parallel()
-	dir, release, err := newPlace("x")
+	root := t.TempDir()
+	dir, lock, err := lockedFolder(root)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer release()
-	old := time.Now().Add(-2 * placeAge)
-	if err := os.Chtimes(places.dir, old, old); err != nil {
-		t.Fatal(err)
-	}
-	sweep(os.TempDir())
+	age(t, dir)
+	sweep(root)
 	if _, err := os.Stat(dir); err != nil {
-		t.Error(err)
+		t.Errorf("a locked folder: %v; want it kept", err)
+	}
+	lock.Close()
+	sweep(root)
+	if _, err := os.Stat(dir); !os.IsNotExist(err) {
+		t.Errorf("a folder that nobody has locked: %v; want it removed", err)
+	}
+}
+
+// age makes a folder old enough to be swept.
+func age(t *testing.T, dir string) {
+	t.Helper()
+	old := time.Now().Add(-2 * placeAge)
+	if err := os.Chtimes(dir, old, old); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -62,29 +62,38 @@ func newPlace(kind string) (dir string, release func() error, err error) {
 	}, nil
 }
 
-func openPlaces() error {
+func openPlaces() (err error) {
 	root := os.TempDir()
 	if len(root) > 40 {
 		root = "/tmp"
 	}
 	sweep(root)
-	dir, err := os.MkdirTemp(root, placePrefix)
-	if err != nil {
-		return err
+	places.dir, places.lock, err = lockedFolder(root)
+	return err
+}
+
+// lockedFolder makes a folder that is its process's as long as lock is open.
+func lockedFolder(root string) (dir string, lock *os.File, err error) {
+	if dir, err = os.MkdirTemp(root, placePrefix); err != nil {
+		return "", nil, err
 	}
+	made := dir
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(made))
+		}
+	}()
 	// The servers' users pass through it; each server's folder is its own.
 	if err := os.Chmod(dir, 0o711); err != nil {
-		return errors.Join(err, os.Remove(dir))
+		return "", nil, err
 	}
-	lock, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_CREATE|os.O_RDWR, 0o600)
-	if err == nil {
-		err = syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if lock, err = os.OpenFile(filepath.Join(dir, lockFile), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
+		return "", nil, err
 	}
-	if err != nil {
-		return errors.Join(err, os.RemoveAll(dir))
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		return "", nil, errors.Join(err, lock.Close())
 	}
-	places.dir, places.lock = dir, lock
-	return nil
+	return dir, lock, nil
 }
 
 func closePlaces() error {

@@ -238,7 +238,7 @@ func TestPostgresPaused(t *testing.T) {
 		go func() { _, err := session.Exec(t.Context(), "SELECT 1"); answer <- err }()
 		select {
 		case err := <-answer:
-			t.Errorf("a session of a paused server answered: %v", err)
+			t.Fatalf("a session of a paused server answered: %v", err)
 		case <-time.After(200 * time.Millisecond):
 		}
 		if err := p.Resume(); err != nil {
