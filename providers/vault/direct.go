@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -20,6 +21,7 @@ import (
 const (
 	directLimit = 8 * time.Second // of one statement with its connection
 	directConns = 4
+	dropAtOnce  = 128 // roles in one statement
 	maxPassword = 1024
 	maxRoles    = 100_000 // of one installation at one server
 )
@@ -131,26 +133,26 @@ func (d *direct) roles(ctx context.Context) ([]role, error) {
 // drop ends the sessions of roles, drops them, and returns those that are gone
 // for certain: it never returns a name that the installation does not own.
 func (d *direct) drop(ctx context.Context, names []string) (gone map[string]bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, directLimit)
+	defer cancel()
 	gone = make(map[string]bool, len(names))
-	if len(names) == 0 {
-		return gone, nil
-	}
-	err = d.dropInto(ctx, gone, names)
-	var refusal *pgconn.PgError
-	if errors.As(err, &refusal) && len(names) > 1 && ctx.Err() == nil {
-		// One that cannot be dropped must not keep the others.
-		var errs []error
-		for _, name := range names {
-			errs = append(errs, d.dropInto(ctx, gone, []string{name}))
+	var errs []error
+	for some := range slices.Chunk(names, dropAtOnce) {
+		err := d.dropInto(ctx, gone, some)
+		var refusal *pgconn.PgError
+		if errors.As(err, &refusal) && len(some) > 1 && ctx.Err() == nil {
+			// One that cannot be dropped must not keep the others.
+			err = nil
+			for _, name := range some {
+				errs = append(errs, d.dropInto(ctx, gone, []string{name}))
+			}
 		}
-		err = errors.Join(errs...)
+		errs = append(errs, err)
 	}
-	return gone, err
+	return gone, errors.Join(errs...)
 }
 
 func (d *direct) dropInto(ctx context.Context, gone map[string]bool, names []string) error {
-	ctx, cancel := context.WithTimeout(ctx, directLimit)
-	defer cancel()
 	rows, err := d.pool.Query(ctx, `SELECT * FROM `+d.schema+`.drop_roles($1, $2)`, d.installation, names)
 	if err != nil {
 		return d.failure("dropping roles", err)

@@ -23,6 +23,10 @@ const (
 	// limit for a revocation.
 	revokeLimit = 10 * time.Second
 	probeLimit  = 2 * time.Second
+	// slice is how long one batch whose roles were dropped already may go on
+	// with new calls to Vault. What is left then comes again: the access of
+	// those that are due next is more urgent than Vault's books.
+	slice = time.Second
 )
 
 // revokeLease ends a lease in Vault, and returns nil only when what it stands
@@ -288,8 +292,13 @@ func (p *provider) atVault(ctx context.Context, endings []*ending, call func(con
 		defer mu.Unlock()
 		return over
 	}
+	begun := time.Now()
 	for _, e := range endings {
 		if e.resolved {
+			continue
+		}
+		if e.absent && e.h.User != "" && time.Since(begun) > slice {
+			e.is(providers.Death{Progress: broker.ProgressWritten, RetryAt: p.now().Add(slice / 4)})
 			continue
 		}
 		select {

@@ -134,13 +134,17 @@ func (p *provider) readLimit() time.Duration { return p.config.RequestLimit + re
 
 // Traits implements providers.Provider.
 func (p *provider) Traits() providers.Traits {
-	return providers.Traits{
+	t := providers.Traits{
 		MintTimeout:   createLimit + p.readLimit() + revokeLimit,
 		LateBound:     p.config.RequestLimit,
 		RevokeTimeout: revokeLimit + probeLimit + 2*directLimit + 2*time.Second,
 		Batch:         64,
 		Concurrency:   2,
 	}
+	if len(p.directs) > 0 {
+		t.Batch = 512 // their access ends with few statements, before anything else
+	}
+	return t
 }
 
 // Close implements providers.Provider. The login is left to its end: to revoke
