@@ -1,8 +1,11 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +15,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/catalog"
@@ -70,7 +74,7 @@ Vault lets in exactly the identity that --broker-id (or MAYFLY_BROKER_ID) names.
 	c.Flags().StringVar(&o.JWKSURL, "jwks-url", "", "auth method jwt: the URL of the trust domain's keys, such as a SPIFFE bundle endpoint")
 	c.Flags().StringVar(&f.jwksCA, "jwks-ca", "", "a PEM file with which that URL's server is verified; default: Vault's system's")
 	c.Flags().StringArrayVar(&f.publicKeys, "jwt-pubkey-file", nil, "auth method jwt: a PEM file with a public key, in place of the URL; may be repeated")
-	c.Flags().StringVar(&f.bundle, "bundle", "", "auth method cert: a PEM file with the trust domain's authorities")
+	c.Flags().StringVar(&f.bundle, "bundle", "", "the trust domain's bundle, in SPIFFE's format; for auth method cert also a PEM file with its authorities")
 	c.Flags().StringVar(&o.Connection, "connection", "mayfly", "the name of the database connection in Vault")
 	c.Flags().StringVar(&o.VaultLogin, "vault-login", "vault", "the role as whom Vault logs in to PostgreSQL")
 	_ = c.RegisterFlagCompletionFunc("format", cobra.FixedCompletions([]string{"sh", "hcl", "terraform", "sql"}, cobra.ShellCompDirectiveNoFileComp)) // the flag is there: see above
@@ -120,9 +124,6 @@ func (p *program) vaultSetup(f vaultFlags, o vaultscope.Options) (*vaultscope.Se
 	if o.JWKSCA, err = readPEM("--jwks-ca", f.jwksCA, "CERTIFICATE"); err != nil {
 		return nil, err
 	}
-	if o.Bundle, err = readPEM("--bundle", f.bundle, "CERTIFICATE"); err != nil {
-		return nil, err
-	}
 	for _, name := range f.publicKeys {
 		key, err := readPEM("--jwt-pubkey-file", name, "PUBLIC KEY")
 		if err != nil {
@@ -137,6 +138,9 @@ func (p *program) vaultSetup(f vaultFlags, o vaultscope.Options) (*vaultscope.Se
 	c, err := vaultscope.ParseConfig(provider.Config)
 	if err != nil {
 		return nil, fmt.Errorf("reading provider %s: %w", provider.Name, err)
+	}
+	if err := readBundle(f.bundle, c.Auth.Method, &o); err != nil {
+		return nil, err
 	}
 	s, err := vaultscope.NewSetup(c, tools, o)
 	if err != nil {
@@ -204,26 +208,82 @@ func (p *program) wrongCatalog(errs strictyaml.Errors) error {
 	return usagef("the catalog has errors: %d", len(errs))
 }
 
-// readPEM reads a file whose content is put into what is printed. Only the
-// kind of block that is asked for is taken, so that no private key gets there.
+// readBundle reads what Vault verifies the broker's SVIDs with: out of a bundle
+// in SPIFFE's format (SPIFFE Trust Domain and Bundle, section 4), which has both
+// kinds, or out of a file of certificates.
+func readBundle(path, method string, o *vaultscope.Options) error {
+	if path == "" {
+		return nil
+	}
+	raw, err := readKeyFile("--bundle", path)
+	if err != nil {
+		return err
+	}
+	if !strings.HasPrefix(strings.TrimSpace(string(raw)), "{") {
+		o.Bundle, err = pemOf("--bundle", path, raw, "CERTIFICATE")
+		return err
+	}
+	bundle, err := spiffebundle.Parse(o.Broker.TrustDomain(), raw)
+	if err != nil {
+		return usagef("--bundle: %s is no SPIFFE bundle: %w", path, err)
+	}
+	var found bytes.Buffer
+	if method == vaultscope.MethodCert {
+		for _, authority := range bundle.X509Authorities() {
+			found.Write(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: authority.Raw}))
+		}
+		o.Bundle = found.String()
+	} else {
+		keys := bundle.JWTAuthorities()
+		for _, id := range slices.Sorted(maps.Keys(keys)) {
+			der, err := x509.MarshalPKIXPublicKey(keys[id])
+			if err != nil {
+				return usagef("--bundle: %s has a key for JWT-SVIDs that cannot be written: %w", path, err)
+			}
+			key := pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})
+			found.Write(key)
+			o.PublicKeys = append(o.PublicKeys, string(key))
+		}
+	}
+	if found.Len() == 0 {
+		return usagef("--bundle: %s has nothing that SVIDs for auth method %s are verified with", path, method)
+	}
+	return nil
+}
+
+// readPEM reads a file whose content is put into what is printed.
 func readPEM(flag, path, kind string) (string, error) {
 	if path == "" {
 		return "", nil
 	}
-	file, err := os.Open(path)
+	raw, err := readKeyFile(flag, path)
 	if err != nil {
-		return "", usagef("%s: %w", flag, err)
+		return "", err
 	}
-	defer file.Close()
-	raw, err := io.ReadAll(io.LimitReader(file, maxKeyFile+1))
-	if err != nil || len(raw) > maxKeyFile {
-		return "", usagef("%s: %s cannot be read, or has more than %d bytes", flag, path, maxKeyFile)
-	}
+	return pemOf(flag, path, raw, kind)
+}
+
+// pemOf takes only the kind of block that is asked for, so that no private key
+// gets to what is printed.
+func pemOf(flag, path string, raw []byte, kind string) (string, error) {
 	text, err := vaultscope.PEM(raw, kind)
 	if err != nil {
 		return "", usagef("%s: %s: %w", flag, path, err)
 	}
 	return text, nil
+}
+
+func readKeyFile(flag, path string) ([]byte, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, usagef("%s: %w", flag, err)
+	}
+	defer file.Close()
+	raw, err := io.ReadAll(io.LimitReader(file, maxKeyFile+1))
+	if err != nil || len(raw) > maxKeyFile {
+		return nil, usagef("%s: %s cannot be read, or has more than %d bytes", flag, path, maxKeyFile)
+	}
+	return raw, nil
 }
 
 // vaultDrivers are the drivers for reading a catalog of which only Vault's part

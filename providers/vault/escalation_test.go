@@ -69,7 +69,8 @@ func newThief(t *testing.T) *thief {
 		"connection_url": fmt.Sprintf("postgresql://{{username}}:{{password}}@127.0.0.1:%d/crm?sslmode=disable", pg.port),
 	})
 	w.write(w.mount("theirs")+"/roles/app", map[string]any{"db_name": "mayfly", "default_ttl": "10m",
-		"creation_statements": `CREATE ROLE "{{name}}" LOGIN PASSWORD '{{password}}' VALID UNTIL '{{expiration}}';`})
+		"creation_statements":   `CREATE ROLE "{{name}}" LOGIN PASSWORD '{{password}}' VALID UNTIL '{{expiration}}';`,
+		"revocation_statements": `DROP ROLE IF EXISTS "{{name}}";`}) // Vault's own would look into everybody's tables
 	theirs, err := w.v.client.Logical().Read(w.mount("theirs") + "/creds/app")
 	if err != nil {
 		t.Fatal(err)
