@@ -208,7 +208,9 @@ func (a *actor) chaos(ctx context.Context) {
 		what := chaosKinds[a.rng.IntN(len(chaosKinds))]
 		away := time.Duration(a.rng.Int64N(int64(1500 * time.Millisecond)))
 		a.history.note(a.name, "begins", what, away.Milliseconds())
-		err := a.outageOf(func() error { return a.world.disturb(context.WithoutCancel(ctx), what, away) })
+		err := a.outageOf(func() error {
+			return a.world.disturb(context.WithoutCancel(ctx), what, away, func(err error) { a.history.note(a.name, "tries again", err.Error()) })
+		})
 		a.history.note(a.name, "ended", what)
 		a.report.disturbed(what)
 		if err != nil {

@@ -262,11 +262,11 @@ func (r *run) torture(ctx context.Context) error {
 	if r.opt.stop && err == nil && r.report.count() > 0 {
 		return nil
 	}
-	if err == nil {
-		r.mu.Lock()
+	r.mu.Lock()
+	if r.failed != nil { // it is why the rounds ended
 		err = r.failed
-		r.mu.Unlock()
 	}
+	r.mu.Unlock()
 	if err != nil {
 		return err
 	}

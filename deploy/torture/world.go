@@ -259,8 +259,9 @@ func (w *world) login(ctx context.Context, user, password string) (works bool, e
 // chaosKinds are the disturbances of the servers.
 var chaosKinds = []string{"vault killed", "vault sealed", "vault frozen", "postgres restarted", "postgres killed", "postgres frozen"}
 
-// disturb takes a server away for a while and brings it back.
-func (w *world) disturb(ctx context.Context, what string, away time.Duration) error {
+// disturb takes a server away for a while and brings it back. again is told of
+// steps that failed and are tried again.
+func (w *world) disturb(ctx context.Context, what string, away time.Duration, again func(error)) error {
 	pause := func() error { time.Sleep(away); return nil }
 	var steps []func() error
 	switch what {
@@ -279,9 +280,18 @@ func (w *world) disturb(ctx context.Context, what string, away time.Duration) er
 	default:
 		return fmt.Errorf("there is no disturbance %q", what)
 	}
-	for _, step := range steps {
-		if err := step(); err != nil {
-			return err
+	for i, step := range steps {
+		// A server that was killed at a bad moment may not start at once: a
+		// process of its own may be on its way out still.
+		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+			err := step()
+			if err == nil {
+				break
+			}
+			if time.Now().After(deadline) {
+				return fmt.Errorf("step %d: %w", i+1, err)
+			}
+			again(err)
 		}
 	}
 	return nil
