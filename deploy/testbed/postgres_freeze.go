@@ -6,13 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
-	"strings"
 	"syscall"
-	"time"
 )
 
 // pause is a frozen PostgreSQL. Its guard is a shell that kills the frozen
@@ -103,60 +99,4 @@ func (s *pause) over() {
 	_ = s.guard.Process.Kill()
 	_ = s.guard.Wait()
 	s.guard = nil
-}
-
-// childrenOf are the processes whose parent is pid: none where there is no
-// /proc to see them in. PostgreSQL's end by themselves, soon after the server.
-func childrenOf(pid int) ([]int, error) {
-	found, err := filepath.Glob("/proc/[0-9]*")
-	if err != nil {
-		return nil, err
-	}
-	var children []int
-	for _, dir := range found {
-		child, err := strconv.Atoi(filepath.Base(dir))
-		if err != nil {
-			continue
-		}
-		if _, parent := stat(child); parent == pid {
-			children = append(children, child)
-		}
-	}
-	return children, nil
-}
-
-// stat is a process's state and parent, see proc_pid_stat(5); 0 where it is
-// gone.
-func stat(pid int) (state byte, parent int) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, 0
-	}
-	text := string(b)
-	fields := strings.Fields(text[strings.LastIndexByte(text, ')')+1:]) // the name before it may have anything in it
-	if len(fields) < 2 {
-		return 0, 0
-	}
-	parent, _ = strconv.Atoi(fields[1])
-	return fields[0][0], parent
-}
-
-func stopped(pid int) error {
-	return awaitState(pid, func(s byte) bool { return s == 'T' || s == 't' || s == 'Z' || s == 0 })
-}
-
-func gone(pid int) error {
-	return awaitState(pid, func(s byte) bool { return s == 'Z' || s == 0 }) // a zombie is for init to reap
-}
-
-func awaitState(pid int, is func(byte) bool) error {
-	for deadline := time.Now().Add(stopTime); ; time.Sleep(time.Millisecond) {
-		state, _ := stat(pid)
-		if is(state) {
-			return nil
-		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("process %d of PostgreSQL is in state %c still", pid, state)
-		}
-	}
 }

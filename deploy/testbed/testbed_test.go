@@ -122,6 +122,12 @@ func TestVaultPaused(t *testing.T) {
 	if _, err := v.Client().Sys().HealthWithContext(t.Context()); err != nil {
 		t.Error(err)
 	}
+	if err := v.Pause(); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Stop(t.Context()); err != nil { // a frozen process sees no other signal
+		t.Error(err)
+	}
 }
 
 func TestVaultSpeaksTLS(t *testing.T) {

@@ -264,6 +264,9 @@ func (v *Vault) Kill() error {
 func (v *Vault) Stop(ctx context.Context) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	if err := v.process.signal(syscall.SIGCONT); err != nil { // it may be paused
+		return err
+	}
 	return v.process.stop(ctx, syscall.SIGTERM)
 }
 
@@ -279,15 +282,23 @@ func (v *Vault) Restart(ctx context.Context) error {
 }
 
 // Pause freezes it: connections stay open, and nothing answers.
-func (v *Vault) Pause() error { return v.signal(syscall.SIGSTOP) }
-
-// Resume ends a Pause.
-func (v *Vault) Resume() error { return v.signal(syscall.SIGCONT) }
-
-func (v *Vault) signal(s syscall.Signal) error {
+func (v *Vault) Pause() error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	return v.process.signal(s)
+	if !v.process.running() {
+		return errors.New("pausing Vault: it does not run")
+	}
+	if err := v.process.signal(syscall.SIGSTOP); err != nil {
+		return err
+	}
+	return stopped(v.process.pid())
+}
+
+// Resume ends a Pause.
+func (v *Vault) Resume() error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.process.signal(syscall.SIGCONT)
 }
 
 // Running reports whether its process lives.
