@@ -118,6 +118,10 @@ var (
 		{Op: providertest.OpSession, Fault: providertest.Fault{Effect: providertest.ActThenFail}},
 		{Op: providertest.OpSession, Fault: providertest.Fault{Effect: providertest.Refuse}},
 		{Op: providertest.OpSession, Fault: providertest.Fault{Delay: 3 * time.Second}},
+		{Op: providertest.OpCreate, Fault: providertest.Fault{Effect: providertest.Away}},
+		{Op: providertest.OpSession, Fault: providertest.Fault{Effect: providertest.Away}},
+		{Op: providertest.OpCreate, Fault: providertest.Fault{Deaf: 30 * time.Second}},
+		{Op: providertest.OpSession, Fault: providertest.Fault{Deaf: 30 * time.Second}},
 	}
 	// endFaults are what can happen to a call that ends or looks.
 	endFaults = []providertest.Fault{
@@ -129,6 +133,8 @@ var (
 		{Delay: 3 * time.Second},
 		{Delay: time.Minute},
 		{Late: 2 * time.Second},
+		{Effect: providertest.Away},
+		{Deaf: 20 * time.Second},
 	}
 )
 

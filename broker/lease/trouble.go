@@ -22,43 +22,53 @@ type trouble struct {
 	away  bool      // the provider said so itself
 	vain  int       // batches in a row that came to nothing
 	tries int       // since it began
-	until time.Time // no batch begins before
+	until time.Time // no batch of leases that have not failed begins before
+	again time.Time // no batch of leases that have begins before
 	spell int       // counts the troubles, so that an answer is not taken for a later one's
 }
 
 func (t *trouble) in() bool { return !t.since.IsZero() }
 
-// failed takes note of a batch, begun in a spell, that came to nothing. It
-// reports whether trouble begins.
-func (t *trouble) failed(away bool, spell int, first time.Duration, now time.Time, chance float64) (begins bool) {
+// failed takes note of a batch, begun in a spell, that came to nothing; fresh
+// tells that none of its leases had failed before. It reports whether trouble
+// begins.
+//
+// What failed before and fails again tells nothing of the rest, unless the
+// provider says that it is away.
+func (t *trouble) failed(away, fresh bool, spell int, first time.Duration, now time.Time, chance float64) (begins bool) {
 	if spell != t.spell {
 		return false // of before the present trouble: it tells nothing new
 	}
-	t.vain++
+	if fresh || away {
+		t.vain++
+	}
 	switch {
 	case t.in():
 		t.away = t.away || away
 		t.tries++
-	case away, t.vain >= troubleAfter:
+	case away, fresh && t.vain >= troubleAfter:
 		t.since, t.away, t.tries, begins = now, away, 0, true
 		t.spell++
 	default:
 		return false
 	}
-	t.until = now.Add(jittered(first, troubleLongest, t.tries, chance))
+	t.again = now.Add(jittered(first, troubleLongest, t.tries, chance))
+	if fresh || away {
+		t.until = t.again
+	}
 	return begins
 }
 
 // ended takes note of a batch of which something came. It reports whether a
-// trouble is over.
-func (t *trouble) ended(spell int) (over bool) {
+// trouble is over, and whether the provider was away.
+func (t *trouble) ended(spell int) (over, wasAway bool) {
 	if spell != t.spell {
-		return false
+		return false, false
 	}
-	over = t.in()
+	over, wasAway = t.in(), t.away
 	*t = trouble{spell: t.spell}
 	if over {
 		t.spell++
 	}
-	return over
+	return over, wasAway
 }

@@ -187,8 +187,8 @@ func (w *worker) run() {
 		if !p.upcoming.IsZero() {
 			next = earlier(next, p.upcoming)
 		}
-		if w.running[firstTry]+w.running[retry] == 0 { // otherwise an answer comes first
-			if until := later(w.trouble.until, w.hold); until.After(now) {
+		for _, until := range []time.Time{w.trouble.until, w.trouble.again, w.hold} {
+			if until.After(now) {
 				next = earlier(next, until)
 			}
 		}
@@ -241,14 +241,15 @@ func (w *worker) wants(now time.Time) want {
 	switch {
 	case w.trouble.in():
 		wants.size = min(size, probeSize)
-		switch {
-		case now.Before(w.trouble.until):
-		case w.trouble.away || limit == 1:
-			if asked == 0 {
-				wants.room[firstTry], wants.room[retry], wants.one = 1, 1, true
-			}
-		default:
-			wants.room[firstTry], wants.room[retry] = 1-min(w.running[firstTry], 1), 1-min(w.running[retry], 1)
+		if (w.trouble.away || limit == 1) && asked > 0 {
+			break
+		}
+		wants.one = w.trouble.away || limit == 1
+		if w.running[firstTry] == 0 && !now.Before(w.trouble.until) {
+			wants.room[firstTry] = 1
+		}
+		if w.running[retry] == 0 && !now.Before(w.trouble.again) {
+			wants.room[retry] = 1
 		}
 	case asked < limit:
 		wants.room[firstTry] = 1
@@ -275,9 +276,9 @@ func (w *worker) judge(d done) {
 		w.hold = now.Add(crowdedPause)
 	}
 	switch {
-	case d.away != nil, d.failed != nil && (d.kind == firstTry || w.trouble.in()):
+	case d.away != nil, d.failed != nil:
 		pause := min(2*e.cfg.RetryMin, troubleFirst)
-		if w.trouble.failed(d.away != nil, d.spell, pause, now, rand.Float64()) {
+		if w.trouble.failed(d.away != nil, d.kind == firstTry, d.spell, pause, now, rand.Float64()) {
 			w.gate.endsNothing(now)
 			err := d.away
 			if err == nil {
@@ -286,10 +287,13 @@ func (w *worker) judge(d done) {
 			e.log.Error("the provider is in trouble: its leases are ended when it is back", "provider", w.provider, "away", d.away != nil, "error", err)
 		}
 	case d.answered:
-		if w.trouble.ended(d.spell) {
+		over, wasAway := w.trouble.ended(d.spell)
+		if over {
 			e.log.Info("the provider ends leases again", "provider", w.provider)
 			w.gate.endsAgain(now)
-			w.pullAll()
+		}
+		if wasAway {
+			w.pullAll() // of one that hung, it is not known which leases it hung for
 		}
 	}
 }
@@ -301,11 +305,4 @@ func (w *worker) limit() int {
 	}
 	defer p.release()
 	return p.traits.Concurrency
-}
-
-func later(a, b time.Time) time.Time {
-	if b.After(a) {
-		return b
-	}
-	return a
 }

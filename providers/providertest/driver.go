@@ -17,7 +17,7 @@ import (
 //	url             where the World is; absent where Driver.System is set
 //	mode            planned, recorded or asked
 //	mint_timeout, late_bound, revoke_timeout    the Traits, as "150ms"
-//	batch, concurrency                          the Traits
+//	batch, concurrency, mint_concurrency        the Traits
 //	survives        ScopeInfo.Survives of every tool
 //
 // A tool's scope has no fields.
@@ -37,6 +37,7 @@ type config struct {
 	RevokeTimeout string `json:"revoke_timeout"`
 	Batch         int    `json:"batch"`
 	Concurrency   int    `json:"concurrency"`
+	MintLimit     int    `json:"mint_concurrency"`
 	Survives      string `json:"survives"`
 
 	traits providers.Traits
@@ -60,7 +61,7 @@ func (d Driver) decode(raw json.RawMessage) (config, error) {
 	default:
 		return c, providers.FieldErrorf("mode", "must be %s, %s or %s", Planned, Recorded, Asked)
 	}
-	c.traits = providers.Traits{Batch: c.Batch, Concurrency: c.Concurrency}
+	c.traits = providers.Traits{Batch: c.Batch, Concurrency: c.Concurrency, MintConcurrency: c.MintLimit}
 	for _, f := range []struct {
 		name, value string
 		into        *time.Duration

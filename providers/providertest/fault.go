@@ -32,6 +32,9 @@ type Fault struct {
 	// Delay is a slow answer: the System waits before it acts. A caller that
 	// leaves meanwhile leaves nothing behind.
 	Delay time.Duration
+	// Deaf is a slow answer that nobody can wait out: the System waits before it
+	// acts, and the caller waits with it whatever its time limit says.
+	Deaf time.Duration
 	// Late is a late commit: the request is accepted, and acted upon after so
 	// long even if its caller has left or was killed. A caller that is still
 	// there gets its answer then.
@@ -53,10 +56,11 @@ const (
 	ActThenCut                // act, and cut the connection
 	Duplicate                 // act twice, as if a proxy had repeated the request; the answer is the second's
 	Refuse                    // do nothing, and say definitely no
+	Away                      // do nothing, and say that nothing is done for anybody now
 )
 
 func (e Effect) String() string {
-	return [...]string{"act", "fail before", "act then fail", "act then cut", "duplicate", "refuse"}[e]
+	return [...]string{"act", "fail before", "act then fail", "act then cut", "duplicate", "refuse", "away"}[e]
 }
 
 // Script decides the Fault of each request. A System calls it for one request
@@ -94,9 +98,10 @@ func Rules(seed uint64, rules ...Rule) Script {
 	}
 }
 
-// What a request can come to besides success. Only errRefused is certain to
-// have done nothing.
+// What a request can come to besides success. Only errRefused and errAway are
+// certain to have done nothing.
 var (
+	errAway    = errors.New("the outside system is away")
 	errRefused = errors.New("the outside system refused")
 	errFailed  = errors.New("the outside system answered an error")
 	errCut     = errors.New("the connection was cut")
@@ -136,12 +141,15 @@ func request[T any](ctx context.Context, f *faults, op Op, names []string, act f
 			return none, ctx.Err()
 		}
 	}
+	time.Sleep(fault.Deaf)
 	do := act
 	switch fault.Effect {
 	case FailBefore:
 		return none, errFailed
 	case Refuse:
 		return none, errRefused
+	case Away:
+		return none, errAway
 	case ActThenFail:
 		do = func() (T, error) { act(); return none, errFailed }
 	case ActThenCut:

@@ -61,8 +61,11 @@ func (o *outside) Mint(ctx context.Context, req providers.MintRequest, record fu
 		// so nothing was made.
 		s, err := o.wire.session(ctx, sessionRequest{Name: name, DiesAt: req.End})
 		if err != nil {
-			if errors.Is(err, errRefused) {
+			switch {
+			case errors.Is(err, errRefused):
 				err = fmt.Errorf("%w: %w", providers.ErrRefused, err)
+			case errors.Is(err, errAway):
+				err = fmt.Errorf("%w: %w", providers.ErrAway, err)
 			}
 			return providers.Minted{}, fmt.Errorf("%w: opening session: %w", providers.ErrNothingMade, err)
 		}
@@ -92,6 +95,8 @@ func classify(err error) error {
 	switch {
 	case errors.Is(err, errRefused):
 		return fmt.Errorf("%w: %w: %w", providers.ErrNothingMade, providers.ErrRefused, err)
+	case errors.Is(err, errAway):
+		return fmt.Errorf("%w: %w: %w", providers.ErrNothingMade, providers.ErrAway, err)
 	case errors.Is(err, errNotSent):
 		return fmt.Errorf("%w: %w", providers.ErrNothingMade, err)
 	}
@@ -126,6 +131,9 @@ func (o *outside) ask(ctx context.Context, call call[handlesRequest, []statusAns
 		return deaths
 	}
 	answers, err := call(ctx, handlesRequest{Mode: o.mode, Handles: handles})
+	if errors.Is(err, errAway) {
+		err = fmt.Errorf("%w: %w", providers.ErrAway, err)
+	}
 	if err == nil && len(answers) != len(handles) {
 		err = fmt.Errorf("the outside system answered for %d of %d credentials", len(answers), len(handles))
 	}

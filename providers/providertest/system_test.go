@@ -68,6 +68,7 @@ func TestFaults(t *testing.T) {
 		err     bool
 		nothing bool // ErrNothingMade
 		refused bool
+		away    bool
 		live    int // credentials
 	}
 	for _, test := range []struct {
@@ -84,6 +85,9 @@ func TestFaults(t *testing.T) {
 		{"act then cut", OpCreate, Fault{Effect: ActThenCut}, want{err: true, live: 1}},
 		{"duplicate", OpCreate, Fault{Effect: Duplicate}, want{live: 2}},
 		{"refuse", OpCreate, Fault{Effect: Refuse}, want{err: true, nothing: true, refused: true}},
+		{"away", OpCreate, Fault{Effect: Away}, want{err: true, nothing: true, away: true}},
+		{"session away", OpSession, Fault{Effect: Away}, want{err: true, nothing: true, away: true}},
+		{"deaf", OpCreate, Fault{Deaf: time.Millisecond}, want{live: 1}},
 		{"session fails", OpSession, Fault{Effect: FailBefore}, want{err: true, nothing: true}},
 		{"session lies", OpSession, Fault{Effect: ActThenFail}, want{err: true, nothing: true}},
 		{"session refused", OpSession, Fault{Effect: Refuse}, want{err: true, nothing: true, refused: true}},
@@ -104,7 +108,7 @@ func TestFaults(t *testing.T) {
 					req := mintRequest(time.Hour)
 					r := planned(t, p, req)
 					minted, err := p.Mint(t.Context(), req, r.record)
-					got := want{err != nil, errors.Is(err, providers.ErrNothingMade), errors.Is(err, providers.ErrRefused), len(s.Live())}
+					got := want{err != nil, errors.Is(err, providers.ErrNothingMade), errors.Is(err, providers.ErrRefused), errors.Is(err, providers.ErrAway), len(s.Live())}
 					if got != test.want {
 						t.Fatalf("mint: %+v (%v), want %+v", got, err, test.want)
 					}
@@ -116,7 +120,14 @@ func TestFaults(t *testing.T) {
 							t.Errorf("credential of lease %s, want %s", c.Lease(), req.Lease)
 						}
 					}
+					was := s.faults.script
+					s.SetScript(Rules(1, Rule{Fault: Fault{Effect: Away}}))
 					d := p.Revoke(t.Context(), []providers.Ending{{Lease: req.Lease, Handle: r.handle}})
+					if r.handle != nil && !errors.Is(d[0].Err, providers.ErrAway) {
+						t.Errorf("revoke while it is away: %+v", d[0])
+					}
+					s.SetScript(was)
+					d = p.Revoke(t.Context(), []providers.Ending{{Lease: req.Lease, Handle: r.handle}})
 					if d[0].Err != nil || d[0].Progress != broker.ProgressVerified || len(s.Live()) != 0 {
 						t.Errorf("revoke: %+v, %d live", d[0], len(s.Live()))
 					}

@@ -91,6 +91,8 @@ func post[Q, A any](client *http.Client, url string) call[Q, A] {
 		case http.StatusOK:
 		case http.StatusForbidden:
 			return answer, errRefused
+		case http.StatusServiceUnavailable:
+			return answer, errAway
 		default:
 			return answer, fmt.Errorf("%w: %s", errFailed, response.Status)
 		}

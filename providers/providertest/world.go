@@ -16,7 +16,7 @@ import (
 //	POST /status    {mode, handles}          -> [{progress, retry_at?}]
 //	GET  /use       Authorization: Bearer S  -> 204, or 401 if S does not work
 //
-// A definite refusal is 403. Every other status but 200 leaves open whether
+// A definite refusal is 403, and 503 means that nothing is done for anybody now. Every other status but 200 leaves open whether
 // something was done.
 type World struct {
 	*System
@@ -70,6 +70,8 @@ func endpoint[Q, A any](act call[Q, A]) http.HandlerFunc {
 			json.NewEncoder(rw).Encode(answer)
 		case errors.Is(err, errRefused):
 			http.Error(rw, "refused", http.StatusForbidden)
+		case errors.Is(err, errAway):
+			http.Error(rw, "away", http.StatusServiceUnavailable)
 		case errors.Is(err, errFailed):
 			http.Error(rw, "something went wrong", http.StatusInternalServerError)
 		default: // cut, or the caller has left
