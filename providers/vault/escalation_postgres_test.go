@@ -246,6 +246,66 @@ func wantEnded(t *testing.T, c *pgx.Conn) {
 	t.Error("the session goes on")
 }
 
+// TestSetupTakesNothingOver: the SQL stops at what is somebody else's.
+func TestSetupTakesNothingOver(t *testing.T) {
+	v, pg := servers(t)
+	w := newWorld(t, v, pg)
+	c, err := vaultscope.ParseConfig(w.config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	tool := w.database()
+	tool.Name = "take." + w.id
+	s, err := vaultscope.NewSetup(c, []broker.Tool{tool}, vaultscope.Options{Broker: brokerID})
+	if err != nil {
+		t.Fatal(err)
+	}
+	group, schema := vaultscope.GroupRole(tool.Name), "mayfly_"+w.id
+	for name, each := range map[string][3]string{
+		"a superuser for the login":     {"CREATE ROLE " + w.sweep() + " SUPERUSER", "DROP ROLE " + w.sweep(), "rights of its own"},
+		"a superuser for a tool":        {"CREATE ROLE " + group + " SUPERUSER", "DROP ROLE " + group, "rights of its own"},
+		"somebody's login for a tool":   {"CREATE ROLE " + group + " LOGIN", "DROP ROLE " + group, "rights of its own"},
+		"somebody's schema":             {"CREATE SCHEMA " + schema, "DROP SCHEMA " + schema, "somebody else's"},
+		"a superuser for Vault's login": {"ALTER ROLE vault SUPERUSER", "ALTER ROLE vault NOSUPERUSER", "rights of its own"},
+	} {
+		w.super("%s", each[0])
+		if err := pg.exec("crm", s.SQL()); err == nil || !strings.Contains(err.Error(), each[2]) {
+			t.Errorf("%s: %v", name, err)
+		}
+		w.super("%s", each[1])
+	}
+	if err := pg.exec("crm", s.SQL()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestVaultEndsStraySessions: a revocation by Vault also ends sessions that
+// came back while an earlier role was dropped.
+func TestVaultEndsStraySessions(t *testing.T) {
+	h := newThief(t)
+	ctx := t.Context()
+	name := h.leased(h.installation)
+	vault := h.as("vault", "vault-password")
+	tx, err := vault.Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tx.Exec(ctx, fmt.Sprintf(`DROP ROLE %q`, name)); err != nil {
+		t.Fatal(err)
+	}
+	back := h.as(name, "pw") // the drop does not count yet
+	if err := tx.Commit(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := back.Exec(ctx, `SELECT 1`); err != nil {
+		t.Fatalf("the session ended with its role; then there is nothing to test: %v", err)
+	}
+	if err := h.cycle(h.creds("crm-read-1m"), h.tool); err != nil {
+		t.Fatal(err)
+	}
+	wantEnded(t, back)
+}
+
 // TestDropRolesThatHoldOn: an agent cannot keep its role by what it does with it.
 func TestDropRolesThatHoldOn(t *testing.T) {
 	v, pg := servers(t)
@@ -297,6 +357,42 @@ func TestDropRolesThatHoldOn(t *testing.T) {
 			t.Error("what cannot be dropped can still log in")
 		}
 		w.super(`DROP TABLE mine_%s; DROP ROLE %q`, w.id, name)
+	})
+	t.Run("Vault drops it, too", func(t *testing.T) {
+		name, free := w.leased(w.installation), w.leased(w.installation)
+		vault := w.as("vault", "vault-password")
+		tx, err := vault.Begin(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tx.Exec(ctx, fmt.Sprintf(`DROP ROLE %q`, name)); err != nil {
+			t.Fatal(err)
+		}
+		type answer struct {
+			gone []string
+			err  error
+		}
+		answered := make(chan answer)
+		go func() {
+			gone, err := w.drop(c, w.installation, name, free)
+			answered <- answer{gone, err}
+		}()
+		watch, err := pgx.Connect(ctx, pg.super("crm"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer watch.Close(context.Background())
+		for waiting := false; !waiting; { // until it waits for Vault
+			if err := watch.QueryRow(ctx, `SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted)`, c.PgConn().PID()).Scan(&waiting); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := tx.Commit(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if a := <-answered; a.err != nil || len(a.gone) != 2 {
+			t.Errorf("%q are gone: %v", a.gone, a.err)
+		}
 	})
 	t.Run("it comes back at once", func(t *testing.T) {
 		name := w.leased(w.installation)

@@ -25,8 +25,13 @@ func creationSQL(group string) string {
 }
 
 // revocationSQL ends sessions, which Vault's own does not, and does not fail
-// for a role that is gone: a failing one halts the revocation of others.
-const revocationSQL = `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{{name}}'; DROP ROLE IF EXISTS "{{name}}";`
+// for a role that is gone: a failing one halts the revocation of others. The
+// last statement is for clients that connect again by themselves: it ends what
+// came in after the first, and what came in while an earlier drop was not
+// committed yet. Within the transaction the role is gone already.
+const revocationSQL = `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{{name}}'; ` +
+	`DROP ROLE IF EXISTS "{{name}}"; ` +
+	`SELECT pg_terminate_backend(pid) FROM pg_stat_activity a WHERE usesysid IS NOT NULL AND NOT EXISTS (SELECT FROM pg_roles r WHERE r.oid = a.usesysid);`
 
 // SQLUser is the user that a database login of the configuration names.
 func (d Database) SQLUser() string {
@@ -103,7 +108,12 @@ BEGIN
     BEGIN
       EXECUTE format('DROP ROLE IF EXISTS %I', each);
       RETURN NEXT each;
-    EXCEPTION WHEN dependent_objects_still_exist THEN
+    EXCEPTION
+    WHEN internal_error THEN  -- "tuple concurrently deleted": Vault drops it, too
+      IF NOT EXISTS (SELECT FROM pg_roles r WHERE r.rolname = each) THEN
+        RETURN NEXT each;
+      END IF;
+    WHEN dependent_objects_still_exist THEN
       BEGIN
         SELECT g.rolname INTO STRICT heir FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid
           WHERE m.member = target.oid AND NOT g.rolcanlogin AND NOT g.rolsuper;
@@ -173,6 +183,12 @@ and drops roles that Vault lost track of, and ends access while Vault is away. G
 it a certificate, peer authentication, or a password (\password, and password_file).`))
 	fmt.Fprintf(b, "%sALTER ROLE %s LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOINHERIT NOREPLICATION NOBYPASSRLS CONNECTION LIMIT 16;\n",
 		ensureRole(login.SQLUser(), "LOGIN"), user)
+	fmt.Fprintf(b, `DO $$ BEGIN
+  IF EXISTS (SELECT FROM pg_namespace n JOIN pg_roles o ON o.oid = n.nspowner WHERE nspname = %s AND o.rolname <> %s) THEN
+    RAISE EXCEPTION 'schema %% is somebody else''s; Mayfly needs one of its own', %s;
+  END IF;
+END $$;
+`, literal(login.Schema), literal(s.options.VaultLogin), literal(login.Schema))
 	fmt.Fprintf(b, "CREATE SCHEMA IF NOT EXISTS %s;\nALTER SCHEMA %s OWNER TO %s;\nREVOKE ALL ON SCHEMA %s FROM PUBLIC;\nGRANT USAGE ON SCHEMA %s TO %s;\n", schema, schema, vault, schema, schema, user)
 	if s.options.Installation == "" {
 		b.WriteString("\n" + comment("--", `They take any installation's name. Where several installations use this server, print
@@ -193,12 +209,17 @@ a schema and a login of its own.`))
 	}
 }
 
-// ensureRole makes a role unless it is there. It stops at one that is a
-// superuser: what follows would take from it what it is, or give it away.
+// ensureRole makes a role, with or without a login, unless it is there. It
+// stops at one that is a superuser, or is for something else: what follows would
+// take from it what it is, or give it away.
 func ensureRole(name, options string) string {
+	wrong := "rolsuper"
+	if options == "NOLOGIN" {
+		wrong = "(rolsuper OR rolcanlogin OR rolcreaterole)"
+	}
 	return fmt.Sprintf(`DO $$ BEGIN
-  IF EXISTS (SELECT FROM pg_roles WHERE rolname = %s AND rolsuper) THEN
-    RAISE EXCEPTION 'role %% is a superuser; Mayfly needs one of its own', %s;
+  IF EXISTS (SELECT FROM pg_roles WHERE rolname = %s AND `+wrong+`) THEN
+    RAISE EXCEPTION 'role %% is there and has rights of its own; Mayfly needs one that has none', %s;
   ELSIF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = %s) THEN
     CREATE ROLE %s %s;
   END IF;
