@@ -38,18 +38,6 @@ func prepareDatabase(pg *postgres) error {
 	return pg.exec("postgres", "CREATE ROLE vault LOGIN CREATEROLE PASSWORD 'vault-password'")
 }
 
-// exec runs statements as the superuser.
-func (p *postgres) exec(db, sql string) error {
-	ctx := context.Background()
-	c, err := pgx.Connect(ctx, p.super(db))
-	if err != nil {
-		return err
-	}
-	defer c.Close(ctx)
-	_, err = c.Exec(ctx, sql)
-	return err
-}
-
 var (
 	trustDomain = spiffeid.RequireTrustDomainFromString("acme.test")
 	brokerID    = spiffeid.RequireFromString("spiffe://acme.test/mayfly")

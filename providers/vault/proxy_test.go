@@ -352,3 +352,28 @@ func TestSlowLease(t *testing.T) {
 		}
 	}
 }
+
+// TestOrder: the lease ends in Vault before its token does. The other way
+// round Vault ends the lease some time, and can forget it.
+func TestOrder(t *testing.T) {
+	v, pg := servers(t)
+	for name, noDirect := range map[string]bool{"direct": false, "Vault alone": true} {
+		w := newWorld(t, v, pg)
+		px := newProxy(t, v.address())
+		w.address, w.noDirect = px.URL, noDirect
+		p := w.setup(w.database()).open()
+		a := w.mint(p, w.database(), time.Minute)
+		px.set(func(s step, _ int, _ func() *answer, _ http.ResponseWriter) bool {
+			if s == stepLease && px.count(stepAccessor) > 0 {
+				t.Errorf("%s: the token was ended first", name)
+			}
+			return false
+		})
+		if d := p.Revoke(t.Context(), []providers.Ending{a.ending()})[0]; d.Progress != broker.ProgressVerified {
+			t.Errorf("%s: %+v", name, d)
+		}
+		if px.count(stepLease) != 1 || px.count(stepAccessor) != 1 {
+			t.Errorf("%s: %d calls for the lease, %d for the token", name, px.count(stepLease), px.count(stepAccessor))
+		}
+	}
+}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -122,7 +121,7 @@ func TestShapes(t *testing.T) {
 		alone := w.open()
 		alone.directs = nil // as without a login of our own
 		a := w.mint(p, w.database(), time.Minute)
-		pg.stop(syscall.SIGINT)
+		must(t, pg.Stop(t.Context()))
 		b := mint(t.Context(), p, w.request(w.database(), time.Minute))
 		t.Log(b.err)
 		wantTold(t, p, b, "", "500")
@@ -136,9 +135,7 @@ func TestShapes(t *testing.T) {
 		if _, err := p.List(t.Context()); err == nil {
 			t.Error("what cannot be looked at was listed")
 		}
-		if err := pg.begin(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, pg.Start(t.Context()))
 		e := b.ending()
 		e.Settles = time.Now().Add(-time.Second)
 		for i, d := range p.Revoke(t.Context(), []providers.Ending{a.ending(), e}) {
@@ -165,9 +162,7 @@ func TestShapes(t *testing.T) {
 	}
 	back := func(t *testing.T, leases ...*attempt) {
 		t.Helper()
-		if err := v.unseal(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, v.Unseal(t.Context()))
 		p.session.mu.Lock()
 		p.session.retryAt = time.Time{}
 		p.session.mu.Unlock()
@@ -184,9 +179,7 @@ func TestShapes(t *testing.T) {
 	t.Run("sealed", func(t *testing.T) {
 		w.t = t
 		a := w.mint(p, w.database(), time.Minute)
-		if err := v.client.Sys().Seal(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, v.Seal(t.Context()))
 		away(t, "503")
 		// Access ends all the same, and is said to have ended no more than it has.
 		d := p.Revoke(t.Context(), []providers.Ending{a.ending()})[0]
@@ -199,7 +192,7 @@ func TestShapes(t *testing.T) {
 	t.Run("down", func(t *testing.T) {
 		w.t = t
 		a, b := w.mint(p, w.database(), time.Minute), w.mint(p, w.database(), time.Minute)
-		v.stop(syscall.SIGKILL)
+		must(t, v.Kill())
 		away(t, "connection")
 		for _, d := range p.Revoke(t.Context(), []providers.Ending{a.ending(), b.ending()}) {
 			if !errors.Is(d.Err, providers.ErrAway) || d.Progress != broker.ProgressWritten {
@@ -209,9 +202,7 @@ func TestShapes(t *testing.T) {
 		if left := w.roles("mf_"); len(left) > 0 {
 			t.Errorf("left: %q", left)
 		}
-		if err := v.begin(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, v.Start(t.Context()))
 		back(t, a, b)
 	})
 
@@ -285,5 +276,12 @@ func TestProxiedShapes(t *testing.T) {
 				t.Errorf("%s: %+v", name, d)
 			}
 		}
+	}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
 	}
 }

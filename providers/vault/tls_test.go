@@ -23,6 +23,7 @@ import (
 
 	"github.com/mayfly-security/mayfly/attestation/devtrust"
 	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/deploy/testbed"
 	"github.com/mayfly-security/mayfly/providers"
 )
 
@@ -78,14 +79,17 @@ func newPrivateCA(t testing.TB) privateCA {
 // private authority, and a rotated SVID is shown at the next login.
 func TestCertLogin(t *testing.T) {
 	_, pg := servers(t)
-	ca := newPrivateCA(t)
-	v, err := newVault("--cert", ca.certFile, "--key", ca.keyFile)
+	v, err := newVault(testbed.VaultConfig{TLS: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(v.end)
+	t.Cleanup(func() { v.Close() })
+	caFile := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(caFile, []byte(v.CACert), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	w := newWorld(t, v, pg)
-	w.cert, w.extra = true, fmt.Sprintf(`,"ca_file":%q`, ca.caFile)
+	w.cert, w.extra = true, fmt.Sprintf(`,"ca_file":%q`, caFile)
 	p := w.setup(w.database()).open()
 	w.cycle(p)
 
