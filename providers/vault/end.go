@@ -337,10 +337,8 @@ func (p *provider) hung(ctx context.Context, endings []*ending) {
 	if !anyLate {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), probeLimit)
-	defer cancel()
-	_, err := do(ctx, p.client.fresh, request{what: "asking Vault whether it is there", path: "sys/health"})
-	if f := asFault(err); f == nil || f.kind != late && f.kind != away && f.kind != cut {
+	err := p.probe(ctx)
+	if err == nil {
 		return
 	}
 	for _, e := range endings {
@@ -348,6 +346,19 @@ func (p *provider) hung(ctx context.Context, endings []*ending) {
 			e.death.Err = fmt.Errorf("%w: %w: %w", providers.ErrAway, e.death.Err, err)
 		}
 	}
+}
+
+// probe returns an error if Vault answers nothing at all. What it answers does
+// not matter.
+func (p *provider) probe(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), probeLimit)
+	defer cancel()
+	_, err := do(ctx, p.client.fresh, request{what: "asking Vault whether it is there", path: "sys/health"})
+	switch kindOf(err) {
+	case late, away, cut:
+		return err
+	}
+	return nil
 }
 
 // byMount are the endings that which chooses, of mounts with a login.

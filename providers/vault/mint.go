@@ -25,7 +25,7 @@ const (
 	// request took its time.
 	slack = 5 * time.Second
 	// createLimit bounds the login and the creation of the lease's token.
-	createLimit = 30 * time.Second
+	createLimit = 15 * time.Second
 	// readMargin is how much longer than Vault itself we wait for an answer:
 	// whoever hangs up on Vault leaves roles that it does not know of.
 	readMargin = 10 * time.Second
@@ -51,6 +51,11 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 	m := &making{p: p, req: req, plan: plan}
 	failpoint.At("vault.create.before")
 	if err := m.createToken(ctx); err != nil {
+		if f := asFault(err); f.kind == late {
+			if hung := p.probe(ctx); hung != nil {
+				f.kind, f.err = away, errors.Join(f.err, hung)
+			}
+		}
 		// A token that nobody holds makes nothing, and dies by itself.
 		return providers.Minted{}, p.nothingMade(req.Tool.Name, err)
 	}

@@ -377,3 +377,35 @@ func TestOrder(t *testing.T) {
 		}
 	}
 }
+
+// TestHung: a Vault that takes connections and answers nothing is away for
+// everybody, and not one lease's matter.
+func TestHung(t *testing.T) {
+	v, pg := servers(t)
+	w := newWorld(t, v, pg)
+	p := w.setup(w.database()).open()
+	a := w.mint(p, w.database(), time.Minute)
+	if err := v.Pause(); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	d := p.Revoke(ctx, []providers.Ending{a.ending()})[0]
+	ctx, cancel = context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	b := mint(ctx, p, w.request(w.database(), time.Minute))
+	works := w.connects(a.minted.Secret)
+	if err := v.Resume(); err != nil {
+		t.Fatal(err)
+	}
+	if !errors.Is(d.Err, providers.ErrAway) || d.Progress != broker.ProgressWritten || works {
+		t.Errorf("%+v, and it works: %v", d, works)
+	}
+	wantRefused(t, b, broker.ReasonProvider)
+	if !errors.Is(b.err, providers.ErrAway) {
+		t.Errorf("%v", b.err)
+	}
+	if d := p.Confirm(t.Context(), []providers.Ending{a.ending()})[0]; d.Progress != broker.ProgressVerified {
+		t.Errorf("%+v", d)
+	}
+}
