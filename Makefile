@@ -70,6 +70,7 @@ $(TESTBED)/etcd: deploy/testbed/etcd/go.mod deploy/testbed/etcd/go.sum
 lint: $(TOOLS)/buf $(TOOLS)/staticcheck ## gofmt, vet, staticcheck, buf, and that generated code is fresh
 	@files=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$files" || { echo "gofmt: $$files" >&2; exit 1; }
 	$(GO) vet ./...
+	$(GO) vet -tags failpoints ./broker/failpoint ./broker/lease ./providers/vault ./cmd/mayflyd
 	$(TOOLS)/staticcheck ./...
 	$(GO) mod tidy -diff
 	cd broker/api && $(TOOLS)/buf lint
@@ -85,6 +86,16 @@ generate: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-connect-go ## 
 .PHONY: bench
 bench: ## Leases a second over mTLS, memory and start time with 100,000 open leases
 	$(GO) test -run '^$$' -bench . -benchtime 3s -timeout 20m ./cmd/mayflyd ./store/bolt
+
+.PHONY: bench-vault
+bench-vault: build need-postgres $(TESTBED)/vault ## Logins a second, and ends of many, beside Vault alone; ARGS="--clients 16 --rounds 4"
+	CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN)/trials/ ./deploy/trials/speed
+	$(BIN)/trials/speed --bin $(BIN) $(ARGS)
+
+.PHONY: outage
+outage: build need-postgres $(TESTBED)/vault ## Take Vault away for 10 minutes while 1,000 leases end; ARGS="--away 10m --leases 1000"
+	CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN)/trials/ ./deploy/trials/outage
+	$(BIN)/trials/outage --bin $(BIN) $(ARGS)
 
 .PHONY: clean
 clean: ## Remove what was built
