@@ -279,31 +279,48 @@ func TestSetupTakesNothingOver(t *testing.T) {
 	}
 }
 
-// TestVaultEndsStraySessions: a revocation by Vault also ends sessions that
-// came back while an earlier role was dropped.
-func TestVaultEndsStraySessions(t *testing.T) {
+// TestRevocationStatements: what Vault runs to end a lease also ends a session
+// that came in while it ran, and those that came in while an earlier role was
+// dropped.
+func TestRevocationStatements(t *testing.T) {
 	h := newThief(t)
 	ctx := t.Context()
-	name := h.leased(h.installation)
+	secret, err := h.v.client.Logical().Read(h.mount("database") + "/roles/crm-read-1m")
+	if err != nil {
+		t.Fatal(err)
+	}
+	name, now := h.leased(h.installation), h.leased(h.installation)
 	vault := h.as("vault", "vault-password")
 	tx, err := vault.Begin(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := tx.Exec(ctx, fmt.Sprintf(`DROP ROLE %q`, name)); err != nil {
-		t.Fatal(err)
+	var during, after *pgx.Conn
+	before := h.as(name, "pw")
+	for statement := range strings.SplitSeq(texts(secret.Data["revocation_statements"])[0], ";") {
+		if strings.Contains(statement, "clear_snapshot") {
+			during = h.as(name, "pw") // the drop does not count yet
+		}
+		if _, err := tx.Exec(ctx, strings.ReplaceAll(statement, "{{name}}", name), pgx.QueryExecModeSimpleProtocol); err != nil {
+			t.Fatal(err)
+		}
 	}
-	back := h.as(name, "pw") // the drop does not count yet
+	after = h.as(name, "pw") // nor now: this one is for the next revocation
 	if err := tx.Commit(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := back.Exec(ctx, `SELECT 1`); err != nil {
+	wantEnded(t, before)
+	wantEnded(t, during)
+	if _, err := after.Exec(ctx, `SELECT 1`); err != nil {
 		t.Fatalf("the session ended with its role; then there is nothing to test: %v", err)
 	}
 	if err := h.cycle(h.creds("crm-read-1m"), h.tool); err != nil {
 		t.Fatal(err)
 	}
-	wantEnded(t, back)
+	wantEnded(t, after)
+	if len(h.roles(now)) != 1 {
+		t.Error("another lease's role is gone")
+	}
 }
 
 // TestDropRolesThatHoldOn: an agent cannot keep its role by what it does with it.

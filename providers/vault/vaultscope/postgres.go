@@ -25,13 +25,14 @@ func creationSQL(group string) string {
 }
 
 // revocationSQL ends sessions, which Vault's own does not, and does not fail
-// for a role that is gone: a failing one halts the revocation of others. The
-// last statement is for clients that connect again by themselves: it ends what
-// came in after the first, and what came in while an earlier drop was not
-// committed yet. Within the transaction the role is gone already.
+// for a role that is gone: a failing one halts the revocation of others. A
+// client that connects again by itself can come in after the first statement.
+// Within the transaction its role is gone already, so the last one ends it, and
+// with it what came in while an earlier drop was not committed yet. The
+// snapshot of sessions is kept for a transaction, and is thrown away in between.
 const revocationSQL = `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{{name}}'; ` +
-	`DROP ROLE IF EXISTS "{{name}}"; ` +
-	`SELECT pg_terminate_backend(pid) FROM pg_stat_activity a WHERE usesysid IS NOT NULL AND NOT EXISTS (SELECT FROM pg_roles r WHERE r.oid = a.usesysid);`
+	`DROP ROLE IF EXISTS "{{name}}"; SELECT pg_stat_clear_snapshot(); ` +
+	`SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usesysid IS NOT NULL AND usename IS NULL;`
 
 // SQLUser is the user that a database login of the configuration names.
 func (d Database) SQLUser() string {
@@ -140,8 +141,7 @@ and the moment at which the drop of its role counts; it would stay.`,
 BEGIN
   RETURN (SELECT count(*) FROM (
     SELECT pg_terminate_backend(a.pid) FROM pg_stat_activity a
-    WHERE a.usesysid IS NOT NULL AND a.pid <> pg_backend_pid()
-      AND NOT EXISTS (SELECT FROM pg_roles r WHERE r.oid = a.usesysid)
+    WHERE a.usesysid IS NOT NULL AND a.usename IS NULL AND a.pid <> pg_backend_pid()
   ) ended);
 END
 `},
