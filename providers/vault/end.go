@@ -304,8 +304,11 @@ func (p *provider) atVault(ctx context.Context, endings []*ending, call func(con
 		select {
 		case p.slots <- struct{}{}:
 		case <-ctx.Done():
-			stop(&fault{kind: late, what: "ending leases", err: errors.New("the others took all the time that there is")})
-			e.fails(stopped())
+			if err := stopped(); err != nil {
+				e.fails(err)
+			} else { // the others took all the time that there is: it is no failure of this one
+				e.is(providers.Death{RetryAt: p.now().Add(slice / 4)})
+			}
 			continue
 		}
 		if err := stopped(); err != nil {

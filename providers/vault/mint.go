@@ -51,9 +51,9 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 	m := &making{p: p, req: req, plan: plan}
 	failpoint.At("vault.create.before")
 	if err := m.createToken(ctx); err != nil {
-		if f := asFault(err); f.kind == late {
-			if hung := p.probe(ctx); hung != nil {
-				f.kind, f.err = away, errors.Join(f.err, hung)
+		if f := asFault(err); f != nil && (f.kind == late || f.kind == cut) {
+			if gone := p.probe(ctx); gone != nil {
+				f.kind, f.err = away, errors.Join(f.err, gone)
 			}
 		}
 		// A token that nobody holds makes nothing, and dies by itself.
