@@ -167,7 +167,7 @@ func (w *world) tokens(ctx context.Context, installation broker.InstallationID) 
 			if err != nil {
 				return nil, err
 			}
-			if !alive {
+			if !alive && meta == nil {
 				continue
 			}
 			if meta["mayfly_installation"] == string(installation) {
@@ -184,7 +184,8 @@ func (w *world) tokens(ctx context.Context, installation broker.InstallationID) 
 	return things, nil
 }
 
-// lookup asks Vault about a token by its accessor.
+// lookup asks Vault about a token by its accessor. meta is nil if it is gone,
+// and alive is false if nobody can use it any more.
 func (w *world) lookup(ctx context.Context, accessor string) (meta map[string]string, uses int, alive bool, err error) {
 	s, err := w.vault.Client().Auth().Token().LookupAccessorWithContext(ctx, accessor)
 	var answer *api.ResponseError
@@ -200,14 +201,22 @@ func (w *world) lookup(ctx context.Context, accessor string) (meta map[string]st
 			meta[k], _ = v.(string)
 		}
 	}
-	if n, ok := s.Data["num_uses"].(json.Number); ok {
-		left, err := n.Int64()
-		if err != nil {
-			return nil, 0, false, err
-		}
-		uses = int(left)
+	left, err1 := number(s.Data["num_uses"])
+	ttl, err2 := number(s.Data["ttl"])
+	if err := errors.Join(err1, err2); err != nil {
+		return nil, 0, false, fmt.Errorf("reading what Vault says of an accessor: %w", err)
 	}
-	return meta, uses, true, nil
+	// A look-up also shows tokens that Vault is about to remove, and that
+	// nobody can use any more: their time is over, or they have -1 uses.
+	return meta, int(left), left >= 0 && ttl > 0, nil
+}
+
+func number(v any) (int64, error) {
+	n, ok := v.(json.Number)
+	if !ok {
+		return 0, fmt.Errorf("%v is no number", v)
+	}
+	return n.Int64()
 }
 
 // unusedUses is how many uses the token of a lease has before a credential is
