@@ -223,8 +223,10 @@ func (w *worker) ask(p *openProvider, leases []*leaseRecord, what string, call f
 		}
 	}
 	for i := 0; i < len(tell); i += chunk {
-		if err := w.write(tell[i:min(i+chunk, len(tell))]); err != nil {
+		part := tell[i:min(i+chunk, len(tell))]
+		if err := w.write(part); err != nil {
 			o.store = errors.Join(o.store, err)
+			w.keep(part)
 		}
 	}
 	failpoint.At("lease.end.written")
@@ -292,8 +294,7 @@ func (e *Engine) unsettled(l *leaseRecord, early time.Time) bool {
 		(early.Before(l.Settles) || e.isMinting(l.ID))
 }
 
-// write brings leases to where the provider says that they are. What cannot be
-// written now is kept, and written when it can be.
+// write brings leases to where the provider says that they are.
 func (w *worker) write(said []told) error {
 	why := make([]ending, len(said))
 	doomed := make([]bool, len(said))
@@ -303,30 +304,26 @@ func (w *worker) write(said []told) error {
 	now := w.e.clock.now()
 	err := w.e.update(w.e.ctx, now, func(t store.Txn) error {
 		for i, s := range said {
-			l, err := mustLease(t, s.lease)
+			l, ok, err := get[leaseRecord](t, keyLease(s.lease))
 			if err != nil {
 				return err
 			}
-			if l.State.Ended() {
+			if !ok || l.State.Ended() {
 				continue
 			}
 			if doomed[i] {
-				if err := why[i].begin(t, l, now); err != nil {
+				if err := why[i].begin(t, &l, now); err != nil {
 					return err
 				}
 			}
-			if err := w.step(t, l, s.death, s.unsettled, now, s.early); err != nil {
+			if err := w.step(t, &l, s.death, s.unsettled, now, s.early); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
-	for _, s := range said {
-		if err != nil {
-			w.keep(s, now)
-		} else {
-			w.written(s.lease)
-		}
+	if err == nil {
+		w.written(said)
 	}
 	return err
 }

@@ -92,6 +92,8 @@ type Engine struct {
 	workers map[string]*worker // by provider
 	house   *housekeeper
 
+	limbo *limbo
+
 	gateMu sync.Mutex
 	gates  map[string]*gate // by provider
 
@@ -142,6 +144,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		watch:       newBroadcast(),
 		minting:     map[broker.LeaseID]struct{}{},
 		workers:     map[string]*worker{},
+		limbo:       newLimbo(),
 		gates:       map[string]*gate{},
 		inventories: map[string]*inventory{},
 	}

@@ -205,6 +205,18 @@ func endGrant(t store.Txn, id broker.GrantID, now time.Time, state broker.GrantS
 	return appendEvent(t, ev)
 }
 
+// withdraw ends a grant: the commit of this is the instant from which nothing
+// of it can be delivered. One that has ended stays as it is.
+func withdraw(t store.Txn, id broker.GrantID, now time.Time, why sweepRecord) error {
+	if g, ok, err := get[broker.Grant](t, keyGrant(id)); err != nil || !ok || g.State != broker.GrantOpen {
+		return err
+	}
+	if err := endGrant(t, id, now, broker.GrantWithdrawn, why); err != nil {
+		return err
+	}
+	return put(t, keySweep(sweepGrants, string(id)), why)
+}
+
 // Ended counts what became of leases that a call ended.
 type Ended struct {
 	Dead     int // confirmed dead since the call
@@ -242,16 +254,16 @@ func (e *Engine) withdrawGrant(ctx context.Context, caller broker.Caller, id bro
 			return policy.NotFound("grant", string(id))
 		}
 		if was.State == broker.GrantOpen {
-			if err := endGrant(t, id, now, broker.GrantWithdrawn, why); err != nil {
-				return err
-			}
-			if err := put(t, keySweep(sweepGrants, string(id)), why); err != nil {
+			if err := withdraw(t, id, now, why); err != nil {
 				return err
 			}
 		}
 		g, _, err = get[broker.Grant](t, keyGrant(id))
 		return err
 	})
+	if untellable(err) {
+		err = e.withdrawAnyway(ctx, id, why, err)
+	}
 	if err != nil {
 		return broker.Grant{}, Ended{}, err
 	}

@@ -130,6 +130,9 @@ func (h *housekeeper) work(ctx context.Context) error {
 		if err := h.endOrphans(ctx); err != nil {
 			return err
 		}
+		if err := e.tellLimbo(ctx); err != nil {
+			return err
+		}
 		if err := e.resumeSweeps(ctx); err != nil {
 			return err
 		}
@@ -305,6 +308,11 @@ func (h *housekeeper) endOrphans(ctx context.Context) error {
 			return startRevoking(t, &l, now, ending{cause: o.cause, actor: audit.Broker, refund: o.refund})
 		})
 		if err != nil {
+			if untellable(err) {
+				for id, o := range todo {
+					e.doom([]broker.LeaseID{id}, ending{cause: o.cause, actor: audit.Broker, refund: o.refund, handle: string(o.handle)})
+				}
+			}
 			return err
 		}
 		h.mu.Lock()

@@ -195,6 +195,9 @@ func (e *Engine) closeIncident(ctx context.Context, caller broker.Caller, id bro
 		in, err = closeIncident(t, id, now, why)
 		return err
 	})
+	if untellable(err) {
+		err = e.closeAnyway(ctx, caller, ep, id, why, err)
+	}
 	if err != nil {
 		return broker.Incident{}, Ended{}, err
 	}

@@ -332,14 +332,14 @@ func (e *Engine) held(ctx context.Context, id broker.LeaseID) (l leaseRecord, ok
 		if !found {
 			return policy.NotFound("lease", string(id))
 		}
-		if !l.Usable(e.clock.late()) {
+		if !l.Usable(e.clock.late()) || e.doomed(&l) {
 			return nil
 		}
 		f, err := ep.read(r, l.Grant)
 		if err != nil {
 			return err
 		}
-		_, ok = f.Holds(e.clock.late())
+		_, ok = e.holds(f, e.clock.late())
 		return nil
 	})
 	return l, ok, storeRefusal(err)

@@ -86,7 +86,7 @@ type Counts struct {
 }
 
 // Counts reads how many leases have not ended, by state, and how many of them
-// are past their end. It reads keys only.
+// are past their end. It reads keys only, but of leases that are being made.
 func (e *Engine) Counts(ctx context.Context) (Counts, error) {
 	c := Counts{ByState: map[broker.LeaseState]int{
 		broker.LeaseMinting: 0, broker.LeaseActive: 0, broker.LeaseRevoking: 0,
@@ -102,12 +102,22 @@ func (e *Engine) Counts(ctx context.Context) (Counts, error) {
 			}
 			state := broker.LeaseState(entry.Value)
 			c.ByState[state]++
-			if state != broker.LeaseActive {
-				continue
-			}
-			// An active lease is due at its end.
-			if at, err := timeOfKey(entry.Key, 2); err == nil && now.After(at) {
-				c.Overdue++
+			switch state {
+			case broker.LeaseActive:
+				// An active lease is due at its end.
+				if at, err := timeOfKey(entry.Key, 2); err == nil && now.After(at) {
+					c.Overdue++
+				}
+			case broker.LeaseMinting:
+				// One that is being made is due when its attempt is over. There
+				// are never many.
+				l, _, err := get[leaseRecord](r, keyLease(broker.LeaseID(lastPart(entry.Key))))
+				if err != nil {
+					return err
+				}
+				if l.Overdue(now) {
+					c.Overdue++
+				}
 			}
 		}
 		from, _ = store.Prefix(prefixRevoking)

@@ -228,6 +228,11 @@ func (m *minter) admit(t store.Txn, now time.Time) error {
 	if _, d := f.Issue(m.ask, now); d.Err() != nil {
 		return d.Err()
 	}
+	if why, over := m.e.limbo.over(f.Grant); over {
+		refusal := lateRefusal(why.Cause, m.l.ID)
+		refusal.Lease = "" // there is no such lease
+		return refusal
+	}
 	if f.Grant.MaxUses > 0 {
 		f.Grant.Uses++
 		if err := put(t, keyGrant(f.Grant.ID), f.Grant); err != nil {
@@ -341,7 +346,7 @@ func (m *minter) activate(ctx context.Context, h providers.Handle) (refusal *bro
 			if l.State == broker.LeaseMinting {
 				l.End = earlier(l.End, m.l.End) // one that is being ended has its end, and is indexed by it
 			}
-			cause, holds := f.Holds(now)
+			cause, holds := m.e.holds(f, now)
 			switch {
 			case l.State != broker.LeaseMinting:
 				// It was ended while it was made: the worker now has the handle

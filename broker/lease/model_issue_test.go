@@ -39,12 +39,21 @@ func (m *model) issue(a act) {
 			broker.ReasonNoGrant, broker.ReasonIncidentClosed, broker.ReasonGrantSuspended)
 	}
 	m.mu.Lock()
+	if time.Since(m.failed[tool]) < 20*time.Second && v.again == nil && slices.Contains(v.reasons, "") {
+		v.reasons = append(v.reasons, broker.ReasonProvider) // its provider may be left alone for a moment
+	}
 	m.mint = mintFaults[a.Fault]
 	m.mu.Unlock()
+	fails := func() {
+		if mintFaults[a.Fault].Op != "" && slices.Contains(outsideTools, tool) {
+			m.failed[tool] = time.Now()
+		}
+	}
 	defer func() {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		m.mint = providertest.Rule{} // it was refused before it came to the provider
+		fails()
 	}()
 
 	engine, st, run := m.r.engine, m.store, m.runs
@@ -52,6 +61,7 @@ func (m *model) issue(a act) {
 		d, err := engine.Issue(context.Background(), as(agent), req)
 		m.mu.Lock()
 		defer m.mu.Unlock()
+		fails()
 		if storeKey != "" {
 			m.busyKeys[storeKey]--
 		}

@@ -335,11 +335,12 @@ type model struct {
 	over     map[broker.GrantID]bool    // an end of it has returned
 	off      bool                       // support's disabling has returned
 	mint     providertest.Rule          // the next attempt's
+	failed   map[string]time.Time       // by tool: when an attempt last failed
 	ends     []providertest.Fault       // the next endings'
 }
 
 func newModel(t *report) *model {
-	m := &model{t: t, wide: map[string]bool{}, busyKeys: map[string]int{},
+	m := &model{t: t, wide: map[string]bool{}, busyKeys: map[string]int{}, failed: map[string]time.Time{},
 		asked: map[string]map[string]bool{}, over: map[broker.GrantID]bool{}}
 	m.r = newRig(t, func(r *rig) {
 		r.yaml = strings.ReplaceAll(r.yaml, "max_ttl: 15m", "max_ttl: 3m")

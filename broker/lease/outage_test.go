@@ -460,3 +460,26 @@ func TestBusy(t *testing.T) {
 		}
 	})
 }
+
+// TestI3_OverdueWhileItIsMade: a lease whose end comes while it is still being
+// made is overdue.
+func TestI3_OverdueWhileItIsMade(t *testing.T) {
+	eachOutside(t, func(t *testing.T, tool string) {
+		r := newRig(t)
+		r.grant(support, tool, time.Hour)
+		r.system(tool).SetScript(providertest.Rules(1, providertest.Rule{Op: providertest.OpCreate, Times: 1, Fault: providertest.Fault{Deaf: 9 * time.Second}}))
+		done := r.background(tool, ttl(3*time.Second))
+		time.Sleep(5 * time.Second)
+		l := r.onlyLease()
+		if c, err := r.engine.Counts(context.Background()); err != nil || c.Overdue != 1 || l.State != broker.LeaseMinting {
+			t.Errorf("the lease is %s, and %d are overdue (%v)", l.State, c.Overdue, err)
+		}
+		if err := <-done; err == nil {
+			t.Error("what is over was delivered")
+		}
+		time.Sleep(30 * time.Second)
+		if l = r.lease(l.ID); !l.State.Ended() {
+			t.Errorf("half a minute later the lease is %s", l.State)
+		}
+	})
+}

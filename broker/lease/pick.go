@@ -28,13 +28,11 @@ func (p *picked) any() bool {
 func (w *worker) due(now, late time.Time, want want) (p picked, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	p, err = w.dueAhead(want, now)
-	if err != nil {
-		return picked{}, err
-	}
+	ahead := w.dueAhead(want, now)
 	err = w.e.store.View(w.e.ctx, func(r store.Reader) error {
 		picking := picking{w: w, r: r, want: want, now: now}
-		picking.ids[firstTry] = slices.Clone(p.ids[firstTry])
+		picking.picked = ahead
+		picking.ids[firstTry] = slices.Clone(ahead.ids[firstTry])
 		from, to := store.Prefix(prefixDueOf(w.provider))
 		for entry, err := range r.Scan(from, to) {
 			if err != nil {
@@ -88,20 +86,26 @@ func (w *worker) due(now, late time.Time, want want) (p picked, err error) {
 
 // dueAhead picks leases that are tried now whenever they are due. The caller
 // holds w.mu.
-func (w *worker) dueAhead(want want, now time.Time) (p picked, err error) {
+func (w *worker) dueAhead(want want, now time.Time) (p picked) {
 	if want.room[firstTry] == 0 {
-		return p, nil
+		return p
 	}
 	for id := range w.soon {
 		if len(p.ids[firstTry]) == want.size {
 			break
 		}
-		if _, busy := w.busy[id]; busy || now.Before(w.later[id]) {
+		if _, busy := w.busy[id]; busy {
+			continue
+		}
+		if at := w.later[id]; now.Before(at) {
+			if p.upcoming.IsZero() || at.Before(p.upcoming) {
+				p.upcoming = at
+			}
 			continue
 		}
 		p.ids[firstTry] = append(p.ids[firstTry], id)
 	}
-	return p, nil
+	return p
 }
 
 // picking is one reading of the due index. The worker's mu is held.

@@ -111,7 +111,9 @@ func (e *Engine) revokeLease(ctx context.Context, caller broker.Caller, id broke
 		cause = broker.CauseReturned
 	}
 	why := ending{cause: cause, actor: caller.ID.String(), reason: reason, correlation: caller.Correlation}
-	if _, err := e.endLeases(ctx, []broker.LeaseID{id}, why); err != nil {
+	if _, err := e.endLeases(ctx, []broker.LeaseID{id}, why); untellable(err) {
+		return broker.Lease{}, underWay(err)
+	} else if err != nil {
 		return broker.Lease{}, err
 	}
 	if _, err := e.awaitEnd(ctx, []broker.LeaseID{id}); err != nil {

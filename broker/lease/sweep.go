@@ -256,6 +256,9 @@ func (e *Engine) endLeases(ctx context.Context, ids []broker.LeaseID, why ending
 		})
 	}
 	err = g.Wait()
+	if untellable(err) {
+		e.doom(ids, why) // what ends does not wait for the store
+	}
 	for n := range counts {
 		moved += counts[n]
 		for provider := range wake[n] {

@@ -85,33 +85,39 @@ func (w *worker) postpone(id broker.LeaseID, d time.Duration) {
 	w.later[id] = at
 }
 
-// keep keeps what the store could not be told.
-func (w *worker) keep(s told, now time.Time) {
+// keep keeps what the store could not be told, until it can be. The pauses
+// between tries are kept here, too.
+func (w *worker) keep(said []told) {
+	now := w.e.clock.now()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.untold[s.lease] = s
-	switch {
-	case s.over():
-		w.later[s.lease] = now.Add(farOff)
-	case s.death.RetryAt.After(now) && s.death.Err == nil:
-		w.later[s.lease] = s.death.RetryAt
-	default:
-		w.later[s.lease] = now.Add(w.e.retryAfter(w.failing[s.lease].attempts))
-	}
-	if _, doomed := w.doomed[s.lease]; doomed && !s.over() {
-		w.soon[s.lease] = struct{}{} // its due key may lie in the future
+	for _, s := range said {
+		w.untold[s.lease] = s
+		switch {
+		case s.over():
+			w.later[s.lease] = now.Add(farOff)
+		case s.death.RetryAt.After(now) && s.death.Err == nil:
+			w.later[s.lease] = s.death.RetryAt
+		default:
+			w.later[s.lease] = now.Add(w.e.retryAfter(w.failing[s.lease].attempts))
+		}
+		if _, doomed := w.doomed[s.lease]; doomed && !s.over() {
+			w.soon[s.lease] = struct{}{} // its due key may lie in the future
+		}
 	}
 }
 
 // written forgets what the store was told.
-func (w *worker) written(id broker.LeaseID) {
+func (w *worker) written(said []told) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if _, was := w.untold[id]; was {
-		delete(w.untold, id)
-		delete(w.later, id)
+	for _, s := range said {
+		if _, was := w.untold[s.lease]; was {
+			delete(w.untold, s.lease)
+			delete(w.later, s.lease)
+		}
+		delete(w.doomed, s.lease)
 	}
-	delete(w.doomed, id)
 }
 
 // forget drops everything that is known of a lease.
