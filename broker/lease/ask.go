@@ -252,7 +252,9 @@ func (w *worker) account(leases []*leaseRecord, deaths []providers.Death) (o out
 			delete(w.failing, l.ID)
 		case errors.Is(d.Err, providers.ErrAway): // it says nothing of the lease
 		default:
-			well[l.Tool] = well[l.Tool] // it is in the map
+			if !well[l.Tool] {
+				well[l.Tool] = false // it is in the map
+			}
 			w.failing[l.ID] = failing{tool: l.Tool, attempts: w.failing[l.ID].attempts + 1}
 		}
 		if d.Err != nil && o.failed == nil {

@@ -153,7 +153,7 @@ func (w *world) tokens(ctx context.Context, installation broker.InstallationID) 
 	defer cancel()
 	list, err := w.vault.Client().Logical().ListWithContext(ctx, "auth/token/accessors")
 	if err != nil || list == nil {
-		return nil, errors.Join(err, errors.New("Vault lists no accessors"))
+		return nil, errors.Join(err, errors.New("no accessors were listed by Vault"))
 	}
 	keys, _ := list.Data["keys"].([]any)
 	var things []ledger.Thing
@@ -193,7 +193,7 @@ func (w *world) lookup(ctx context.Context, accessor string) (meta map[string]st
 		return nil, 0, false, nil // it is gone
 	}
 	if err != nil || s == nil {
-		return nil, 0, false, errors.Join(err, errors.New("Vault says nothing of an accessor"))
+		return nil, 0, false, errors.Join(err, errors.New("nothing was said by Vault of an accessor"))
 	}
 	meta = map[string]string{}
 	if m, ok := s.Data["meta"].(map[string]any); ok {

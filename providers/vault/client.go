@@ -184,7 +184,7 @@ func do(ctx context.Context, c *api.Client, r request) (*api.Secret, error) {
 	}
 	if resp.StatusCode >= 300 {
 		return nil, &fault{kind: away, what: r.what, status: resp.StatusCode,
-			err: fmt.Errorf("Vault sends to another node, at %q, which is not followed: give the address of a load balancer that finds the active node", resp.Header.Get("Location"))}
+			err: fmt.Errorf("the answer sends to another node, at %q, which is not followed: give the address of a load balancer that finds the active node", resp.Header.Get("Location"))}
 	}
 	raw, err := io.ReadAll(resp.Body)
 	if err != nil {

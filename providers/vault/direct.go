@@ -161,10 +161,14 @@ func (d *direct) dropInto(ctx context.Context, gone map[string]bool, names []str
 	if err != nil {
 		return d.failure("dropping roles", err)
 	}
+	// Gone is what has no session any more, either.
+	if err := d.endSessions(ctx); err != nil {
+		return err
+	}
 	for _, name := range dropped {
 		gone[name] = true
 	}
-	return d.endSessions(ctx)
+	return nil
 }
 
 // endSessions ends the sessions of roles that are not there any more: a client

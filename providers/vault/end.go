@@ -62,7 +62,7 @@ func (p *provider) checkLeaseID(id, path string) error {
 	if !ok || rest == "" || len(id) > 1024 || strings.ContainsFunc(rest, func(r rune) bool {
 		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && r != '.' && r != '-' && r != '_'
 	}) || strings.Contains(rest, "..") {
-		return fmt.Errorf("Vault's lease has the ID %q, which does not lie below %s: the broker could not revoke it", broker.Clean(broker.Shorten(id, 200)), path)
+		return fmt.Errorf("the lease in Vault has the ID %q, which does not lie below %s: the broker could not revoke it", broker.Clean(broker.Shorten(id, 200)), path)
 	}
 	return nil
 }
@@ -178,6 +178,8 @@ func (p *provider) Confirm(ctx context.Context, all []providers.Ending) []provid
 		case e.direct != nil:
 			e.is(providers.Death{Err: e.direct})
 		case e.h.Read && e.absent: // and below Vault is told
+		case e.h.Class == classCertificate || e.h.Class == classFixed:
+			e.is(p.conclude(e)) // Vault was told, or there is nothing to tell it
 		case !e.h.Read && !e.gone().IsZero() && !now.Before(e.gone()) && p.directs[e.h.Mount] == nil:
 			e.is(p.conclude(e))
 		default:

@@ -2,8 +2,6 @@ package vault
 
 import (
 	"crypto/x509"
-	"encoding/base64"
-	"encoding/binary"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -14,6 +12,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/vault/api"
+	"golang.org/x/crypto/ssh"
 )
 
 // class is how a credential of Vault's ends. It is in handles.
@@ -125,81 +124,25 @@ func notAfter(data map[string]any) (time.Time, error) {
 	return cert.NotAfter, nil
 }
 
-// sshKeyParts is how many values of its own each kind of key has in an OpenSSH
-// certificate, between the nonce and the serial number (OpenSSH,
-// PROTOCOL.certkeys).
-var sshKeyParts = map[string]int{
-	"ssh-rsa-cert-v01@openssh.com":                2,
-	"ecdsa-sha2-nistp256-cert-v01@openssh.com":    2,
-	"ecdsa-sha2-nistp384-cert-v01@openssh.com":    2,
-	"ecdsa-sha2-nistp521-cert-v01@openssh.com":    2,
-	"ssh-ed25519-cert-v01@openssh.com":            1,
-	"sk-ssh-ed25519-cert-v01@openssh.com":         2,
-	"sk-ecdsa-sha2-nistp256-cert-v01@openssh.com": 3,
-}
-
-// validBefore is when a signed SSH key expires.
+// validBefore is when a signed SSH key expires (OpenSSH, PROTOCOL.certkeys).
 func validBefore(data map[string]any) (time.Time, error) {
 	text, _ := data["signed_key"].(string)
-	words := strings.Fields(text)
-	if len(words) < 2 {
+	key, _, _, _, err := ssh.ParseAuthorizedKey([]byte(text))
+	if err != nil {
 		return time.Time{}, errors.New("there is no signed key in Vault's answer")
 	}
-	raw, err := base64.StdEncoding.DecodeString(words[1])
-	if err != nil {
-		return time.Time{}, errors.New("the signed key is not base64")
+	signed, ok := key.(*ssh.Certificate)
+	if !ok {
+		return time.Time{}, errors.New("the key in Vault's answer is not signed")
 	}
-	w := sshWire{rest: raw}
-	kind := string(w.value())
-	parts, known := sshKeyParts[kind]
-	if !known {
-		return time.Time{}, fmt.Errorf("the signed key is of the unknown kind %q", words[0])
-	}
-	for range 1 + parts { // the nonce, and the key
-		w.value()
-	}
-	w.take(8 + 4) // serial number, type
-	w.value()     // key ID
-	w.value()     // principals
-	w.take(8)     // valid after
-	before := w.take(8)
-	if w.short {
-		return time.Time{}, errors.New("the signed key is cut")
-	}
-	seconds := binary.BigEndian.Uint64(before)
-	if seconds > math.MaxInt32*1000 { // "for ever" is all ones
+	if signed.ValidBefore == ssh.CertTimeInfinity || signed.ValidBefore > math.MaxInt32*1000 {
 		return time.Time{}, errors.New("the signed key does not expire")
 	}
-	return time.Unix(int64(seconds), 0), nil
-}
-
-// sshWire reads values as of RFC 4251, section 5.
-type sshWire struct {
-	rest  []byte
-	short bool
-}
-
-func (w *sshWire) take(n int) []byte {
-	if w.short || n > len(w.rest) {
-		w.short = true
-		return make([]byte, 8)
-	}
-	taken := w.rest[:n]
-	w.rest = w.rest[n:]
-	return taken
-}
-
-func (w *sshWire) value() []byte {
-	length := binary.BigEndian.Uint32(w.take(4))
-	if w.short || length > 1<<20 {
-		w.short = true
-		return nil
-	}
-	return w.take(int(length))
+	return time.Unix(int64(signed.ValidBefore), 0), nil
 }
 
 // errNoEnd: design invariant I8, everything dies by itself.
-var errNoEnd = errors.New("Vault's answer does not tell when the credential dies")
+var errNoEnd = errors.New("the answer does not tell when the credential dies")
 
 // wholeSeconds is a duration as Vault takes it, rounded down.
 func wholeSeconds(d time.Duration) string {

@@ -215,10 +215,10 @@ func (m *making) take(ctx context.Context, secret *api.Secret, asked time.Time) 
 	switch m.Class {
 	case classDatabase, classLeased:
 		if m.LeaseID == "" || duration <= 0 {
-			return m.refuse(ctx, errors.New("Vault's answer has no lease: nothing could end the credential"))
+			return m.refuse(ctx, errors.New("the answer has no lease: nothing could end the credential"))
 		}
 		if duration > allowed {
-			return m.refuse(ctx, fmt.Errorf("Vault's lease lives %s, and at most %s is allowed: set default_ttl and max_ttl of the role that %s reads to the ttl of the tool's scope", duration, allowed-slack, m.plan.path))
+			return m.refuse(ctx, fmt.Errorf("the lease in Vault lives %s, and at most %s is allowed: set default_ttl and max_ttl of the role that %s reads to the ttl of the tool's scope", duration, allowed-slack, m.plan.path))
 		}
 		minted.DiesAt = now.Add(duration + buffer + clockSkew)
 		minted.Ends = asked.Add(duration)
@@ -231,7 +231,7 @@ func (m *making) take(ctx context.Context, secret *api.Secret, asked time.Time) 
 			return m.refuse(ctx, err)
 		}
 		if expires.After(m.req.End.Add(slack)) {
-			return m.refuse(ctx, fmt.Errorf("Vault made something that is good until %s, and it must be dead by %s: bound the life that its role gives", stamp(expires), stamp(m.req.End)))
+			return m.refuse(ctx, fmt.Errorf("what Vault made is good until %s, and it must be dead by %s: bound the life that its role gives", stamp(expires), stamp(m.req.End)))
 		}
 		minted.DiesAt, minted.Ends = expires.Add(clockSkew), expires
 		if minted.Survives != "" {

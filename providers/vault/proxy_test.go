@@ -143,7 +143,7 @@ var faults = map[string]func(forward func() *answer, rw http.ResponseWriter){
 	},
 	"twice": func(forward func() *answer, rw http.ResponseWriter) { forward(); forward().write(rw) },
 	"500":   func(forward func() *answer, rw http.ResponseWriter) { forward(); http.Error(rw, "a proxy's page", 500) },
-	"503":   func(forward func() *answer, rw http.ResponseWriter) { forward(); http.Error(rw, "a proxy's page", 503) },
+	"503":   func(forward func() *answer, rw http.ResponseWriter) { forward(); http.Error(rw, "a proxy's page", http.StatusServiceUnavailable) },
 	"delay": func(forward func() *answer, rw http.ResponseWriter) {
 		a := forward()
 		time.Sleep(200 * time.Millisecond)
