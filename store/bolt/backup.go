@@ -82,7 +82,7 @@ func (db *DB) copyTo(w io.Writer) (n int64, err error) {
 
 // Check reads the whole file and reports damage to its structure. Every Update
 // waits meanwhile. ctx bounds only the wait for its own turn.
-func (db *DB) Check(ctx context.Context) error {
+func (db *DB) Check(ctx context.Context) (err error) {
 	if err := db.enter(); err != nil {
 		return err
 	}
@@ -94,7 +94,8 @@ func (db *DB) Check(ctx context.Context) error {
 	// What others of the batch wrote is not in pages before the commit, so it
 	// does not matter here.
 	defer db.passTurn(b)
-	return check(b.tx)
+	defer guard(db.path, debug.SetPanicOnFault(true), &err)
+	return verify(b.tx)
 }
 
 func check(tx *bbolt.Tx) error {

@@ -2,6 +2,7 @@ package bolt
 
 import (
 	"fmt"
+	"runtime/debug"
 
 	"go.etcd.io/bbolt"
 
@@ -29,6 +30,7 @@ func (db *DB) begin() (b *batch, err error) {
 func (db *DB) finish(b *batch) {
 	// bbolt panics on damage. The turn must go on all the same, or everybody
 	// would wait for ever behind a panic that an HTTP server swallows.
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
 			b.err = &commitError{path: db.path, unknown: true, cause: db.panicked(p)}

@@ -51,6 +51,9 @@ func Open(path string, config Config) (*DB, error) {
 	if err := checkFile(path); err != nil {
 		return nil, fmt.Errorf("opening store %s: %w", path, err)
 	}
+	if err := checkMetas(path); err != nil {
+		return nil, fmt.Errorf("opening store %s: %w", path, err)
+	}
 	bolt, err := openBolt(path, config)
 	if err != nil {
 		return nil, fmt.Errorf("opening store %s: %w", path, err)
@@ -110,7 +113,8 @@ func openBoltWith(path string, opts *bbolt.Options) (db *bbolt.DB, err error) {
 	switch {
 	case errors.Is(err, berrors.ErrTimeout):
 		return nil, fmt.Errorf("%w: one file serves one broker; stop the other process first", store.ErrInUse)
-	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrChecksum), errors.Is(err, berrors.ErrVersionMismatch):
+	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrChecksum), errors.Is(err, berrors.ErrVersionMismatch),
+		err != nil && strings.Contains(err.Error(), "file size too small"): // it has no name
 		return nil, damaged(err)
 	case unwritable(err):
 		return nil, fmt.Errorf("%w: %w", store.ErrUnavailable, err)
@@ -223,6 +227,11 @@ func (db *DB) inspect() (empty bool, err error) {
 		}
 		if tx.Bucket(keysBucket) == nil {
 			return damaged("it has no keys")
+		}
+		if info.Size() <= checkedAtOpen {
+			if err := verify(tx); err != nil {
+				return damaged(err)
+			}
 		}
 		return tx.ForEach(func(name []byte, b *bbolt.Bucket) error {
 			if b == nil || !(bytes.Equal(name, metaBucket) || bytes.Equal(name, keysBucket) || strings.HasPrefix(string(name), logPrefix)) {

@@ -14,6 +14,7 @@ import (
 // has returned without an error; throwing them away undoes nothing.
 type txn struct {
 	tx      *bbolt.Tx
+	path    string
 	ops     int
 	bytes   int
 	writes  map[string][]byte // nil means deleted; an empty value is not nil
@@ -43,7 +44,11 @@ func (t *txn) Get(key string) ([]byte, bool, error) {
 	}
 	v, ok := t.writes[key]
 	if !ok {
-		v = t.tx.Bucket(keysBucket).Get([]byte(key))
+		v, ok, err := lookUp(t.path, t.tx, key)
+		if err != nil {
+			t.err = err
+		}
+		return v, ok, err
 	}
 	return bytes.Clone(v), v != nil, nil
 }

@@ -3,6 +3,7 @@ package bolt
 import (
 	"context"
 	"fmt"
+	"runtime/debug"
 	"slices"
 
 	"go.etcd.io/bbolt"
@@ -69,7 +70,7 @@ func (db *DB) Update(ctx context.Context, fn func(store.Txn) error) error {
 	if err != nil {
 		return err
 	}
-	t := &txn{tx: b.tx}
+	t := &txn{tx: b.tx, path: db.path}
 	before := b.dirty
 	err = db.runInTurn(b, t, fn)
 	if !before && (err != nil || !t.wrote()) {
@@ -92,8 +93,21 @@ func (db *DB) runInTurn(b *batch, t *txn, fn func(store.Txn) error) error {
 	}
 	b.dirty = true
 	b.bytes += t.bytes
-	b.apply = t.apply()
+	b.apply = db.apply(t)
 	return nil
+}
+
+// apply brings a caller's writes into the batch. A panic of bbolt, which finds
+// damage, must not look like a success: the batch would be committed half
+// changed.
+func (db *DB) apply(t *txn) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = db.panicked(p)
+		}
+	}()
+	return t.apply()
 }
 
 // takeTurn waits until nobody else has the turn, or ctx is done, and returns

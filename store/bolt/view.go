@@ -1,12 +1,12 @@
 package bolt
 
 import (
-	"bytes"
 	"context"
 	"encoding/binary"
 	"fmt"
 	"iter"
 	"math"
+	"runtime/debug"
 
 	"go.etcd.io/bbolt"
 
@@ -32,15 +32,16 @@ func (db *DB) View(ctx context.Context, fn func(store.Reader) error) error {
 		return fmt.Errorf("%w: beginning a snapshot of %s: %w", store.ErrUnavailable, db.path, err)
 	}
 	defer tx.Rollback()
-	r := &reader{ctx: ctx, tx: tx}
+	r := &reader{ctx: ctx, tx: tx, path: db.path}
 	defer func() { r.tx = nil }()
 	return fn(r)
 }
 
 // reader is a snapshot. tx is nil after the View has ended.
 type reader struct {
-	ctx context.Context
-	tx  *bbolt.Tx
+	ctx  context.Context
+	tx   *bbolt.Tx
+	path string
 }
 
 func (r *reader) Get(key string) ([]byte, bool, error) {
@@ -50,8 +51,7 @@ func (r *reader) Get(key string) ([]byte, bool, error) {
 	if err := checkKey("key", key); err != nil {
 		return nil, false, err
 	}
-	v := r.tx.Bucket(keysBucket).Get([]byte(key))
-	return bytes.Clone(v), v != nil, nil
+	return lookUp(r.path, r.tx, key)
 }
 
 func (r *reader) Scan(from, to string) iter.Seq2[store.Entry, error] {
@@ -60,7 +60,12 @@ func (r *reader) Scan(from, to string) iter.Seq2[store.Entry, error] {
 			yield(store.Entry{}, fmt.Errorf("snapshot %w", errDone))
 			return
 		}
-		err := r.walk(r.tx.Bucket(keysBucket), []byte(from), func(k, v []byte) bool {
+		b, err := r.bucket(keysBucket)
+		if err != nil {
+			yield(store.Entry{}, err)
+			return
+		}
+		err = r.walk(b, []byte(from), func(k, v []byte) bool {
 			if to != "" && string(k) >= to {
 				return false
 			}
@@ -82,11 +87,15 @@ func (r *reader) Log(log string, after uint64) iter.Seq2[store.LogEntry, error] 
 			yield(store.LogEntry{}, err)
 			return
 		}
-		b := r.tx.Bucket(logBucket(log))
+		b, err := r.bucket(logBucket(log))
+		if err != nil {
+			yield(store.LogEntry{}, err)
+			return
+		}
 		if b == nil || after == math.MaxUint64 {
 			return
 		}
-		err := r.walk(b, binary.BigEndian.AppendUint64(nil, after+1), func(k, v []byte) bool {
+		err = r.walk(b, binary.BigEndian.AppendUint64(nil, after+1), func(k, v []byte) bool {
 			return yield(store.LogEntry{Seq: binary.BigEndian.Uint64(k), Value: v}, nil)
 		})
 		if err != nil {
@@ -95,12 +104,25 @@ func (r *reader) Log(log string, after uint64) iter.Seq2[store.LogEntry, error] 
 	}
 }
 
+func (r *reader) bucket(name []byte) (b *bbolt.Bucket, err error) {
+	defer guard(r.path, debug.SetPanicOnFault(true), &err)
+	return r.tx.Bucket(name), nil
+}
+
 // walk calls fn with each entry of b from the key from on, until fn returns
 // false or ctx is done.
 func (r *reader) walk(b *bbolt.Bucket, from []byte, fn func(k, v []byte) bool) error {
 	c := b.Cursor()
 	n := 0
-	for k, v := c.Seek(from); k != nil; k, v = c.Next() {
+	if from == nil {
+		from = []byte{}
+	}
+	for {
+		k, v, err := r.at(c, from)
+		if err != nil || k == nil {
+			return err
+		}
+		from = nil
 		if n++; n%ctxEvery == 0 && r.ctx.Err() != nil {
 			return r.ctx.Err()
 		}
@@ -108,5 +130,4 @@ func (r *reader) walk(b *bbolt.Bucket, from []byte, fn func(k, v []byte) bool) e
 			return nil
 		}
 	}
-	return nil
 }
