@@ -51,12 +51,12 @@ func Open(path string, config Config) (*DB, error) {
 	if err := checkFile(path); err != nil {
 		return nil, fmt.Errorf("opening store %s: %w", path, err)
 	}
-	if err := checkMetas(path); err != nil {
-		return nil, fmt.Errorf("opening store %s: %w", path, err)
-	}
 	bolt, err := openBolt(path, config)
 	if err != nil {
 		return nil, fmt.Errorf("opening store %s: %w", path, err)
+	}
+	if err := checkMetas(path); err != nil { // now that nobody else can be writing it
+		return nil, errors.Join(fmt.Errorf("opening store %s: %w", path, err), bolt.Close())
 	}
 	db := &DB{path: path, bolt: bolt, closed: make(chan struct{}), commit: (*bbolt.Tx).Commit}
 	if err := db.prepare(); err != nil {
