@@ -255,3 +255,40 @@ func TestI3_MintedWithoutAStore(t *testing.T) {
 		r.wantState(r.onlyLease().ID, broker.LeaseRevoked, time.Minute)
 	})
 }
+
+// TestI5_WhatIsUnderWayEndsToo: the store is back before it is told of a close.
+// What was being made at the close is not delivered, and nothing else is made.
+func TestI5_WhatIsUnderWayEndsToo(t *testing.T) {
+	eachOutside(t, func(t *testing.T, tool string) {
+		r, faulty := newFaultyRig(t)
+		in := r.open(time.Hour, tool, "crm.read")
+		token := r.mustIssue("crm.read")
+		r.system(tool).SetScript(providertest.Rules(1, providertest.Rule{Op: providertest.OpCreate, Fault: providertest.Fault{Held: true}}))
+		done := r.background(tool)
+		synctest.Wait()
+		faulty.failAll(true)
+		_, _, err := r.engine.CloseIncident(context.Background(), as(pager), in.ID, "")
+		r.wantReason(err, broker.ReasonStore)
+		synctest.Wait()
+		faulty.failAll(false)
+		if _, err := r.issue("crm.read"); err == nil {
+			t.Error("the incident was closed, and a token is given")
+		}
+		if _, ok, _ := r.engine.Usable(context.Background(), token.Lease.ID); ok {
+			t.Error("the incident was closed, and a token of it is usable")
+		}
+		if n := r.system(tool).ReleaseLate(); n != 1 {
+			t.Fatalf("%d creations were held", n)
+		}
+		if err := <-done; err == nil {
+			t.Error("the incident was closed, and a lease of it was delivered")
+		}
+		time.Sleep(30 * time.Second)
+		if n := len(r.system(tool).Live()); n != 0 {
+			t.Errorf("%d live", n)
+		}
+		if left := r.keys("open|"); len(left) != 0 {
+			t.Errorf("these have not ended: %q", left)
+		}
+	})
+}
