@@ -2,6 +2,7 @@ package lease_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -179,6 +180,11 @@ func testOutage(t *testing.T, tool string) {
 		t.Errorf("%d leases have not ended; want at least %d", n, byTTL+withdrawn)
 	}
 
+	for id := range ends { // it says nothing of the leases, and costs them nothing
+		if n := r.attempts(id); n != 0 {
+			t.Errorf("lease %s is said to have been tried %d times", id, n)
+		}
+	}
 	calls.is(false)
 	back := time.Now()
 	for len(r.keys("open|")) > 0 && time.Since(back) < 2*time.Minute {
@@ -205,6 +211,44 @@ func testOutage(t *testing.T, tool string) {
 		time.Sleep(time.Second)
 	}
 	t.Error("20s after the return nothing is given")
+}
+
+// attempts is how often the store says that a lease was tried in vain.
+func (r *rig) attempts(id broker.LeaseID) int {
+	r.t.Helper()
+	var rec struct {
+		R struct{ Attempts int } `json:"r"`
+	}
+	err := r.db.View(context.Background(), func(rd store.Reader) error {
+		value, _, err := rd.Get("lease|" + string(id))
+		return errors.Join(err, json.Unmarshal(value, &rec))
+	})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return rec.R.Attempts
+}
+
+// TestI3_PausesEndWithTheTrouble: leases that failed until their provider was
+// away are not left to their own long pauses when it is back.
+func TestI3_PausesEndWithTheTrouble(t *testing.T) {
+	eachOutside(t, func(t *testing.T, tool string) {
+		r := newRig(t)
+		g := r.grant(support, tool, 2*time.Hour)
+		r.issueMany(tool, 50, func(int) time.Duration { return 15 * time.Minute })
+		r.system(tool).SetScript(providertest.Rules(1, providertest.Rule{Fault: providertest.Fault{Effect: providertest.FailBefore}}))
+		if _, _, err := r.engine.WithdrawGrant(context.Background(), as(sam), g.ID, ""); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(5 * time.Minute)
+		r.system(tool).SetScript(providertest.Rules(1, providertest.Rule{Fault: providertest.Fault{Effect: providertest.Away}}))
+		time.Sleep(90 * time.Second) // until one is due, and finds out
+		r.system(tool).SetScript(nil)
+		time.Sleep(10 * time.Second)
+		if left := r.keys("open|"); len(left) != 0 {
+			t.Errorf("ten seconds after the return %d of 50 have not ended", len(left))
+		}
+	})
 }
 
 // hanging is a driver whose providers hang where they end leases of one tool,
