@@ -144,13 +144,11 @@ func (m *making) read(ctx context.Context) (*api.Secret, error) {
 // unread is what a read that brought nothing means.
 func (m *making) unread(ctx context.Context, cause error) error {
 	f := asFault(cause)
-	switch {
-	case f.kind == badToken:
-		f.kind = denied // it was made a moment ago: its role makes tokens that cannot read
-	case f.says("one use left"), f.says("use limit"):
-		// The token's one read was used by somebody: by a proxy that sent it
-		// twice. The first may be under way still.
-		return fmt.Errorf("the credential of lease %s may have been read twice: %w", m.req.Lease, cause)
+	if f.kind == badToken || f.kind == throttled || f.says("one use left") || f.says("use limit") {
+		// The token was made a moment ago. A proxy that sends a read more than
+		// once uses it up, or gets its last copy refused, and what we are given
+		// is the answer to a copy: the first may be under way still.
+		return fmt.Errorf("the outcome is not known, as the credential of lease %s may have been read more than once: %w", m.req.Lease, cause)
 	}
 	if !f.refused() {
 		return fmt.Errorf("the outcome is not known: %w", cause)

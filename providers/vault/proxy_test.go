@@ -141,9 +141,17 @@ var faults = map[string]func(forward func() *answer, rw http.ResponseWriter){
 		a.body = a.body[:len(a.body)/2]
 		a.write(rw)
 	},
-	"twice": func(forward func() *answer, rw http.ResponseWriter) { forward(); forward().write(rw) },
-	"500":   func(forward func() *answer, rw http.ResponseWriter) { forward(); http.Error(rw, "a proxy's page", 500) },
-	"503":   func(forward func() *answer, rw http.ResponseWriter) { forward(); http.Error(rw, "a proxy's page", http.StatusServiceUnavailable) },
+	"twice":  func(forward func() *answer, rw http.ResponseWriter) { forward(); forward().write(rw) },
+	"thrice": func(forward func() *answer, rw http.ResponseWriter) { forward(); forward(); forward().write(rw) },
+	"429 after": func(forward func() *answer, rw http.ResponseWriter) {
+		forward()
+		http.Error(rw, "a proxy's page", http.StatusTooManyRequests)
+	},
+	"500": func(forward func() *answer, rw http.ResponseWriter) { forward(); http.Error(rw, "a proxy's page", 500) },
+	"503": func(forward func() *answer, rw http.ResponseWriter) {
+		forward()
+		http.Error(rw, "a proxy's page", http.StatusServiceUnavailable)
+	},
 	"delay": func(forward func() *answer, rw http.ResponseWriter) {
 		a := forward()
 		time.Sleep(200 * time.Millisecond)
@@ -186,6 +194,7 @@ func TestLostAnswers(t *testing.T) {
 	w.address = px.URL
 	p := w.setup(w.database()).open()
 	for name, fault := range faults {
+		copied := name == "twice" || name == "thrice"
 		for _, at := range []step{stepLogin, stepCreate, stepRead, stepLease, stepAccessor} {
 			t.Run(string(at)+"/"+name, func(t *testing.T) {
 				w.t = t
@@ -217,7 +226,7 @@ func TestLostAnswers(t *testing.T) {
 				case isNothing(a.err) && broker.ReasonOf(a.err) == broker.ReasonInternal:
 					t.Errorf("the agent is told nothing: %v", a.err)
 				}
-				if made > 1 && name != "twice" {
+				if made > 1 && !copied {
 					t.Errorf("%d roles were made", made)
 				}
 				e := a.ending()
@@ -230,7 +239,7 @@ func TestLostAnswers(t *testing.T) {
 					if d := p.Revoke(t.Context(), []providers.Ending{e})[0]; d.Err != nil || d.Progress == broker.ProgressVerified || !d.RetryAt.Equal(e.Settles) {
 						t.Errorf("before it settles: %+v", d)
 					}
-					if name != "twice" && !w.tokenLives(handleOf(t, e.Handle).Accessor) {
+					if !copied && !w.tokenLives(handleOf(t, e.Handle).Accessor) {
 						t.Error("the token was ended while a read with it might be under way")
 					}
 					if left := w.rolesOf(a.req.Lease); len(left) > 0 {
@@ -250,11 +259,77 @@ func TestLostAnswers(t *testing.T) {
 				if left := w.rolesOf(a.req.Lease); len(left) > 0 {
 					t.Errorf("roles are left: %q", left)
 				}
-				if left := w.tokensOf(a.req.Lease); len(left) > 0 && (at != stepCreate || name != "twice") {
+				if left := w.tokensOf(a.req.Lease); len(left) > 0 && (at != stepCreate || !copied) {
 					t.Errorf("%d tokens are left", len(left))
 				}
 			})
 		}
+	}
+}
+
+// TestCopies: a proxy that sends a read several times, and gives the answer that
+// comes first, says nothing about the copies that are under way.
+func TestCopies(t *testing.T) {
+	v, pg := servers(t)
+	for name, c := range map[string]struct {
+		copies int
+		give   func(first *answer, rw http.ResponseWriter)
+	}{
+		"the first refusal of three": {3, func(first *answer, rw http.ResponseWriter) { first.write(rw) }},
+		"too many, of one":           {1, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, v, pg)
+			px := newProxy(t, v.address())
+			w.address = px.URL
+			p := w.setup(w.database()).open()
+			// A database that takes its time to make a role.
+			path := w.mount("database") + "/roles/crm-read-1m"
+			role, err := v.client.Logical().Read(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			statements := role.Data["creation_statements"].([]any)
+			role.Data["creation_statements"] = append([]any{"SELECT pg_sleep(1);"}, statements...)
+			w.write(path, role.Data)
+
+			var copies sync.WaitGroup
+			px.set(func(s step, _ int, forward func() *answer, rw http.ResponseWriter) bool {
+				if s != stepRead {
+					return false
+				}
+				answers := make(chan *answer, c.copies)
+				for range c.copies {
+					copies.Go(func() { answers <- forward() })
+				}
+				if c.give != nil {
+					c.give(<-answers, rw)
+				} else {
+					http.Error(rw, "a proxy's page", http.StatusTooManyRequests)
+				}
+				return true
+			})
+			a := mint(t.Context(), p, w.request(w.database(), 2*time.Minute))
+			t.Log(a.err)
+			if a.err == nil || isNothing(a.err) {
+				t.Errorf("%v, while copies of the read are under way", a.err)
+			}
+			copies.Wait()
+			if c.copies == 1 && len(w.rolesOf(a.req.Lease)) != 1 {
+				t.Errorf("there are %d roles: the copy was cut off", len(w.rolesOf(a.req.Lease)))
+			}
+			e := a.ending()
+			e.Settles = time.Now().Add(-time.Second)
+			if d := p.Revoke(t.Context(), []providers.Ending{e})[0]; d.Progress != broker.ProgressVerified {
+				t.Errorf("%+v", d)
+			}
+			if left := w.rolesOf(a.req.Lease); len(left) > 0 {
+				t.Errorf("roles are left: %q", left)
+			}
+			if left := w.tokensOf(a.req.Lease); len(left) > 0 {
+				t.Errorf("%d tokens are left", len(left))
+			}
+		})
 	}
 }
 
