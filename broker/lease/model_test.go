@@ -120,8 +120,10 @@ var (
 		{Op: providertest.OpSession, Fault: providertest.Fault{Delay: 3 * time.Second}},
 		{Op: providertest.OpCreate, Fault: providertest.Fault{Effect: providertest.Away}},
 		{Op: providertest.OpSession, Fault: providertest.Fault{Effect: providertest.Away}},
-		{Op: providertest.OpCreate, Fault: providertest.Fault{Deaf: 30 * time.Second}},
-		{Op: providertest.OpSession, Fault: providertest.Fault{Deaf: 30 * time.Second}},
+		// Left behind after 12 s. A broker that was killed could not have done it
+		// any later, and the one that is "killed" here goes on.
+		{Op: providertest.OpCreate, Fault: providertest.Fault{Deaf: 14 * time.Second}},
+		{Op: providertest.OpSession, Fault: providertest.Fault{Deaf: 14 * time.Second}},
 	}
 	// endFaults are what can happen to a call that ends or looks.
 	endFaults = []providertest.Fault{
