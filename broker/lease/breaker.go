@@ -9,8 +9,8 @@ import (
 )
 
 const (
-	// breakAfter is how many attempts in a row must come to an unknown outcome
-	// before a provider is no longer asked to mint.
+	// breakAfter is how many attempts for a tool in a row must come to an
+	// unknown outcome before its provider is no longer asked for it.
 	breakAfter = 5
 	// probeFirst and probeLongest bound the pause before one attempt finds out
 	// whether a provider mints again.
@@ -18,7 +18,7 @@ const (
 	probeLongest = 15 * time.Second
 )
 
-// breaker decides whether a provider is asked to mint. While it is open nothing
+// breaker decides whether a provider is asked to mint, at all or for a tool. While it is open nothing
 // is asked but, now and then, one attempt that finds out. It is pure: the time
 // and the chance come in. The zero value is closed.
 type breaker struct {

@@ -52,6 +52,7 @@ func (e *Engine) forgetLease(ctx context.Context, caller broker.Caller, id broke
 	if err != nil {
 		return broker.Lease{}, err
 	}
+	e.unlearn(l)
 	e.log.Warn("an operator had a lease forgotten: it is not known to be dead", "lease", id, "provider", l.Provider, "operator", caller.ID.String())
 	e.watch.signal()
 	return l.Lease, nil

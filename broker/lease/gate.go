@@ -21,11 +21,13 @@ type gate struct {
 	metrics  *metrics
 
 	mu      sync.Mutex
-	mints   int             // under way, those left behind too
-	queue   []chan struct{} // those who wait for a place, first come first
-	breaker breaker
-	left    map[string]int // calls left behind that have not returned, by what they are
-	trouble time.Time      // since when its worker could end nothing; zero while it can
+	mints   int                 // under way, those left behind too
+	byTool  map[string]int      // of them, by tool
+	queue   []*waiter           // those who wait for a place, first come first
+	breaker breaker             // open while the provider says that it is away
+	tools   map[string]*breaker // open while attempts of a tool come to unknown outcomes
+	left    map[string]int      // calls left behind that have not returned, by what they are
+	trouble time.Time           // since when its worker could end nothing; zero while it can
 }
 
 // gate returns the provider's.
@@ -34,7 +36,8 @@ func (e *Engine) gate(provider string) *gate {
 	defer e.gateMu.Unlock()
 	g := e.gates[provider]
 	if g == nil {
-		g = &gate{provider: provider, log: e.log, metrics: e.metrics, left: map[string]int{}}
+		g = &gate{provider: provider, log: e.log, metrics: e.metrics,
+			left: map[string]int{}, byTool: map[string]int{}, tools: map[string]*breaker{}}
 		e.gates[provider] = g
 	}
 	return g
@@ -42,32 +45,65 @@ func (e *Engine) gate(provider string) *gate {
 
 // place is the right to one attempt.
 type place struct {
-	g     *gate
-	most  int
-	probe bool
-	told  bool // what the attempt came to
+	g         *gate
+	tool      string
+	most      int
+	probe     bool // it finds out whether the provider is back
+	toolProbe bool // it finds out whether the tool's attempts come to something again
+	told      bool // what the attempt came to
 }
 
-// enter waits for at most wait for one of most places, and begins an attempt.
-func (g *gate) enter(ctx context.Context, most int, wait time.Duration, now func() time.Time) (*place, error) {
-	g.mu.Lock()
-	if b := g.breaker; b.refuses(now()) {
-		g.mu.Unlock()
-		return nil, g.away(b)
+// waiter is a request that waits for a place.
+type waiter struct {
+	tool string
+	most int
+	turn chan struct{} // closed when it has the place
+}
+
+// enter waits for at most wait for one of most places, and begins an attempt
+// for a tool. One tool has at most half of the places, so that a system behind
+// the provider that hangs holds up its own tools and no others.
+func (g *gate) enter(ctx context.Context, tool string, most int, wait time.Duration, now func() time.Time) (*place, error) {
+	if err := g.refuse(tool, now()); err != nil {
+		return nil, err
 	}
-	g.mu.Unlock()
-	if err := g.take(ctx, most, wait); err != nil {
+	w := &waiter{tool: tool, most: most, turn: make(chan struct{})}
+	if err := g.take(ctx, w, wait); err != nil {
+		return nil, err
+	}
+	p := &place{g: g, tool: tool, most: most}
+	if err := g.refuse(tool, now()); err != nil { // it opened while this one waited
+		p.leave()
 		return nil, err
 	}
 	g.mu.Lock()
-	ok, probe := g.breaker.begin(now())
-	b := g.breaker
-	g.mu.Unlock()
-	if !ok { // it opened while this one waited
-		g.give(most)
-		return nil, g.away(b)
+	defer g.mu.Unlock()
+	_, p.probe = g.breaker.begin(now())
+	_, p.toolProbe = g.of(tool).begin(now())
+	return p, nil
+}
+
+// of returns a tool's breaker. The caller holds g.mu.
+func (g *gate) of(tool string) *breaker {
+	b := g.tools[tool]
+	if b == nil {
+		b = &breaker{}
+		g.tools[tool] = b
 	}
-	return &place{g: g, most: most, probe: probe}, nil
+	return b
+}
+
+// refuse refuses while the provider is away, or the tool in trouble.
+func (g *gate) refuse(tool string, now time.Time) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if b := g.breaker; b.refuses(now) {
+		return g.away(b, "provider "+g.provider)
+	}
+	if b := *g.of(tool); b.refuses(now) {
+		return g.away(b, "what is behind tool "+tool)
+	}
+	return nil
 }
 
 // ended tells what the attempt came to. Only the first word counts. A nil place
@@ -80,48 +116,76 @@ func (p *place) ended(r result, err error, now time.Time) {
 	g := p.g
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	was := g.breaker.open()
-	g.breaker.end(r, p.probe, now, rand.Float64())
+	// That it is away is the provider's matter, an unknown outcome the tool's:
+	// the system behind it may hang while others work.
+	provider, tool := r, r
+	if r == unknown {
+		provider = nothing
+	}
+	if r == away {
+		tool = nothing
+	}
+	was, toolWas := g.breaker.open(), g.of(p.tool).open()
+	g.breaker.end(provider, p.probe, now, rand.Float64())
+	g.of(p.tool).end(tool, p.toolProbe, now, rand.Float64())
 	switch is := g.breaker.open(); {
 	case is && !was:
 		g.log.Error("the provider is away: nothing is given there", "provider", g.provider, "next", g.breaker.next, "error", err)
 	case was && !is:
 		g.log.Info("the provider mints again", "provider", g.provider)
 	}
+	switch is := g.of(p.tool).open(); {
+	case is && !toolWas:
+		g.log.Error("attempts for a tool come to nothing: it is not given", "provider", g.provider, "tool", p.tool, "next", g.of(p.tool).next, "error", err)
+	case toolWas && !is:
+		g.log.Info("a tool is given again", "provider", g.provider, "tool", p.tool)
+	}
 }
 
 // leave gives the place to the next.
 func (p *place) leave() {
 	if p != nil {
-		p.g.give(p.most)
+		p.g.give(p.tool)
 	}
 }
 
-func (g *gate) take(ctx context.Context, most int, wait time.Duration) error {
+// room reports whether a waiter can have a place. The caller holds g.mu.
+func (g *gate) room(w *waiter) bool {
+	return g.mints < w.most && g.byTool[w.tool] < (w.most+1)/2
+}
+
+// seat gives a waiter its place. The caller holds g.mu.
+func (g *gate) seat(w *waiter) {
+	g.mints++
+	g.byTool[w.tool]++
+	close(w.turn)
+}
+
+func (g *gate) take(ctx context.Context, w *waiter, wait time.Duration) error {
 	g.mu.Lock()
-	if g.mints < most && len(g.queue) == 0 {
-		g.mints++
+	// Whoever waits already, and could have the place, comes first.
+	if g.room(w) && !slices.ContainsFunc(g.queue, g.room) {
+		g.seat(w)
 		g.mu.Unlock()
 		return nil
 	}
-	turn := make(chan struct{})
-	g.queue = append(g.queue, turn)
+	g.queue = append(g.queue, w)
 	g.mu.Unlock()
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
 	var err error
 	select {
-	case <-turn:
+	case <-w.turn:
 		return nil
 	case <-ctx.Done():
 		err = ctx.Err()
 	case <-timer.C:
 		err = broker.Refusef(broker.ReasonProvider, "try again in a moment",
-			"provider %s is busy: %d requests are under way there, which is the most at a time", g.provider, most)
+			"provider %s is busy: as many requests are under way there, or for tool %s, as there can be at a time", g.provider, w.tool)
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	i := slices.Index(g.queue, turn)
+	i := slices.Index(g.queue, w)
 	if i < 0 {
 		return nil // the turn came at the same moment
 	}
@@ -129,23 +193,32 @@ func (g *gate) take(ctx context.Context, most int, wait time.Duration) error {
 	return err
 }
 
-func (g *gate) give(most int) {
+// give takes a place back, and gives it to the first who can have it.
+func (g *gate) give(tool string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for g.mints--; g.mints < most && len(g.queue) > 0; g.mints++ {
-		close(g.queue[0])
-		g.queue = g.queue[1:]
+	g.mints--
+	if g.byTool[tool]--; g.byTool[tool] == 0 {
+		delete(g.byTool, tool)
+	}
+	for {
+		i := slices.IndexFunc(g.queue, g.room)
+		if i < 0 {
+			return
+		}
+		g.seat(g.queue[i])
+		g.queue = slices.Delete(g.queue, i, i+1)
 	}
 }
 
 // away is what is told while nothing is given.
-func (g *gate) away(b breaker) error {
+func (g *gate) away(b breaker, what string) error {
 	next := "it is being tried now: try again in a moment"
 	if !b.probing {
 		next = "it is tried again from " + b.next.UTC().Format(time.RFC3339) + " on: try again then"
 	}
 	return broker.Refusef(broker.ReasonProvider, next,
-		"provider %s has not answered since %s, so nothing is given there", g.provider, b.since.UTC().Format(time.RFC3339))
+		"%s has not answered since %s, so nothing is given there", what, b.since.UTC().Format(time.RFC3339))
 }
 
 // leave and returned count the calls that nobody waits for any more.
@@ -180,6 +253,9 @@ func (g *gate) endsAgain(now time.Time) {
 	defer g.mu.Unlock()
 	g.trouble = time.Time{}
 	g.breaker.hint(now)
+	for _, b := range g.tools {
+		b.hint(now)
+	}
 }
 
 func (g *gate) endsNothing(now time.Time) {

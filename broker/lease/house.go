@@ -34,7 +34,7 @@ type housekeeper struct {
 	mu       sync.Mutex
 	sleep    time.Time // until when it sleeps
 	storeErr error
-	orphans  map[broker.LeaseID]orphan
+	orphans  map[broker.LeaseID]*orphan
 }
 
 // orphan is a lease that must end, and of which the store could not be told yet.
@@ -45,7 +45,7 @@ type orphan struct {
 }
 
 func newHousekeeper(e *Engine) *housekeeper {
-	return &housekeeper{e: e, poked: make(chan struct{}, 1), orphans: map[broker.LeaseID]orphan{}}
+	return &housekeeper{e: e, poked: make(chan struct{}, 1), orphans: map[broker.LeaseID]*orphan{}}
 }
 
 func (h *housekeeper) poke() {
@@ -78,7 +78,10 @@ func (h *housekeeper) storeError() error {
 // again from the lease may be, before the store is told.
 func (e *Engine) endLater(id broker.LeaseID, handle []byte, cause broker.Cause, spent bool) {
 	e.house.mu.Lock()
-	e.house.orphans[id] = orphan{handle: handle, cause: cause, refund: !spent}
+	if was := e.house.orphans[id]; was != nil && handle == nil {
+		handle = was.handle // one that is known is the better one
+	}
+	e.house.orphans[id] = &orphan{handle: handle, cause: cause, refund: !spent}
 	e.house.mu.Unlock()
 	e.house.poke()
 }
@@ -285,7 +288,7 @@ func forget(t store.Txn, id broker.LeaseID) error {
 func (h *housekeeper) endOrphans(ctx context.Context) error {
 	e := h.e
 	h.mu.Lock()
-	todo := make(map[broker.LeaseID]orphan, len(h.orphans))
+	todo := make(map[broker.LeaseID]*orphan, len(h.orphans))
 	for id, o := range h.orphans {
 		todo[id] = o
 	}
@@ -316,7 +319,7 @@ func (h *housekeeper) endOrphans(ctx context.Context) error {
 			return err
 		}
 		h.mu.Lock()
-		if h.orphans[id].cause == o.cause {
+		if h.orphans[id] == o { // nothing was learnt meanwhile
 			delete(h.orphans, id)
 		}
 		h.mu.Unlock()

@@ -157,9 +157,13 @@ func (i *inventory) decided() ([]Stray, error) {
 func (i *inventory) look(p *openProvider, inv providers.Inventory) error {
 	e := i.e
 	began, early := e.clock.now(), e.clock.early()
-	found, err := within(i, p, listTimeout, inv.List)
-	if err != nil {
-		return fmt.Errorf("listing what is there: %w", err)
+	// What was found counts also where one of several systems did not answer;
+	// that something is gone is then not known.
+	found, partial := within(i, p, listTimeout, inv.List)
+	if partial != nil {
+		if partial = fmt.Errorf("listing what is there: %w", partial); len(found) == 0 {
+			return partial
+		}
 	}
 	was, err := e.noted(e.ctx, i.provider)
 	if err != nil {
@@ -175,7 +179,7 @@ func (i *inventory) look(p *openProvider, inv providers.Inventory) error {
 	for _, s := range was {
 		if _, there := seen[s.Name]; there {
 			noted[s.Name] = s
-		} else if s.FoundAt.Before(began) {
+		} else if s.FoundAt.Before(began) && partial == nil {
 			gone = append(gone, s)
 		}
 	}
@@ -211,9 +215,12 @@ func (i *inventory) look(p *openProvider, inv providers.Inventory) error {
 	noting := e.note(e.ctx, toNote)
 	removing := i.remove(p, inv, over)
 	i.mu.Lock()
-	i.beyond, i.success = beyond, e.clock.now()
+	i.beyond = beyond
+	if partial == nil {
+		i.success = e.clock.now()
+	}
 	i.mu.Unlock()
-	return errors.Join(noting, removing)
+	return errors.Join(partial, noting, removing)
 }
 
 // judged are those of what was found that are strays, each once. seen gets the

@@ -190,9 +190,11 @@ func (e *Engine) attempt(ctx context.Context, ep *epoch, caller broker.Caller, r
 	if req.Key != "" && caller.Certificate != [32]byte{} {
 		l.Certificate = caller.Certificate[:]
 	}
-	place, err := e.gate(tool.Provider).enter(ctx, p.traits.MintConcurrency, e.cfg.MintWait, e.clock.now)
-	if err != nil {
-		return nil, err
+	var place *place // an inert provider needs none: it is in this process
+	if !p.traits.Inert {
+		if place, err = e.gate(tool.Provider).enter(ctx, tool.Name, p.traits.MintConcurrency, e.cfg.MintWait, e.clock.now); err != nil {
+			return nil, err
+		}
 	}
 	m := &minter{e: e, ep: ep, p: p, tool: tool, caller: caller, ask: ask, l: l, asked: req.asked(caller.ID), place: place}
 	defer m.done()

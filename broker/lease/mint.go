@@ -427,6 +427,8 @@ func (m *minter) fail(ctx context.Context, h providers.Handle, cause error) {
 	})
 	if err != nil {
 		m.e.endLater(m.l.ID, h, broker.CauseMintFailed, false)
+	} else {
+		m.e.unlearn(m.l)
 	}
 	m.e.watch.signal()
 }

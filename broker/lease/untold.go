@@ -120,6 +120,13 @@ func (w *worker) written(said []told) {
 	}
 }
 
+// unlearn has the provider's worker forget a lease that ended without it.
+func (e *Engine) unlearn(l *leaseRecord) {
+	if w := e.worker(l.Provider); w != nil {
+		w.forget(l.ID)
+	}
+}
+
 // forget drops everything that is known of a lease.
 func (w *worker) forget(id broker.LeaseID) {
 	w.mu.Lock()

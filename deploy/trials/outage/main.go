@@ -111,6 +111,9 @@ func (x *outage) run() error {
 		return err
 	}
 	x.say("Vault is sealed.")
+	if err := x.closeIncident(); err != nil {
+		return err
+	}
 	var wg sync.WaitGroup
 	wg.Go(func() { x.meanwhile = x.issueTokens(x.away) })
 	wg.Go(func() { x.refused = x.askInVain(x.away) })
@@ -196,21 +199,29 @@ func (x *outage) make(n int) error {
 	return errors.Join(errs...)
 }
 
-// endMeanwhile closes the incident while Vault is sealed, and ends the others
-// while it is stopped, unless their time has come by then.
+// closeIncident closes the incident while Vault is sealed.
+func (x *outage) closeIncident() error {
+	_, ended, err := x.bot.CloseIncident(x.Ctx, x.incident, "resolved")
+	if err != nil {
+		return err
+	}
+	roles, err := x.World.Postgres.Roles(x.Ctx, `mf\_%`)
+	if err != nil {
+		return err
+	}
+	x.say("The incident is closed: %d leases are said to be dead, %d logins are in PostgreSQL.", ended.Dead, len(roles))
+	if !x.sweep && ended.Dead > x.leases-len(roles) {
+		return errors.New("more leases are said to be dead than are")
+	}
+	x.ended -= ended.Dead // Vault had not quite gone
+	return nil
+}
+
+// endMeanwhile stops Vault, and ends the leases that are active still, unless
+// their time has come by then.
 func (x *outage) endMeanwhile() error {
 	half := time.After(x.away / 2)
 	whole := time.After(x.away)
-	if _, ended, err := x.bot.CloseIncident(x.Ctx, x.incident, "resolved"); err != nil {
-		return err
-	} else if roles, err := x.World.Postgres.Roles(x.Ctx, `mf\_%`); err != nil {
-		return err
-	} else if !x.sweep && ended.Dead > x.leases-len(roles) {
-		return fmt.Errorf("%d leases are said to be dead, and PostgreSQL has %d logins of %d", ended.Dead, len(roles), x.leases)
-	} else {
-		x.say("The incident is closed: %d leases are said to be dead, %d logins are in PostgreSQL.", ended.Dead, len(roles))
-		x.ended -= ended.Dead // Vault had not quite gone
-	}
 	<-half
 	if err := x.World.Vault.Stop(x.Ctx); err != nil {
 		return err
