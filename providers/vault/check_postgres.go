@@ -2,6 +2,7 @@ package vault
 
 import (
 	"context"
+	"slices"
 	"strings"
 
 	"github.com/jackc/pgx/v5"
@@ -75,9 +76,10 @@ func (p *postgresCheck) functions(ctx context.Context) error {
 	schema := pgx.Identifier{p.db.Schema}.Sanitize()
 	for _, name := range vaultscope.FunctionNames() {
 		full := schema + "." + name
-		var owner, body, settings string
+		var owner, body string
+		var settings []string
 		var ownerSuper, definer, mine, public, callable bool
-		err := p.conn.QueryRow(ctx, `SELECT o.rolname, o.rolsuper, f.prosecdef, o.rolname = current_user, f.prosrc, coalesce(array_to_string(f.proconfig, ';'), ''),
+		err := p.conn.QueryRow(ctx, `SELECT o.rolname, o.rolsuper, f.prosecdef, o.rolname = current_user, f.prosrc, coalesce(f.proconfig, '{}'),
 			has_function_privilege('public', f.oid, 'EXECUTE'), has_function_privilege(f.oid, 'EXECUTE') AND has_schema_privilege(f.pronamespace, 'USAGE')
 			FROM pg_proc f JOIN pg_roles o ON o.oid = f.proowner WHERE f.oid = to_regprocedure($1)`, full).
 			Scan(&owner, &ownerSuper, &definer, &mine, &body, &settings, &public, &callable)
@@ -100,10 +102,13 @@ func (p *postgresCheck) functions(ctx context.Context) error {
 		if ownerSuper {
 			p.fault("function %s belongs to the superuser %s, and is to belong to Vault's login", full, owner)
 		}
-		if strings.ReplaceAll(settings, " ", "") != "search_path=pg_catalog,pg_temp" {
+		short, _, _ := strings.Cut(name, "(")
+		if !slices.ContainsFunc(settings, func(s string) bool { return strings.HasPrefix(s, "search_path=") }) {
 			p.fault("function %s has no fixed search_path: whoever calls it could choose what it calls", full)
+		} else if !vaultscope.SameSettings(short, settings) {
+			p.fault("function %s has other settings than the setup's: %s", full, strings.Join(settings, "; "))
 		}
-		if short, _, _ := strings.Cut(name, "("); !vaultscope.SameFunction(short, body) {
+		if !vaultscope.SameFunction(short, body) {
 			p.fault("function %s is not what the setup says", full)
 		}
 	}

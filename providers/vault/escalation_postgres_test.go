@@ -63,11 +63,36 @@ func sqlState(err error) string {
 }
 
 // TestPostgresEscalations: whoever steals the broker's login to PostgreSQL can
-// find and drop roles of its installation, and do nothing else.
+// find and drop roles of its installation, and do nothing else. Where the setup
+// was printed without an installation, it is those of any installation.
 func TestPostgresEscalations(t *testing.T) {
+	t.Run("bound", func(t *testing.T) { postgresEscalations(t, true) })
+	t.Run("unbound", func(t *testing.T) { postgresEscalations(t, false) })
+}
+
+// unbind applies what is printed without --installation to PostgreSQL.
+func (w *world) unbind(tools ...broker.Tool) {
+	w.t.Helper()
+	config, err := vaultscope.ParseConfig(w.config())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	s, err := vaultscope.NewSetup(config, tools, vaultscope.Options{Broker: brokerID, PublicKeys: w.jwtKeys()})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if err := w.pg.exec("crm", s.SQL()); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func postgresEscalations(t *testing.T, bound bool) {
 	v, pg := servers(t)
 	w := newWorld(t, v, pg)
 	w.setup(w.database())
+	if !bound {
+		w.unbind(w.database())
+	}
 	c := w.as(w.sweep(), "sweep-password")
 	other := broker.NewInstallationID(time.Now())
 	mine, theirs := w.leased(w.installation), w.leased(other)
@@ -84,7 +109,7 @@ func TestPostgresEscalations(t *testing.T) {
 		"another installation's roles":  fmt.Sprintf(`SELECT * FROM %s.roles('%s')`, schema, vaultscope.Installation(other)),
 		"drop another installation's":   fmt.Sprintf(`SELECT * FROM %s.drop_roles('%s', ARRAY['%s'])`, schema, vaultscope.Installation(other), theirs),
 		"all installations' roles":      fmt.Sprintf(`SELECT * FROM %s.roles('')`, schema),
-		"nobody's installation":         fmt.Sprintf(`SELECT * FROM %s.roles(NULL)`, schema),
+		"drop nobody's":                 fmt.Sprintf(`SELECT * FROM %s.drop_roles('', ARRAY['victim_%s'])`, schema, w.id),
 		"a pattern":                     fmt.Sprintf(`SELECT * FROM %s.roles('%%')`, schema),
 		"create a role":                 `CREATE ROLE x_` + w.id,
 		"drop a role":                   fmt.Sprintf(`DROP ROLE %q`, mine),
@@ -124,6 +149,9 @@ func TestPostgresEscalations(t *testing.T) {
 		"copy the server":               `SELECT pg_create_physical_replication_slot('x')`,
 		"switch off replication safety": `SET session_replication_role = replica`,
 	} {
+		if !bound && strings.Contains(name, "another installation's") {
+			continue // this is what binding is for
+		}
 		_, err := c.Exec(t.Context(), sql)
 		if state := sqlState(err); state != "42501" {
 			t.Errorf("%s: want SQLSTATE 42501, and it is %q: %v", name, state, err)
@@ -135,6 +163,33 @@ func TestPostgresEscalations(t *testing.T) {
 	}
 	if _, err := w.as(theirs, "pw").Exec(t.Context(), `SELECT `+schema+`.end_sessions()`); sqlState(err) != "42501" {
 		t.Errorf("an agent's login may end sessions: %v", err)
+	}
+
+	// NULL is no installation: without STRICT, too.
+	everything := fmt.Sprintf(`ARRAY['victim_%s', 'vault', '%s', '%s', NULL, 'app']`, w.id, theirs, mine)
+	for _, strict := range []bool{true, false} {
+		if !strict {
+			w.super(`ALTER FUNCTION %[1]s.roles(text) CALLED ON NULL INPUT; ALTER FUNCTION %[1]s.drop_roles(text, text[]) CALLED ON NULL INPUT`, schema)
+		}
+		for _, call := range []string{"roles(NULL)", "drop_roles(NULL, " + everything + ")", "drop_roles(NULL, NULL)"} {
+			tag, err := c.Exec(t.Context(), `SELECT * FROM `+schema+`.`+call)
+			if strict && (err != nil || tag.RowsAffected() != 0) || !strict && sqlState(err) != "42501" {
+				t.Errorf("%s, strict %t: %d rows, %v", call, strict, tag.RowsAffected(), err)
+			}
+		}
+		nulls := fmt.Sprintf(`SELECT * FROM %s.drop_roles('%s', ARRAY[NULL, 'victim_%s', NULL])`, schema, vaultscope.Installation(w.installation), w.id)
+		if tag, err := c.Exec(t.Context(), nulls); err != nil || tag.RowsAffected() != 0 {
+			t.Errorf("names that are NULL: %d rows, %v", tag.RowsAffected(), err)
+		}
+		if _, err := c.Exec(t.Context(), `SELECT * FROM `+schema+`.drop_roles($1, NULL)`, vaultscope.Installation(w.installation)); err != nil {
+			t.Errorf("no names: %v", err)
+		}
+	}
+	w.super(`ALTER FUNCTION %[1]s.roles(text) STRICT; ALTER FUNCTION %[1]s.drop_roles(text, text[]) STRICT`, schema)
+	for _, name := range []string{"victim_" + w.id, "vault", theirs, mine} {
+		if !slices.Contains(w.roles(name), name) {
+			t.Errorf("role %s was dropped for nobody's installation", name)
+		}
 	}
 
 	// Names that drop_roles must leave alone, whatever they look like.
@@ -261,9 +316,12 @@ func TestSetupTakesNothingOver(t *testing.T) {
 		t.Fatal(err)
 	}
 	group, schema := vaultscope.GroupRole(tool.Name), "mayfly_"+w.id
+	w.super(`DO $$ BEGIN IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'mayfly_left') THEN CREATE ROLE mayfly_left; END IF; END $$`)
 	for name, each := range map[string][3]string{
 		"a superuser for the login":     {"CREATE ROLE " + w.sweep() + " SUPERUSER", "DROP ROLE " + w.sweep(), "rights of its own"},
 		"a superuser for a tool":        {"CREATE ROLE " + group + " SUPERUSER", "DROP ROLE " + group, "rights of its own"},
+		"rights for what is left":       {"CREATE ROLE held; GRANT held TO mayfly_left", "DROP ROLE held", "is a member of others"},
+		"a login for what is left":      {"ALTER ROLE mayfly_left LOGIN", "ALTER ROLE mayfly_left NOLOGIN", "rights of its own"},
 		"somebody's login for a tool":   {"CREATE ROLE " + group + " LOGIN", "DROP ROLE " + group, "rights of its own"},
 		"somebody's schema":             {"CREATE SCHEMA " + schema, "DROP SCHEMA " + schema, "somebody else's"},
 		"a superuser for Vault's login": {"ALTER ROLE vault SUPERUSER", "ALTER ROLE vault NOSUPERUSER", "rights of its own"},
@@ -323,6 +381,22 @@ func TestRevocationStatements(t *testing.T) {
 	}
 }
 
+// wantShut: a role that could not be dropped can log in no more, and is a member
+// of nothing.
+func (w *world) wantShut(name string) {
+	w.t.Helper()
+	var login bool
+	var member int
+	c, err := pgx.Connect(w.t.Context(), w.pg.super("crm"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer c.Close(context.Background())
+	if err := c.QueryRow(w.t.Context(), `SELECT rolcanlogin, (SELECT count(*) FROM pg_auth_members WHERE member = r.oid) FROM pg_roles r WHERE rolname = $1`, name).Scan(&login, &member); err != nil || login || member != 0 {
+		w.t.Errorf("what cannot be dropped can log in: %t, is a member of %d roles: %v", login, member, err)
+	}
+}
+
 // TestDropRolesThatHoldOn: an agent cannot keep its role by what it does with it.
 func TestDropRolesThatHoldOn(t *testing.T) {
 	v, pg := servers(t)
@@ -333,11 +407,48 @@ func TestDropRolesThatHoldOn(t *testing.T) {
 	w.super(`CREATE SCHEMA work_%s; GRANT ALL ON SCHEMA work_%s TO %q`, w.id, w.id, group)
 	c := w.as(w.sweep(), "sweep-password")
 
+	denied := func(t *testing.T, c *pgx.Conn, what, sql string) {
+		t.Helper()
+		if _, err := c.Exec(ctx, sql); sqlState(err) != "42501" {
+			t.Errorf("%s that it left: want SQLSTATE 42501, and it is %v", what, err)
+		}
+	}
+	owns := fmt.Sprintf(`CREATE TABLE work_%[1]s.t (a int); INSERT INTO work_%[1]s.t VALUES (7); CREATE TYPE work_%[1]s.e AS ENUM ('x'); GRANT SELECT ON work_%[1]s.t TO PUBLIC;
+		CREATE FUNCTION work_%[1]s.f() RETURNS text LANGUAGE sql SECURITY DEFINER AS 'SELECT name FROM public.kept_%[1]s';
+		CREATE VIEW work_%[1]s.v AS SELECT name FROM public.kept_%[1]s; GRANT SELECT ON work_%[1]s.v TO PUBLIC`, w.id)
+	w.super(`CREATE TABLE kept_%[1]s (name text); INSERT INTO kept_%[1]s VALUES ('secret'); GRANT SELECT ON kept_%[1]s TO %[2]q;
+		CREATE ROLE friend_%[1]s LOGIN PASSWORD 'pw'; GRANT USAGE ON SCHEMA work_%[1]s TO friend_%[1]s`, w.id, group)
+	friend := w.as("friend_"+w.id, "pw")
+
+	t.Run("it owns things that cannot be given away", func(t *testing.T) {
+		name, free := w.leased(w.installation), w.leased(w.installation)
+		agent := w.as(name, "pw")
+		if _, err := agent.Exec(ctx, owns); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := friend.Exec(ctx, fmt.Sprintf(`SELECT work_%[1]s.f(), * FROM work_%[1]s.v`, w.id)); err != nil {
+			t.Fatalf("it gives nothing to begin with; then there is nothing to test: %v", err)
+		}
+		// The tool was granted CREATE after the setup, which is to be run again.
+		gone, err := w.drop(c, w.installation, name, free)
+		if err != nil || !slices.Equal(gone, []string{free}) {
+			t.Errorf("%q are gone: %v", gone, err)
+		}
+		wantEnded(t, agent)
+		w.wantShut(name)
+		denied(t, friend, "a function", fmt.Sprintf(`SELECT work_%s.f()`, w.id))
+		denied(t, friend, "a view", fmt.Sprintf(`SELECT * FROM work_%s.v`, w.id))
+		w.setup(w.database())
+		if gone, err := w.drop(c, w.installation, name); err != nil || len(gone) != 1 {
+			t.Errorf("with the setup run again, %q are gone: %v", gone, err)
+		}
+		w.super(`DROP SCHEMA work_%[1]s CASCADE; CREATE SCHEMA work_%[1]s; GRANT ALL ON SCHEMA work_%[1]s TO %[2]q; GRANT USAGE ON SCHEMA work_%[1]s TO friend_%[1]s`, w.id, group)
+	})
 	t.Run("it owns things", func(t *testing.T) {
+		w.setup(w.database())
 		name := w.leased(w.installation)
 		agent := w.as(name, "pw")
-		if _, err := agent.Exec(ctx, fmt.Sprintf(`CREATE TABLE work_%[1]s.t (a int); CREATE TYPE work_%[1]s.e AS ENUM ('x'); GRANT SELECT ON work_%[1]s.t TO PUBLIC;
-			CREATE FUNCTION work_%[1]s.f() RETURNS name LANGUAGE sql SECURITY DEFINER AS 'SELECT current_user'`, w.id)); err != nil {
+		if _, err := agent.Exec(ctx, owns); err != nil {
 			t.Fatal(err)
 		}
 		gone, err := w.drop(c, w.installation, name)
@@ -345,10 +456,52 @@ func TestDropRolesThatHoldOn(t *testing.T) {
 			t.Errorf("%q are gone: %v", gone, err)
 		}
 		wantEnded(t, agent)
-		// What it made is the tool's now, and has no more rights than that.
-		var owner string
-		if err := w.as("vault", "vault-password").QueryRow(ctx, fmt.Sprintf(`SELECT work_%s.f()`, w.id)).Scan(&owner); err != nil || owner != group {
-			t.Errorf("what it left runs as %q: %v", owner, err)
+		// What it made is still there, and can do nothing.
+		denied(t, friend, "a function", fmt.Sprintf(`SELECT work_%s.f()`, w.id))
+		denied(t, friend, "a view", fmt.Sprintf(`SELECT * FROM work_%s.v`, w.id))
+		var a int
+		if err := friend.QueryRow(ctx, fmt.Sprintf(`SELECT a FROM work_%s.t`, w.id)).Scan(&a); err != nil || a != 7 {
+			t.Errorf("what it wrote is lost: %d, %v", a, err)
+		}
+	})
+	t.Run("it has a transaction open", func(t *testing.T) {
+		name, free := w.leased(w.installation), w.leased(w.installation)
+		agents := []*pgx.Conn{w.as(name, "pw"), w.as(name, "pw")}
+		for i, sql := range []string{`BEGIN; CREATE TEMP TABLE t (a int)`, `BEGIN; ALTER ROLE CURRENT_USER PASSWORD 'other'`} {
+			if _, err := agents[i].Exec(ctx, sql); err != nil {
+				t.Fatal(err)
+			}
+		}
+		gone, err := w.drop(c, w.installation, name, free)
+		if err != nil || !slices.Equal(gone, []string{name, free}) || len(w.roles(name)) != 0 {
+			t.Errorf("%q are gone: %v", gone, err)
+		}
+		for _, agent := range agents {
+			wantEnded(t, agent)
+		}
+	})
+	t.Run("somebody else holds it", func(t *testing.T) {
+		name, free := w.leased(w.installation), w.leased(w.installation)
+		agent := w.as(name, "pw")
+		super, err := pgx.Connect(ctx, pg.super("crm"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer super.Close(context.Background())
+		if _, err := super.Exec(ctx, fmt.Sprintf(`BEGIN; CREATE TABLE held_%s (a int); ALTER TABLE held_%s OWNER TO %q`, w.id, w.id, name)); err != nil {
+			t.Fatal(err)
+		}
+		gone, err := w.drop(c, w.installation, name, free)
+		if err != nil || !slices.Equal(gone, []string{free}) {
+			t.Errorf("%q are gone: %v", gone, err)
+		}
+		wantEnded(t, agent)
+		w.wantShut(name)
+		if _, err := super.Exec(ctx, `ROLLBACK`); err != nil {
+			t.Fatal(err)
+		}
+		if gone, err := w.drop(c, w.installation, name); err != nil || len(gone) != 1 {
+			t.Errorf("when it is let go, %q are gone: %v", gone, err)
 		}
 	})
 	t.Run("it has members", func(t *testing.T) {
@@ -361,19 +514,20 @@ func TestDropRolesThatHoldOn(t *testing.T) {
 		}
 	})
 	t.Run("it cannot be dropped", func(t *testing.T) {
-		name := w.leased(w.installation)
+		name, free := w.leased(w.installation), w.leased(w.installation)
 		agent := w.as(name, "pw")
-		w.super(`CREATE TABLE mine_%s (a int); ALTER TABLE mine_%s OWNER TO %q; REVOKE %q FROM %q`, w.id, w.id, name, group, name) // no heir
-		free := w.leased(w.installation)
+		if err := pg.exec("postgres", fmt.Sprintf(`CREATE TABLE mine_%s (a int); ALTER TABLE mine_%s OWNER TO %q`, w.id, w.id, name)); err != nil { // another database
+			t.Fatal(err)
+		}
 		gone, err := w.drop(c, w.installation, name, free)
 		if err != nil || !slices.Equal(gone, []string{free}) {
 			t.Errorf("%q are gone: %v", gone, err)
 		}
 		wantEnded(t, agent)
-		if _, err := pgx.Connect(ctx, fmt.Sprintf("host=127.0.0.1 port=%d dbname=crm sslmode=disable user=%s password=pw", w.pg.port, name)); err == nil {
-			t.Error("what cannot be dropped can still log in")
+		w.wantShut(name)
+		if err := pg.exec("postgres", fmt.Sprintf(`DROP TABLE mine_%s; DROP ROLE %q`, w.id, name)); err != nil {
+			t.Fatal(err)
 		}
-		w.super(`DROP TABLE mine_%s; DROP ROLE %q`, w.id, name)
 	})
 	t.Run("Vault drops it, too", func(t *testing.T) {
 		name, free := w.leased(w.installation), w.leased(w.installation)

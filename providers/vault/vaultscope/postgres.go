@@ -20,8 +20,16 @@ func GroupRole(tool string) string {
 	}, tool)
 }
 
+// LeftRole is the PostgreSQL role that what agents leave behind goes to. It can
+// do nothing, so that a view or a SECURITY DEFINER function of theirs cannot.
+const LeftRole = "mayfly_left"
+
+// maxSessions is how many sessions one lease can have, so that no agent uses up
+// those of the server (max_connections).
+const maxSessions = 10
+
 func creationSQL(group string) string {
-	return `CREATE ROLE "{{name}}" LOGIN PASSWORD '{{password}}' VALID UNTIL '{{expiration}}' IN ROLE ` + ident(group) + `;`
+	return fmt.Sprintf(`CREATE ROLE "{{name}}" LOGIN CONNECTION LIMIT %d PASSWORD '{{password}}' VALID UNTIL '{{expiration}}' IN ROLE %s;`, maxSessions, ident(group))
 }
 
 // revocationSQL ends sessions, which Vault's own does not, and does not fail
@@ -55,6 +63,18 @@ func FunctionNames() []string {
 
 type function struct {
 	name, args, types, returns, kind, why, body string
+	lockTimeout                                 string // empty: the caller's
+}
+
+const searchPath = "pg_catalog, pg_temp"
+
+// settings are those of a function, as pg_proc.proconfig has them.
+func (f function) settings() []string {
+	all := []string{"search_path=" + searchPath}
+	if f.lockTimeout != "" {
+		all = append(all, "lock_timeout="+f.lockTimeout)
+	}
+	return all
 }
 
 // functions are what the broker's login may call. They run with the rights of
@@ -63,7 +83,8 @@ type function struct {
 // fixed, they build no statement but with format's %I, and take nothing for a
 // name of the installation's but what begins with it.
 func functions(installation string) []function {
-	check := "IF installation !~ '^[a-z0-9]{9}$' THEN\n    RAISE EXCEPTION 'no installation' USING ERRCODE = 'insufficient_privilege';\n  END IF;"
+	// NULL must not pass: a comparison with it is neither true nor false.
+	check := "IF installation IS NULL OR installation !~ '^[a-z0-9]{9}$' THEN\n    RAISE EXCEPTION 'no installation' USING ERRCODE = 'insufficient_privilege';\n  END IF;"
 	if installation != "" {
 		check = "IF installation IS DISTINCT FROM '" + installation + "' THEN\n    RAISE EXCEPTION 'another installation' USING ERRCODE = 'insufficient_privilege';\n  END IF;"
 	}
@@ -83,54 +104,83 @@ BEGIN
     ORDER BY 1;
 END
 `},
-		{name: "drop_roles", args: "installation text, names text[]", types: "text,text[]", returns: "SETOF text", kind: "VOLATILE",
+		{name: "drop_roles", args: "installation text, names text[]", types: "text,text[]", returns: "SETOF text", kind: "VOLATILE", lockTimeout: "500ms",
 			why: `Drops roles of one installation and ends their sessions. Returns those of the
 names that are gone. Never touches another name, nor a role that Vault would not
-have made. A role that owns something leaves it to the role that it is a member
-of; if that cannot be done, it stays, and can log in no more.`,
+have made. What a role owns goes to ` + LeftRole + `, which can do nothing. One
+that cannot be dropped stays, can log in no more, and is a member of nothing.`,
 			body: `
 DECLARE
   each text;
+  granted name;
   target record;
-  heir name;
-  dropped oid[] := '{}';
+  ours oid[];
+  n bigint;
+  begun timestamptz := clock_timestamp();
 BEGIN
   ` + check + `
+  ours := ARRAY(SELECT r.oid FROM pg_roles r
+    WHERE r.rolname::text = ANY (names) AND ` + fmt.Sprintf(mine, "r.rolname::text") + `
+      AND NOT (r.rolsuper OR r.rolcreaterole OR r.rolcreatedb OR r.rolreplication OR r.rolbypassrls));
+
+  -- Sessions first: an open transaction holds locks that keep its role.
+  LOOP
+    PERFORM pg_stat_clear_snapshot();
+    SELECT count(pg_terminate_backend(a.pid)) INTO n FROM pg_stat_activity a
+      WHERE a.usesysid = ANY (ours) AND a.pid <> pg_backend_pid();
+    EXIT WHEN n = 0 OR clock_timestamp() > begun + interval '1 second';
+    PERFORM pg_sleep(0.01);
+  END LOOP;
+
+  -- Then logins, so that this counts whatever becomes of the drops.
+  FOR each IN SELECT r.rolname FROM pg_roles r WHERE r.oid = ANY (ours) ORDER BY 1 LOOP
+    EXIT WHEN clock_timestamp() > begun + interval '2 seconds';
+    BEGIN
+      EXECUTE format('ALTER ROLE %I NOLOGIN', each);
+    EXCEPTION WHEN OTHERS THEN
+      NULL;  -- Vault drops it, too, or a session that came back changes it
+    END;
+  END LOOP;
+
   FOREACH each IN ARRAY coalesce(names, '{}') LOOP
-    CONTINUE WHEN each IS NULL OR NOT ` + fmt.Sprintf(mine, "each") + `;
-    SELECT r.oid, r.rolname,
-           r.rolsuper OR r.rolcreaterole OR r.rolcreatedb OR r.rolreplication OR r.rolbypassrls AS odd
-      INTO target FROM pg_roles r WHERE r.rolname = each;
+    CONTINUE WHEN ` + fmt.Sprintf(mine, "each") + ` IS NOT TRUE;
+    SELECT r.oid INTO target FROM pg_roles r WHERE r.rolname::text = each;
     IF NOT FOUND THEN
       RETURN NEXT each;
       CONTINUE;
     END IF;
-    CONTINUE WHEN target.odd;
+    -- A caller that gives up undoes everything: rather leave some for the next call.
+    CONTINUE WHEN (target.oid = ANY (ours)) IS NOT TRUE OR clock_timestamp() > begun + interval '3 seconds';
     BEGIN
-      EXECUTE format('DROP ROLE IF EXISTS %I', each);
-      RETURN NEXT each;
-    EXCEPTION
-    WHEN internal_error THEN  -- "tuple concurrently deleted": Vault drops it, too
-      IF NOT EXISTS (SELECT FROM pg_roles r WHERE r.rolname = each) THEN
-        RETURN NEXT each;
-      END IF;
-    WHEN dependent_objects_still_exist THEN
       BEGIN
-        SELECT g.rolname INTO STRICT heir FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid
-          WHERE m.member = target.oid AND NOT g.rolcanlogin AND NOT g.rolsuper;
+        EXECUTE format('DROP ROLE IF EXISTS %I', each);
+      EXCEPTION WHEN dependent_objects_still_exist THEN
         EXECUTE format('GRANT %I TO CURRENT_USER', each);
-        EXECUTE format('REASSIGN OWNED BY %I TO %I', each, heir);
+        EXECUTE format('REASSIGN OWNED BY %I TO ` + ident(LeftRole) + `', each);
         EXECUTE format('DROP OWNED BY %I', each);
         EXECUTE format('DROP ROLE %I', each);
+      END;
+      RETURN NEXT each;
+    EXCEPTION WHEN OTHERS THEN
+      -- Locked, not to be reassigned, or dropped by Vault in the meantime.
+      IF NOT EXISTS (SELECT FROM pg_roles r WHERE r.rolname::text = each) THEN
         RETURN NEXT each;
-      EXCEPTION WHEN OTHERS THEN
+        CONTINUE;
+      END IF;
+      BEGIN
+        FOR granted IN SELECT g.rolname FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid WHERE m.member = target.oid LOOP
+          EXECUTE format('REVOKE %I FROM %I', granted, each);
+        END LOOP;
         EXECUTE format('ALTER ROLE %I NOLOGIN PASSWORD NULL', each);
+      EXCEPTION WHEN OTHERS THEN
+        NULL;  -- it is not said to be gone, and the next call tries again
       END;
     END;
-    dropped := dropped || target.oid;
   END LOOP;
+
+  PERFORM pg_stat_clear_snapshot();
   PERFORM pg_terminate_backend(a.pid) FROM pg_stat_activity a
-    WHERE a.usesysid = ANY (dropped) AND a.pid <> pg_backend_pid();
+    WHERE a.usesysid = ANY (ours) AND a.pid <> pg_backend_pid();
 END
 `},
 		{name: "end_sessions", args: "", types: "", returns: "bigint", kind: "VOLATILE",
@@ -158,6 +208,10 @@ it may be run again. PostgreSQL 14 to 18; it was tested with 15.
 %s is as whom Vault logs in. It makes and drops roles and ends their sessions; it
 need not be a superuser, and should not be one.`, mount, s.options.VaultLogin)))
 	fmt.Fprintf(&b, "BEGIN;\n\n%sALTER ROLE %s CREATEROLE;\nGRANT pg_signal_backend TO %s;\n", ensureRole(s.options.VaultLogin, "LOGIN"), vault, vault)
+	_, swept := s.Config.Database(mount)
+	if swept {
+		leftSQL(&b, vault)
+	}
 	var groups []string
 	for _, t := range s.Tools {
 		if t.Scope.Engine == EngineDatabase && t.Scope.Mount == mount && !slices.Contains(groups, GroupRole(t.Tool.Name)) {
@@ -166,6 +220,15 @@ need not be a superuser, and should not be one.`, mount, s.options.VaultLogin)))
 			b.WriteString("\n" + comment("--", fmt.Sprintf(`Tool %s: its logins are members of this role, so that it decides what they can do.
 Grant it what the tool needs, and no more, such as: GRANT SELECT ON customers TO %s;`, t.Tool.Name, ident(group))))
 			fmt.Fprintf(&b, "%sGRANT %s TO %s WITH ADMIN OPTION;\n", ensureRole(group, "NOLOGIN"), ident(group), vault)
+			if swept {
+				// A function changes its owner only if the new one may create in its schema.
+				fmt.Fprintf(&b, `DO $$ DECLARE each name; BEGIN
+  FOR each IN SELECT nspname FROM pg_namespace WHERE has_schema_privilege(%s, oid, 'CREATE') AND NOT has_schema_privilege(%s, oid, 'CREATE') LOOP
+    EXECUTE format('GRANT CREATE ON SCHEMA %%I TO %s', each);
+  END LOOP;
+END $$;
+`, literal(group), literal(LeftRole), ident(LeftRole))
+			}
 		}
 	}
 	if login, ok := s.Config.Database(mount); ok {
@@ -173,6 +236,23 @@ Grant it what the tool needs, and no more, such as: GRANT SELECT ON customers TO
 	}
 	b.WriteString("\nCOMMIT;\n")
 	return b.String()
+}
+
+// leftSQL makes the role that what agents leave goes to. It is one for all
+// installations at a server. Vault's login must have its rights to give it things;
+// it has none.
+func leftSQL(b *strings.Builder, vault string) {
+	b.WriteString("\n" + comment("--", `What a role of a lease owns when it is dropped goes to this one, which is a member
+of nothing: grant it nothing. What an agent made cannot act for the tool then. Run
+this again after a GRANT CREATE ON SCHEMA to a tool: this role needs it there, too,
+to take functions over.`))
+	fmt.Fprintf(b, `%sDO $$ BEGIN
+  IF EXISTS (SELECT FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.member WHERE r.rolname = %s) THEN
+    RAISE EXCEPTION 'role %% is a member of others and has rights of its own; it must have none', %s;
+  END IF;
+END $$;
+GRANT %s TO %s;
+`, ensureRole(LeftRole, "NOLOGIN"), literal(LeftRole), literal(LeftRole), ident(LeftRole), vault)
 }
 
 // sweepSQL is the broker's own narrow login.
@@ -201,9 +281,12 @@ a schema and a login of its own.`))
 	}
 	for _, f := range functions(installation) {
 		b.WriteString("\n" + comment("--", f.why))
-		name := schema + "." + f.name
-		fmt.Fprintf(b, "CREATE OR REPLACE FUNCTION %s(%s) RETURNS %s\n  LANGUAGE plpgsql %s SECURITY DEFINER SET search_path = pg_catalog, pg_temp\nAS $mayfly$%s$mayfly$;\n",
-			name, f.args, f.returns, f.kind, f.body)
+		name, settings := schema+"."+f.name, " SET search_path = "+searchPath
+		if f.lockTimeout != "" {
+			settings += " SET lock_timeout = " + literal(f.lockTimeout)
+		}
+		fmt.Fprintf(b, "CREATE OR REPLACE FUNCTION %s(%s) RETURNS %s\n  LANGUAGE plpgsql %s STRICT SECURITY DEFINER%s\nAS $mayfly$%s$mayfly$;\n",
+			name, f.args, f.returns, f.kind, settings, f.body)
 		fmt.Fprintf(b, "ALTER FUNCTION %s(%s) OWNER TO %s;\nREVOKE ALL ON FUNCTION %s(%s) FROM PUBLIC;\nGRANT EXECUTE ON FUNCTION %s(%s) TO %s;\n",
 			name, f.types, vault, name, f.types, name, f.types, user)
 	}
@@ -253,7 +336,25 @@ func SameFunction(name, body string) bool {
 	return false
 }
 
-var installationCheck = regexp.MustCompile(`IF installation (?:!~ '\^\[a-z0-9\]\{9\}\$'|IS DISTINCT FROM '[a-z0-9]{9}') THEN\n    RAISE EXCEPTION '(?:no|another) installation' `)
+// SameSettings reports whether the settings of a function, as PostgreSQL has
+// them (pg_proc.proconfig), are those of the setup.
+func SameSettings(name string, settings []string) bool {
+	for _, f := range functions("") {
+		if f.name == name {
+			return slices.Equal(slices.Sorted(slices.Values(settings)), slices.Sorted(slices.Values(f.settings())))
+		}
+	}
+	return false
+}
+
+// FunctionBound reports whether the body of a function of the setup serves one
+// installation alone. It is true of one that takes no installation.
+func FunctionBound(body string) bool {
+	found := installationCheck.FindString(body)
+	return found == "" || strings.Contains(found, "IS DISTINCT FROM")
+}
+
+var installationCheck = regexp.MustCompile(`IF installation (?:IS NULL OR installation !~ '\^\[a-z0-9\]\{9\}\$'|IS DISTINCT FROM '[a-z0-9]{9}') THEN\n    RAISE EXCEPTION '(?:no|another) installation' `)
 
 // unbound takes from a body which installation it is bound to.
 func unbound(body string) string { return installationCheck.ReplaceAllString(body, "IF installation ") }

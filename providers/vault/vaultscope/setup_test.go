@@ -124,6 +124,12 @@ func TestSameFunction(t *testing.T) {
 		if name != "end_sessions" && (a == b || !strings.Contains(b, "'890123456'")) {
 			t.Errorf("%s is not bound to the installation", name)
 		}
+		if !vaultscope.FunctionBound(b) || vaultscope.FunctionBound(a) != (name == "end_sessions") {
+			t.Errorf("%s: whether it is bound to an installation is not told", name)
+		}
+		if name != "end_sessions" && vaultscope.SameFunction(name, strings.Replace(a, "installation IS NULL OR ", "", 1)) {
+			t.Errorf("%s that lets NULL pass is taken for it", name)
+		}
 		if vaultscope.SameFunction(name, strings.Replace(a, "BEGIN", "BEGIN\n  RETURN;", 1)) {
 			t.Errorf("another %s is taken for it", name)
 		}
