@@ -25,6 +25,7 @@ const (
 	liveCheckTime = 2 * time.Minute  // and for one provider
 	maxFinding    = 1000             // bytes of one line that is shown
 	envVaultToken = "VAULT_TOKEN"    // the ecosystem's
+	envVaultAddr  = "VAULT_ADDR"     // whose token it is
 )
 
 func checkCommand() *cobra.Command {
@@ -41,7 +42,8 @@ With --live it also asks the providers that can be compared with what they shoul
 be: it logs in as the broker, with the broker's SVID from the Workload API, and
 tells what is missing there, and what the broker can do that it should not. It
 changes nothing. With an operator's token in VAULT_TOKEN it looks with that, too,
-at what the broker may not see in Vault. It exits with 1 if anything is bad.`,
+at what the broker may not see in the Vault at VAULT_ADDR; no other Vault is shown
+the token. It exits with 1 if anything is bad.`,
 		Example: "  mayflyd check --config /etc/mayfly/mayflyd.yaml\n  mayflyd check --config /etc/mayfly/mayflyd.yaml --live",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -75,7 +77,7 @@ at what the broker may not see in Vault. It exits with 1 if anything is bad.`,
 
 // checkLive asks every provider that can be asked.
 func checkLive(ctx context.Context, out io.Writer, s settings, snapshot *catalog.Snapshot) error {
-	token := os.Getenv(envVaultToken)
+	token, address := os.Getenv(envVaultToken), os.Getenv(envVaultAddr)
 	var login attestation.LoginSource
 	if s.workload == "" && os.Getenv(workloadapi.SocketEnv) == "" && token != "" {
 		fmt.Fprintf(out, "note: there is no Workload API to get the broker's SVID from; only what %s can see is looked at\n", envVaultToken)
@@ -91,9 +93,17 @@ func checkLive(ctx context.Context, out io.Writer, s settings, snapshot *catalog
 		login = identity
 	}
 	known := drivers(login)
-	known["vault"] = vault.Driver{Login: login, CheckToken: token}
 	bad, failed := 0, 0
 	for _, p := range snapshot.Providers() {
+		own := vault.Driver{Login: login}
+		if token != "" && p.Driver == "vault" {
+			if vault.AtAddress(p.Config, address) {
+				own.CheckToken = token
+			} else {
+				fmt.Fprintf(out, "note: provider %s: %s is not used: it is for the Vault at %s (%s), and this is another\n", p.Name, envVaultToken, envVaultAddr, shown(orUnset(address)))
+			}
+		}
+		known["vault"] = own
 		checker, ok := known[p.Driver].(providers.LiveChecker)
 		if !ok {
 			fmt.Fprintf(out, "provider %s: there is nothing outside of the broker to compare\n", p.Name)
@@ -115,6 +125,13 @@ func checkLive(ctx context.Context, out io.Writer, s settings, snapshot *catalog
 		errs = append(errs, fmt.Errorf("the live check could not ask some providers: %d", failed))
 	}
 	return errors.Join(errs...)
+}
+
+func orUnset(value string) string {
+	if value == "" {
+		return "not set"
+	}
+	return value
 }
 
 func checkProvider(ctx context.Context, checker providers.LiveChecker, s settings, snapshot *catalog.Snapshot, p catalog.Provider) ([]providers.Finding, error) {

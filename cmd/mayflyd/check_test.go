@@ -53,6 +53,7 @@ func newLiveWorld(t *testing.T) *liveWorld {
 	must(err)
 	t.Setenv(workloadapi.SocketEnv, socket)
 	t.Setenv(envVaultToken, "")
+	t.Setenv(envVaultAddr, "")
 
 	ca, password := filepath.Join(dir, "ca.pem"), filepath.Join(dir, "password")
 	must(os.WriteFile(ca, []byte(w.vault.CACert), 0o600))
@@ -147,9 +148,20 @@ func TestCheckLive(t *testing.T) {
 	}
 	good := []string{"provider vault-jwt: nothing is missing, and nothing is too wide", "provider vault-cert: nothing is missing, and nothing is too wide"}
 	out, err := w.check()
-	want("a good one", err, "", out, append(good, "looking as spiffe://acme.test/mayfly", "looked as the broker")...)
+	want("a good one", err, "", out, append(good, "looking as spiffe://acme.test/mayfly", "looked as the broker alone",
+		"note: provider vault-jwt: the broker's policy mayfly-_broker is not bound", "note: provider vault-jwt: PostgreSQL of mount database: the functions",
+		"  do: print the setup again with --installation")...)
 
 	t.Setenv(envVaultToken, w.vault.RootToken)
+	for _, elsewhere := range []string{"", "https://vault.acme.test:8200"} {
+		t.Setenv(envVaultAddr, elsewhere)
+		out, err = w.check()
+		want("with another Vault's token", err, "", out, append(good, "note: provider vault-jwt: VAULT_TOKEN is not used", "looked as the broker alone")...)
+		if strings.Contains(out, "with an operator's token (VAULT_TOKEN) at") {
+			t.Errorf("VAULT_ADDR=%s: the token was shown to another Vault:\n%s", elsewhere, out)
+		}
+	}
+	t.Setenv(envVaultAddr, w.vault.Addr+"/")
 	out, err = w.check()
 	want("with an operator's token", err, "", out, append(good, "with an operator's token (VAULT_TOKEN)")...)
 	if strings.Contains(out, w.vault.RootToken) {

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"net"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -25,6 +27,7 @@ const (
 const (
 	fixSetup = `apply what "mayfly vault setup" prints`
 	fixSQL   = `run what "mayfly vault setup --format sql" prints in PostgreSQL`
+	fixBind  = `print the setup again with --installation (mayfly whoami tells it) and apply it`
 )
 
 // CheckLive implements providers.LiveChecker. It logs in as the broker and
@@ -60,17 +63,46 @@ func (d Driver) CheckLive(ctx context.Context, config providers.Config, tools []
 		}
 	}
 	if d.CheckToken != "" {
-		ch.note("", "looked with an operator's token (VAULT_TOKEN), too, at what the broker may not see")
+		if d.Login == nil {
+			ch.note("", "looked with an operator's token (VAULT_TOKEN) alone, and not as the broker")
+		} else {
+			ch.note("", "looked as the broker, and with an operator's token (VAULT_TOKEN) at what the broker may not see")
+		}
 		if err := ch.asOperator(ctx, d.CheckToken); err != nil {
 			return nil, err
 		}
-	} else if slices.ContainsFunc(ch.tools, func(t vaultscope.ScopedTool) bool { return t.Scope.Engine == vaultscope.EngineDatabase }) {
-		ch.note("", "looked as the broker, which may not see database roles and connections, nor the role of its login; with an operator's VAULT_TOKEN in the environment these are compared, too")
+	} else {
+		ch.note("", "looked as the broker alone, which may not see database roles and connections, nor the role of its login; with an operator's VAULT_TOKEN in the environment, and VAULT_ADDR=%s, these are compared, too", c.Address)
 	}
 	for _, db := range c.Databases {
 		ch.postgres(ctx, db)
 	}
 	return ch.findings, nil
+}
+
+// AtAddress reports whether a provider's configuration is for the Vault at an
+// address, as VAULT_ADDR has it. Both are compared as URLs. An operator's token
+// is for one Vault, and no other must see it.
+func AtAddress(raw json.RawMessage, address string) bool {
+	c, err := vaultscope.ParseConfig(raw)
+	if err != nil {
+		return false
+	}
+	ours, ok := sameForm(c.Address)
+	theirs, ok2 := sameForm(address)
+	return ok && ok2 && ours == theirs
+}
+
+func sameForm(address string) (string, bool) {
+	u, err := url.Parse(strings.TrimSpace(address))
+	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" {
+		return "", false
+	}
+	port := u.Port()
+	if port == "" {
+		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
+	}
+	return u.Scheme + "://" + net.JoinHostPort(strings.ToLower(u.Hostname()), port) + strings.TrimRight(u.EscapedPath(), "/"), true
 }
 
 // check is one live check under way.
@@ -88,6 +120,12 @@ func (c *check) bad(tool, fix, format string, args ...any) {
 
 func (c *check) note(tool, format string, args ...any) {
 	c.findings = append(c.findings, providers.Finding{Tool: tool, Message: fmt.Sprintf(format, args...)})
+}
+
+// unbound tells of what serves any installation. It is no fault: a setup is
+// first printed before there is one.
+func (c *check) unbound(format string, args ...any) {
+	c.findings = append(c.findings, providers.Finding{Message: fmt.Sprintf(format, args...), Fix: fixBind})
 }
 
 func (c *check) call(ctx context.Context, r request) (*api.Secret, error) {
@@ -198,8 +236,11 @@ func (c *check) policy(ctx context.Context, token, tool, what, name, want string
 	if err != nil || !ok {
 		return err
 	}
-	if text, _ := data["policy"].(string); !vaultscope.SamePolicy(text, want) {
+	text, _ := data["policy"].(string)
+	if !vaultscope.SamePolicy(text, want) {
 		c.bad(tool, fixSetup, "%s is not what the setup says: it lets do more, or less", what)
+	} else if name == c.config.BrokerPolicy() && !vaultscope.PolicyBound(text) {
+		c.unbound("%s is not bound to this installation: what the broker makes may bear any installation's name", what)
 	}
 	return nil
 }

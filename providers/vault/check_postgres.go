@@ -73,7 +73,7 @@ func (p *postgresCheck) attributes(ctx context.Context) error {
 
 // functions looks at the functions of the setup.
 func (p *postgresCheck) functions(ctx context.Context) error {
-	schema := pgx.Identifier{p.db.Schema}.Sanitize()
+	schema, bound := pgx.Identifier{p.db.Schema}.Sanitize(), true
 	for _, name := range vaultscope.FunctionNames() {
 		full := schema + "." + name
 		var owner, body string
@@ -110,7 +110,12 @@ func (p *postgresCheck) functions(ctx context.Context) error {
 		}
 		if !vaultscope.SameFunction(short, body) {
 			p.fault("function %s is not what the setup says", full)
+		} else if !vaultscope.FunctionBound(body) {
+			bound = false
 		}
+	}
+	if !bound {
+		p.unbound("PostgreSQL of mount %s: the functions of schema %s are not bound to this installation: login %s can list and drop any installation's roles", p.db.Mount, p.db.Schema, p.login)
 	}
 	return nil
 }

@@ -52,10 +52,30 @@ func TestCheckLive(t *testing.T) {
 		if len(bad) > 0 {
 			t.Errorf("as %s:\n%s", name, strings.Join(bad, "\n"))
 		}
-		if asked := slices.ContainsFunc(notes, func(n string) bool { return strings.HasPrefix(n, "looked with an operator's token") }); asked != (name != "broker") {
+		if asked := slices.ContainsFunc(notes, func(n string) bool { return strings.Contains(n, "with an operator's token (VAULT_TOKEN) a") }); asked != (name != "broker") {
 			t.Errorf("as %s it is told: %q", name, notes)
 		}
 	}
+	// What serves any installation is told, and is no fault.
+	unbound := func() []string {
+		bad, notes := h.check(Driver{Login: h.login})
+		if len(bad) > 0 {
+			t.Errorf("what is not bound is bad:\n%s", strings.Join(bad, "\n"))
+		}
+		return slices.DeleteFunc(notes, func(n string) bool { return !strings.Contains(n, "not bound to this installation") })
+	}
+	if notes := unbound(); len(notes) != 0 {
+		t.Errorf("of what is bound it is told: %q", notes)
+	}
+	h.unbind(h.tool, h.second, h.signed)
+	if notes := unbound(); len(notes) != 1 || !strings.Contains(notes[0], "the functions of schema mayfly_"+h.id) {
+		t.Errorf("of functions for any installation it is told: %q", notes)
+	}
+	restore := h.policy(h.config.BrokerPolicy(), `"display_name" = ["`+vaultscope.Installation(h.installation)+`-*"]`, `"display_name" = []`)
+	if notes := unbound(); len(notes) != 2 || !strings.Contains(notes[0], "the broker's policy") {
+		t.Errorf("of a policy for any installation it is told: %q", notes)
+	}
+	restore()
 	// The login of a check is ended with it.
 	before := h.accessors()
 	h.check(Driver{Login: h.login})
@@ -174,6 +194,7 @@ func TestCheckLiveFinds(t *testing.T) {
 		"called by all":          {sql("GRANT EXECUTE ON FUNCTION "+schema+".end_sessions() TO PUBLIC", "REVOKE EXECUTE ON FUNCTION "+schema+".end_sessions() FROM PUBLIC"), asBroker, "everybody can call"},
 		"a superuser's function": {sql("ALTER FUNCTION "+schema+".end_sessions() OWNER TO postgres", "ALTER FUNCTION "+schema+".end_sessions() OWNER TO vault"), asBroker, "belongs to the superuser postgres"},
 		"an open search path":    {sql("ALTER FUNCTION "+schema+".end_sessions() RESET search_path", "ALTER FUNCTION "+schema+".end_sessions() SET search_path = pg_catalog, pg_temp"), asBroker, "has no fixed search_path"},
+		"other locks":            {sql("ALTER FUNCTION "+schema+".drop_roles(text, text[]) RESET lock_timeout", "ALTER FUNCTION "+schema+".drop_roles(text, text[]) SET lock_timeout = '500ms'"), asBroker, "has other settings than the setup's"},
 		"the caller's rights":    {sql("ALTER FUNCTION "+schema+".end_sessions() SECURITY INVOKER", "ALTER FUNCTION "+schema+".end_sessions() SECURITY DEFINER"), asBroker, "is to run with those of Vault's login"},
 		"its own schema":         {sql("GRANT CREATE ON SCHEMA "+schema+" TO "+h.sweep(), "REVOKE CREATE ON SCHEMA "+schema+" FROM "+h.sweep()), asBroker, "may create things in schema"},
 		"schemas":                {sql("GRANT CREATE ON DATABASE crm TO "+h.sweep(), "REVOKE CREATE ON DATABASE crm FROM "+h.sweep()), asBroker, "may create schemas"},
@@ -202,5 +223,36 @@ func TestCheckLiveAway(t *testing.T) {
 		if err == nil || strings.Contains(err.Error(), "hvs.secret") {
 			t.Errorf("as %s: %v", name, err)
 		}
+	}
+}
+
+// TestAtAddress: an operator's token is for the Vault at its address alone.
+func TestAtAddress(t *testing.T) {
+	raw := func(address string) []byte {
+		return fmt.Appendf(nil, `{"address":%q,"auth":{"method":"jwt"}}`, address)
+	}
+	for _, tt := range []struct {
+		config, address string
+		want            bool
+	}{
+		{"https://vault.acme.test:8200", "https://vault.acme.test:8200", true},
+		{"https://vault.acme.test:8200", "https://vault.acme.test:8200/", true},
+		{"https://vault.acme.test", "https://VAULT.acme.test:443//", true},
+		{"http://127.0.0.1", "http://127.0.0.1:80", true},
+		{"https://vault.acme.test:8200", "", false},
+		{"https://vault.acme.test:8200", "https://vault.acme.test", false},
+		{"https://vault.acme.test:8200", "http://vault.acme.test:8200", false},
+		{"https://vault.acme.test:8200", "https://vault.acme.test:8200/v", false},
+		{"https://vault.acme.test:8200", "https://vault.acme.test:8200?x", false},
+		{"https://vault.acme.test:8200", "https://vault.acme.test:8200@evil.test", false},
+		{"https://vault.acme.test:8200", "https://vault.acme.test.evil.test:8200", false},
+		{"https://vault.acme.test:8200", "vault.acme.test:8200", false},
+	} {
+		if got := AtAddress(raw(tt.config), tt.address); got != tt.want {
+			t.Errorf("%s at VAULT_ADDR=%s: %t", tt.config, tt.address, got)
+		}
+	}
+	if AtAddress([]byte(`{}`), "") {
+		t.Error("no address is at none")
 	}
 }

@@ -39,6 +39,9 @@ func (s Scope) parameters() (allowed map[string][]any, required []string) {
 	for key, value := range s.Data {
 		text, literal := value.(string)
 		allowed[key] = []any{}
+		if flag, is := value.(bool); is { // no number: Vault compares those of a policy and of a request by their types, which differ
+			allowed[key] = []any{flag}
+		}
 		if literal && !strings.Contains(text, "${") && !strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) || r == '*' }) {
 			allowed[key] = []any{text}
 		}
@@ -149,6 +152,10 @@ var boundName = regexp.MustCompile(`"display_name" = \["[a-z0-9]{9}-\*"\]`)
 // comments, for space, and for the installation that a broker's policy is
 // bound to.
 func SamePolicy(a, b string) bool { return bare(a) == bare(b) }
+
+// PolicyBound reports whether the text of a broker's policy binds the tokens
+// that it makes to one installation's names.
+func PolicyBound(policy string) bool { return boundName.MatchString(policy) }
 
 func bare(policy string) string {
 	var words []string

@@ -49,14 +49,14 @@ func text(t testing.TB, s *vaultscope.Setup, policy string) string {
 func TestPolicies(t *testing.T) {
 	s := setup(t, plain, vaultscope.Options{Installation: "m0abcdefgh1234567890123456"},
 		named("crm.read", `{"engine":"database","path":"database/creds/a"}`),
-		named("web", `{"engine":"ssh","path":"ssh/sign/ops","data":{"public_key":"${params.host}","valid_principals":"deploy","key_id":"${params.extra}","extensions":{"permit-pty":""}}}`),
+		named("web", `{"engine":"ssh","path":"ssh/sign/ops","data":{"public_key":"${params.host}","valid_principals":"deploy","key_id":"${params.extra}","extensions":{"permit-pty":""},"host_ok":false,"bits":2048}}`),
 		named("keys", `{"engine":"aws","path":"aws/sts/x","credential_type":"assumed_role"}`))
 	for name, want := range map[string]string{
 		"mayfly-crm.read": `path "database/creds/a" { capabilities = ["read"] }`,
 		"mayfly-keys":     `path "aws/sts/x" { capabilities = ["read"] }`,
 		"mayfly-web": `path "ssh/sign/ops" { capabilities = ["update"]
-			required_parameters = ["extensions", "public_key", "ttl", "valid_principals"]
-			allowed_parameters = { "extensions" = [] "key_id" = [] "public_key" = [] "ttl" = [] "valid_principals" = ["deploy"] } }`,
+			required_parameters = ["bits", "extensions", "host_ok", "public_key", "ttl", "valid_principals"]
+			allowed_parameters = { "bits" = [] "extensions" = [] "host_ok" = [false] "key_id" = [] "public_key" = [] "ttl" = [] "valid_principals" = ["deploy"] } }`,
 		"mayfly-_broker": `
 			path "auth/token/create/mayfly-crm.read" { capabilities = ["update"] required_parameters = ["display_name", "explicit_max_ttl", "meta"]
 				allowed_parameters = { "display_name" = ["890123456-*"] "explicit_max_ttl" = [] "meta" = [] "ttl" = [] } }
