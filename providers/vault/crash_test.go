@@ -219,7 +219,7 @@ func TestLost(t *testing.T) {
 	foreign := found[0]
 	foreign.Name = handleOf(t, b.minted.Handle).User
 	unknown := found[0]
-	unknown.Kind = "no kind of ours"
+	unknown.Name = "vault"
 	errs := p.Remove(t.Context(), append(found, foreign, unknown))
 	for i, err := range errs {
 		if (err == nil) != (i < 2) {

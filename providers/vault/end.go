@@ -1,10 +1,12 @@
 package vault
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -144,6 +146,31 @@ func deaths(endings []*ending) []providers.Death {
 // then the lease's token. Never the token first: Vault could forget the lease.
 func (p *provider) Revoke(ctx context.Context, all []providers.Ending) []providers.Death {
 	endings := p.endings(all)
+	p.apart(endings, func(some []*ending) { p.revoke(ctx, some) })
+	return deaths(endings)
+}
+
+// apart does something for the leases of each mount that has a login, and for
+// all the others, at the same time: a database that hangs costs those of the
+// others nothing.
+func (p *provider) apart(endings []*ending, do func([]*ending)) {
+	groups := make(map[string][]*ending)
+	for _, e := range endings {
+		mount := ""
+		if e.h.Class == classDatabase && p.directs[e.h.Mount] != nil {
+			mount = e.h.Mount
+		}
+		groups[mount] = append(groups[mount], e)
+	}
+	var wg sync.WaitGroup
+	for _, some := range groups {
+		wg.Go(func() { do(some) })
+	}
+	wg.Wait()
+}
+
+// revoke ends leases of one mount, or of mounts without a login.
+func (p *provider) revoke(ctx context.Context, endings []*ending) {
 	// Leases of which Vault has not told us the role: while the attempt is
 	// under way, what is there is dropped and Vault is left alone. Revoking
 	// the token of a read in flight would strand what it makes.
@@ -154,20 +181,26 @@ func (p *provider) Revoke(ctx context.Context, all []providers.Ending) []provide
 		}
 	}
 	p.atVault(ctx, endings, p.endAtVault)
-	// With the token gone nothing can come any more: what is there now is all.
+	// The attempt has settled, and with the token gone nothing can come any
+	// more: what is there now is all.
 	p.drop(ctx, endings, func(e *ending) bool { return e.h.User == "" })
 	for _, e := range endings {
 		if !e.resolved {
 			e.is(p.conclude(e))
 		}
 	}
-	return deaths(endings)
 }
 
 // Confirm implements providers.Provider. It ends nothing that works: a role
 // that is gone already it has Vault forget, too.
 func (p *provider) Confirm(ctx context.Context, all []providers.Ending) []providers.Death {
 	endings := p.endings(all)
+	p.apart(endings, func(some []*ending) { p.confirm(ctx, some) })
+	return deaths(endings)
+}
+
+// confirm confirms leases of one mount, or of mounts without a login.
+func (p *provider) confirm(ctx context.Context, endings []*ending) {
 	p.look(ctx, endings)
 	now := p.now()
 	for _, e := range endings {
@@ -192,7 +225,6 @@ func (p *provider) Confirm(ctx context.Context, all []providers.Ending) []provid
 			e.is(p.conclude(e))
 		}
 	}
-	return deaths(endings)
 }
 
 // next is when something may have changed by itself; zero if that is not known.
@@ -295,6 +327,8 @@ func (p *provider) atVault(ctx context.Context, endings []*ending, call func(con
 		return over
 	}
 	begun := time.Now()
+	endings = slices.Clone(endings)
+	slices.SortStableFunc(endings, func(a, b *ending) int { return cmp.Compare(a.troubled(), b.troubled()) })
 	for _, e := range endings {
 		if e.resolved {
 			continue
@@ -303,23 +337,25 @@ func (p *provider) atVault(ctx context.Context, endings []*ending, call func(con
 			e.is(providers.Death{Progress: broker.ProgressWritten, RetryAt: p.now().Add(slice / 4)})
 			continue
 		}
-		select {
-		case p.slots <- struct{}{}:
-		case <-ctx.Done():
-			if err := stopped(); err != nil {
+		troubled := e.troubled() > 0
+		if !p.slot(ctx, troubled) {
+			switch err := stopped(); {
+			case err != nil:
 				e.fails(err)
-			} else { // the others took all the time that there is: it is no failure of this one
+			case troubled:
+				e.fails(e.direct)
+			default: // the others took all the time that there is: it is no failure of this one
 				e.is(providers.Death{RetryAt: p.now().Add(slice / 4)})
 			}
 			continue
 		}
 		if err := stopped(); err != nil {
-			<-p.slots
+			p.leave(troubled)
 			e.fails(err)
 			continue
 		}
 		wg.Go(func() {
-			defer func() { <-p.slots }()
+			defer p.leave(troubled)
 			if err := call(ctx, e); err != nil {
 				if errors.Is(err, providers.ErrAway) {
 					stop(err)
@@ -330,6 +366,44 @@ func (p *provider) atVault(ctx context.Context, endings []*ending, call func(con
 	}
 	wg.Wait()
 	p.hung(ctx, endings)
+}
+
+// troubled is 1 for a lease whose database did not do what we asked of it.
+func (e *ending) troubled() int {
+	if e.direct != nil {
+		return 1
+	}
+	return 0
+}
+
+// slot waits until one more call that ends a lease may be made. Those whose
+// database did not answer us will hardly get an answer from Vault: they take no
+// more than half of what there is.
+func (p *provider) slot(ctx context.Context, troubled bool) bool {
+	if troubled {
+		select {
+		case p.troubled <- struct{}{}:
+		case <-ctx.Done():
+			return false
+		}
+	}
+	select {
+	case p.slots <- struct{}{}:
+		return true
+	case <-ctx.Done():
+		if troubled {
+			<-p.troubled
+		}
+		return false
+	}
+}
+
+// leave gives a slot back.
+func (p *provider) leave(troubled bool) {
+	<-p.slots
+	if troubled {
+		<-p.troubled
+	}
 }
 
 // hung finds out, where calls took too long, whether Vault answers at all: a
@@ -379,24 +453,27 @@ func (p *provider) byMount(endings []*ending, which func(*ending) bool) map[stri
 
 // drop drops the roles of leases, all of a mount's in one statement.
 func (p *provider) drop(ctx context.Context, endings []*ending, which func(*ending) bool) {
+	ctx, cancel := context.WithTimeout(ctx, directLimit)
+	defer cancel()
 	for mount, chosen := range p.byMount(endings, which) {
 		d := p.directs[mount]
-		names, err := p.namesOf(ctx, d, chosen)
+		names, unlisted := p.namesOf(ctx, d, chosen)
 		var all []string
 		for _, of := range names {
 			all = append(all, of...)
 		}
-		var gone map[string]bool
-		if err == nil {
-			gone, err = d.drop(ctx, all)
-			failpoint.At("vault.drop.after")
-		}
+		gone, err := d.drop(ctx, all)
+		failpoint.At("vault.drop.after")
 		for _, e := range chosen {
-			e.absent, e.direct = names != nil, nil
+			_, known := names[e]
+			e.absent, e.direct = known, nil
 			for _, name := range names[e] {
 				e.absent = e.absent && gone[name]
 			}
-			if !e.absent && err != nil {
+			switch {
+			case !known:
+				e.direct = unlisted
+			case !e.absent:
 				e.direct = err
 			}
 		}
@@ -404,28 +481,27 @@ func (p *provider) drop(ctx context.Context, endings []*ending, which func(*endi
 }
 
 // namesOf are the names of each lease's roles: the one that Vault told, or
-// those that bear the lease's name.
+// those that bear the lease's name. With an error it has no entry for leases
+// whose roles are not all known.
 func (p *provider) namesOf(ctx context.Context, d *direct, chosen []*ending) (map[*ending][]string, error) {
 	names := make(map[*ending][]string, len(chosen))
-	var unknown bool
+	var unknown []*ending
 	for _, e := range chosen {
 		if e.h.User != "" {
 			names[e] = []string{e.h.User}
 		} else {
-			unknown = true
+			unknown = append(unknown, e)
 		}
 	}
-	if !unknown {
+	if len(unknown) == 0 {
 		return names, nil
 	}
 	byLease, err := p.rolesByLease(ctx, d)
 	if err != nil {
-		return nil, err
+		return names, err
 	}
-	for _, e := range chosen {
-		if e.h.User == "" {
-			names[e] = byLease[e.Lease]
-		}
+	for _, e := range unknown {
+		names[e] = byLease[e.Lease]
 	}
 	return names, nil
 }

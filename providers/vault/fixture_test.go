@@ -70,6 +70,7 @@ type world struct {
 	extra    string // of the configuration, as JSON members
 	now      func() time.Time
 	limit    string
+	long     string // what the names of mounts end with
 }
 
 type logged struct {
@@ -106,12 +107,17 @@ func newWorld(t testing.TB, v *vaultServer, pg *postgres) *world {
 	}
 	w.login = source(t, addr)
 
+	w.mountDatabase()
+	return w
+}
+
+func (w *world) mountDatabase() {
+	w.t.Helper()
 	w.write("sys/mounts/"+w.mount("database"), map[string]any{"type": "database"})
 	w.write(w.mount("database")+"/config/mayfly", map[string]any{
 		"plugin_name": "postgresql-database-plugin", "username": "vault", "password": "vault-password",
-		"connection_url": fmt.Sprintf("postgresql://{{username}}:{{password}}@127.0.0.1:%d/crm?sslmode=disable", pg.port),
+		"connection_url": fmt.Sprintf("postgresql://{{username}}:{{password}}@127.0.0.1:%d/crm?sslmode=disable", w.pg.port),
 	})
-	return w
 }
 
 // setup applies what `mayfly vault setup` prints for these tools.
@@ -170,7 +176,7 @@ func source(t testing.TB, addr string) attestation.LoginSource {
 	return src
 }
 
-func (w *world) mount(kind string) string { return kind + "-" + w.id }
+func (w *world) mount(kind string) string { return kind + "-" + w.id + w.long }
 func (w *world) prefix() string           { return w.id + "-" }
 func (w *world) write(path string, data map[string]any) {
 	w.t.Helper()

@@ -75,8 +75,8 @@ func (Driver) ValidateScope(raw json.RawMessage, tool broker.Tool) (providers.Sc
 	return s.Info(c), nil
 }
 
-// Open implements providers.Driver. It reaches for nothing: a Vault that is
-// away keeps no broker from starting. The first login is made when the first
+// Open implements providers.Driver. It waits for nothing: a Vault or a database
+// that is away keeps no broker from starting. The first login is made when the first
 // call needs it.
 func (d Driver) Open(_ context.Context, config providers.Config) (providers.Provider, error) {
 	c, err := vaultscope.ParseConfig(config.Raw)
@@ -100,7 +100,8 @@ func (d Driver) Open(_ context.Context, config providers.Config) (providers.Prov
 		name: config.Name, installation: config.Installation, config: c, client: client,
 		session: newSession(client, d.Login, c.LoginPath(), c.Auth.Role, c.Auth.Audience),
 		directs: make(map[string]*direct), slots: make(chan struct{}, c.Concurrency),
-		now: config.Now, log: config.Log,
+		troubled: make(chan struct{}, max(1, c.Concurrency/2)),
+		now:      config.Now, log: config.Log,
 	}
 	for _, db := range c.Databases {
 		direct, err := openDirect(db, vaultscope.Installation(p.installation))
@@ -122,6 +123,7 @@ type provider struct {
 	session      *session
 	directs      map[string]*direct // by mount
 	slots        chan struct{}      // one for each call that ends leases
+	troubled     chan struct{}      // and for those of them whose database did not answer
 	now          func() time.Time
 	log          *slog.Logger
 	closing      sync.Once
