@@ -504,6 +504,42 @@ func TestDropRolesThatHoldOn(t *testing.T) {
 			t.Errorf("when it is let go, %q are gone: %v", gone, err)
 		}
 	})
+	t.Run("somebody else holds many", func(t *testing.T) {
+		super, err := pgx.Connect(ctx, pg.super("crm"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer super.Close(context.Background())
+		names := []string{w.leased(w.installation)} // free
+		if _, err := super.Exec(ctx, `BEGIN`); err != nil {
+			t.Fatal(err)
+		}
+		for i := range 20 {
+			names = append(names, w.leased(w.installation))
+			if _, err := super.Exec(ctx, fmt.Sprintf(`CREATE TABLE held_%s_%d (a int); ALTER TABLE held_%[1]s_%[2]d OWNER TO %[3]q`, w.id, i, names[i+1])); err != nil {
+				t.Fatal(err)
+			}
+		}
+		// The broker's own limit: beyond it everything would be undone.
+		if _, err := c.Exec(ctx, `SET statement_timeout = '7s'`); err != nil {
+			t.Fatal(err)
+		}
+		gone, err := w.drop(c, w.installation, names...)
+		if err != nil || !slices.Equal(gone, names[:1]) {
+			t.Errorf("%q are gone: %v", gone, err)
+		}
+		for _, name := range names[1:] {
+			if _, err := pgx.Connect(ctx, fmt.Sprintf("host=127.0.0.1 port=%d dbname=crm sslmode=disable user=%s password=pw", w.pg.port, name)); err == nil {
+				t.Errorf("%s, which is held, can still log in", name)
+			}
+		}
+		if _, err := super.Exec(ctx, `ROLLBACK`); err != nil {
+			t.Fatal(err)
+		}
+		if gone, err := w.drop(c, w.installation, names...); err != nil || len(gone) != len(names) {
+			t.Errorf("when they are let go, %d of %d are gone: %v", len(gone), len(names), err)
+		}
+	})
 	t.Run("it has members", func(t *testing.T) {
 		name, friend := w.leased(w.installation), w.leased(w.installation)
 		agent := w.as(name, "pw")
