@@ -624,3 +624,23 @@ func TestDropRolesThatHoldOn(t *testing.T) {
 		wantEnded(t, back)
 	})
 }
+
+// TestSetupLimitsPostgresSessions: one lease does not use up the server's sessions.
+func TestSetupLimitsPostgresSessions(t *testing.T) {
+	v, pg := servers(t)
+	w := newWorld(t, v, pg)
+	w.setup(w.database())
+	a := w.mint(w.open(), w.database(), time.Minute)
+	user, _ := a.minted.Secret.Reveal("username")
+	password, _ := a.minted.Secret.Reveal("password")
+	for range 10 {
+		w.as(user, password)
+	}
+	c, err := pgx.Connect(t.Context(), fmt.Sprintf("host=127.0.0.1 port=%d dbname=crm sslmode=disable user=%s password=%s", w.pg.port, user, password))
+	if sqlState(err) != "53300" {
+		t.Errorf("an eleventh session: want SQLSTATE 53300, and it is %v", err)
+	}
+	if c != nil {
+		c.Close(context.Background())
+	}
+}
