@@ -84,11 +84,24 @@ func TestHungDatabase(t *testing.T) {
 
 	a, b, c := w.mint(p, w.database(), time.Minute), w.mint(p, w.database(), time.Minute), w.mint(p, w.database(), time.Minute)
 	d, e := w.mint(p, remote, time.Minute), w.mint(p, remote, time.Minute)
-	if all, err := p.List(t.Context()); err != nil || len(all) != 5 {
+	all, err := p.List(t.Context())
+	if err != nil || len(all) != 5 {
 		t.Fatalf("%+v, %v", all, err)
 	}
 	if err := hung.Pause(); err != nil {
 		t.Fatal(err)
+	}
+	// More of the kind, so that whoever asks one after the other comes to a hung one first.
+	var more []providers.Ending
+	for i := range 7 {
+		h := handleOf(t, d.minted.Handle)
+		h.Mount = fmt.Sprintf("%s-%d", mount, i)
+		p.directs[h.Mount] = p.directs[mount]
+		each := d.ending()
+		if each.Handle, err = h.encode(); err != nil {
+			t.Fatal(err)
+		}
+		more = append(more, each)
 	}
 	limited := func() context.Context {
 		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
@@ -108,7 +121,7 @@ func TestHungDatabase(t *testing.T) {
 		if what == "Revoke" {
 			other = b
 		}
-		deaths := ask(limited(), []providers.Ending{d.ending(), e.unanswered(), other.ending()})
+		deaths := ask(limited(), append([]providers.Ending{d.ending(), e.unanswered(), other.ending()}, more...))
 		for i, death := range deaths[:2] {
 			if i == 0 && death.Err == nil || death.Progress != broker.ProgressNone || errors.Is(death.Err, providers.ErrAway) {
 				t.Errorf("%s, where it hangs: %+v", what, death)
@@ -118,7 +131,7 @@ func TestHungDatabase(t *testing.T) {
 			t.Errorf("%s, where it does not: %+v", what, death)
 		}
 	}
-	if death := p.Revoke(limited(), []providers.Ending{e.unanswered(), c.unanswered()})[1]; death.Progress != broker.ProgressVerified {
+	if death := p.Revoke(limited(), append([]providers.Ending{e.unanswered(), c.unanswered()}, more...))[1]; death.Progress != broker.ProgressVerified {
 		t.Errorf("of unknown outcome, where it does not hang: %+v", death)
 	}
 	if err := hung.Resume(); err != nil {
@@ -216,7 +229,9 @@ func TestTooManyRoles(t *testing.T) {
 	c := w.mint(p, w.database(), time.Minute)
 	w.mint(p, w.database(), time.Minute)
 	w.mint(p, w.database(), time.Minute)
-	deaths := p.Revoke(t.Context(), []providers.Ending{other.unanswered(), first.ending()})
+	later := other.unanswered()
+	later.Settles = time.Now().Add(time.Hour)
+	deaths := p.Revoke(t.Context(), []providers.Ending{other.unanswered(), first.ending(), later})
 	if deaths[0].Err == nil || deaths[0].Progress == broker.ProgressVerified {
 		t.Errorf("of unknown outcome: %+v", deaths[0])
 	}
