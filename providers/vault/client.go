@@ -30,7 +30,8 @@ const (
 // Each call names the token that it is made with.
 type client struct {
 	keep  *api.Client // keeps connections open; for calls that may be made twice
-	fresh *api.Client // a connection for each call, so that net/http has none to repeat a GET on
+	once  *api.Client // keeps connections open, and sends what it is given once: for reads that make something
+	fresh *api.Client // a connection for each call
 	login *api.Client // as fresh, and shows the broker's certificate where cert auth is used
 
 	idle *http.Transport
@@ -65,8 +66,8 @@ func newClient(e endpoint) (*client, error) {
 	c := &client{idle: newTransport(trust, false)}
 	for _, each := range []struct {
 		into      **api.Client
-		transport *http.Transport
-	}{{&c.keep, c.idle}, {&c.fresh, newTransport(trust, true)}, {&c.login, newTransport(shown, true)}} {
+		transport http.RoundTripper
+	}{{&c.keep, c.idle}, {&c.once, once{c.idle}}, {&c.fresh, newTransport(trust, true)}, {&c.login, newTransport(shown, true)}} {
 		made, err := newAPI(e, each.transport)
 		if err != nil {
 			return nil, err
@@ -96,7 +97,7 @@ func newTransport(config *tls.Config, fresh bool) *http.Transport {
 
 // newAPI makes one api.Client. api.NewClient reads the environment whatever it
 // is given (token, namespace, headers), so each of these is set again.
-func newAPI(e endpoint, transport *http.Transport) (*api.Client, error) {
+func newAPI(e endpoint, transport http.RoundTripper) (*api.Client, error) {
 	c, err := api.NewClient(&api.Config{
 		Address: e.address,
 		HttpClient: &http.Client{
@@ -119,6 +120,27 @@ func newAPI(e endpoint, transport *http.Transport) (*api.Client, error) {
 	c.SetWrappingLookupFunc(func(string, string) string { return "" })
 	return c, nil
 }
+
+// once sends each request once. net/http repeats a GET by itself when a
+// connection that was kept open dies before the answer (http.Transport, "retries
+// a request"), and Vault then makes a second credential. It repeats none that
+// has a body which it cannot have again, be it an empty one.
+type once struct{ http.RoundTripper }
+
+func (o once) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.WithContext(r.Context()) // a copy
+	r.GetBody = nil
+	if r.Body == nil || r.Body == http.NoBody {
+		r.Body = emptyBody{}
+	}
+	return o.RoundTripper.RoundTrip(r)
+}
+
+// emptyBody is a body without a byte. A GET with it goes out as one without.
+type emptyBody struct{}
+
+func (emptyBody) Read([]byte) (int, error) { return 0, io.EOF }
+func (emptyBody) Close() error             { return nil }
 
 // bounded limits how much of an answer is read.
 type bounded struct{ http.RoundTripper }

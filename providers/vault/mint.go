@@ -41,8 +41,8 @@ type making struct {
 }
 
 // Mint implements providers.Provider: a token that can read exactly the tool's
-// path, its accessor recorded, and one read with it, over a connection of its
-// own and whatever becomes of the caller.
+// path, its accessor recorded, and one read with it, sent once and whatever
+// becomes of the caller.
 func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record func(providers.Handle) error) (providers.Minted, error) {
 	plan, err := p.planOf(req)
 	if err != nil {
@@ -138,7 +138,7 @@ func (m *making) read(ctx context.Context) (*api.Secret, error) {
 	if err != nil {
 		return nil, &fault{kind: bad, what: "reading " + m.plan.path, unsent: true, err: err}
 	}
-	return do(ctx, m.p.client.fresh, r)
+	return do(ctx, m.p.client.once, r)
 }
 
 // unread is what a read that brought nothing means.

@@ -254,6 +254,21 @@ func (m *measurement) absent() error {
 	}
 }
 
+// present is an error unless PostgreSQL has as many logins as a burst ends.
+func (m *measurement) present() error {
+	names, err := m.World.Postgres.Roles(m.Ctx, `%`)
+	n := 0
+	for _, name := range names {
+		if strings.HasPrefix(name, "mf_") || strings.HasPrefix(name, "v-") {
+			n++
+		}
+	}
+	if err == nil && n != m.burst {
+		err = fmt.Errorf("PostgreSQL has %d logins, and %d were made", n, m.burst)
+	}
+	return err
+}
+
 // bursts ends many leases at once: by the close of an incident, and by Vault's
 // own revocation of a prefix.
 func (m *measurement) bursts() error {
@@ -288,6 +303,9 @@ func (m *measurement) closeBurst(bot *client.Client) (time.Duration, error) {
 	if err := m.many(m.mayflyMake); err != nil {
 		return 0, err
 	}
+	if err := m.present(); err != nil {
+		return 0, err
+	}
 	began := time.Now()
 	closed := make(chan error, 1)
 	go func() {
@@ -301,6 +319,9 @@ func (m *measurement) closeBurst(bot *client.Client) (time.Duration, error) {
 
 func (m *measurement) prefixBurst() (time.Duration, error) {
 	if err := m.many(m.vaultMake); err != nil {
+		return 0, err
+	}
+	if err := m.present(); err != nil {
 		return 0, err
 	}
 	began := time.Now()
