@@ -270,6 +270,16 @@ func (r *run) torture(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// The last life may have a failpoint that it has not come to yet. The end
+	// is without one.
+	if d := r.current.Load(); d != nil {
+		d.kill()
+		r.proxy.Gone()
+		r.history.note("driver", "killed for the end")
+	}
+	if _, err := r.start(ctx, ""); err != nil {
+		return err
+	}
 	return r.finish(ctx)
 }
 
