@@ -15,10 +15,20 @@ type Agent struct {
 	Disabled    bool // a disabled agent gets nothing, and its leases end
 }
 
-// Caller is who makes one request, as attested for this request alone.
+// Caller is who makes one request, as attested for this request alone: a
+// workload or a person, and never both.
 type Caller struct {
-	ID          spiffeid.ID
-	Certificate [32]byte  // SHA-256 of the caller's leaf certificate (DER); zero where it used none
-	ValidUntil  time.Time // the end of the SVID's validity
+	ID          spiffeid.ID // of a workload; zero for a person
+	Person      *Person     // nil for a workload
+	Certificate [32]byte    // SHA-256 of the caller's leaf certificate (DER); zero where it used none
+	ValidUntil  time.Time   // the end of the SVID's, the session's or the token's validity
 	Correlation CorrelationID
+}
+
+// Principal names the caller; empty if it is nobody.
+func (c Caller) Principal() Principal {
+	if c.Person != nil {
+		return c.Person.Principal()
+	}
+	return WorkloadPrincipal(c.ID)
 }

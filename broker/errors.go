@@ -42,6 +42,18 @@ const (
 	ReasonTooLarge         Reason = "too_large"
 	ReasonConflict         Reason = "conflict"
 	ReasonInternal         Reason = "internal"
+	ReasonPolicy           Reason = "policy_denied"
+	ReasonPolicyInvalid    Reason = "policy_invalid"
+	ReasonRequestLimit     Reason = "request_limit"
+	ReasonRequestOver      Reason = "request_over"
+	ReasonNotEligible      Reason = "not_eligible"
+	ReasonStepUp           Reason = "insufficient_user_authentication" // RFC 9470's word
+	ReasonSessionOver      Reason = "session_over"
+	ReasonTokenInvalid     Reason = "token_invalid"
+	ReasonTokenReplayed    Reason = "token_replayed"
+	ReasonSignIn           Reason = "sign_in_failed"
+	ReasonSignInPending    Reason = "sign_in_pending"
+	ReasonLockout          Reason = "lockout"
 )
 
 // ReasonDoc describes one reason for the reference.
@@ -84,6 +96,18 @@ func Reasons() []ReasonDoc {
 		{ReasonRateLimited, "Too many requests at once, or too fast.", "Slow down and try again."},
 		{ReasonTooLarge, "The request is larger than is taken.", "Send less."},
 		{ReasonConflict, "The thing is already in a state that excludes this.", "Look at its present state."},
+		{ReasonPolicy, "The policy does not allow it.", "The message names the policies; `mayfly policy explain` says what would allow it."},
+		{ReasonPolicyInvalid, "The policy set, or a case of its tests, is not valid.", "The message names file, line and the nearest valid name."},
+		{ReasonRequestLimit, "The agent has as many requests waiting as it may.", "Withdraw one (`mayfly request withdraw`), or wait until one is decided."},
+		{ReasonRequestOver, "The request was decided, expired or is void, so that it takes no vote.", "Look at its state; ask again if it is void or expired."},
+		{ReasonNotEligible, "The approval rule does not let this person decide this request.", "The message says who may."},
+		{ReasonStepUp, "The sign-in is too old, or of a weaker kind, than this act needs (RFC 9470).", "Sign in again as max_age and acr_values say; `mayfly` does it by itself. A sign-in by device code never counts."},
+		{ReasonSessionOver, "The session has ended: it expired, or was signed out.", "Sign in again with `mayfly login`."},
+		{ReasonTokenInvalid, "The bearer token, or the user's token, is not one that this broker takes: malformed, forged, expired, or for another audience.", "Get a token of the configured identity provider for the broker's audience."},
+		{ReasonTokenReplayed, "The token was used before by somebody else, or can be used once.", "Get a new one."},
+		{ReasonSignIn, "The sign-in did not come to an end.", "Begin again with `mayfly login`."},
+		{ReasonSignInPending, "The person has not finished the sign-in yet.", "Ask again after the interval."},
+		{ReasonLockout, "The new policy set would let nobody administer the broker.", "Keep a policy that permits `administer` to somebody."},
 		{ReasonInternal, "Something unexpected happened.", "Give the correlation ID to an operator."},
 	}
 }
@@ -97,6 +121,7 @@ type Error struct {
 	Message string
 	Next    string
 	Lease   LeaseID // the lease that this is about; empty for most
+	StepUp  StepUp  // what a new sign-in must be; zero unless Reason is ReasonStepUp
 	// Correlation ties the refusal to the broker's log and evidence. It is set
 	// where the refusal reached a caller (broker/client), and nowhere else.
 	Correlation CorrelationID

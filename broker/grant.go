@@ -20,11 +20,32 @@ type Grant struct {
 	Uses       int        // leases made under it; kept only where MaxUses is not 0
 	Incident   IncidentID // empty for a grant made by an operator's call
 	Reason     string     // why it was made
-	CreatedBy  spiffeid.ID
+	CreatedBy  Principal
 	CreatedAt  time.Time
 	State      GrantState
 	EndedAt    time.Time // zero while State is GrantOpen
 	EndedBy    string    // who or what ended it; empty while State is GrantOpen
+
+	// What a grant that was asked for came from; zero for one that an operator
+	// or an incident's window made.
+	Request      RequestID `json:",omitempty"`
+	OnBehalfOf   *User     `json:",omitempty"`
+	Rule         string    `json:",omitempty"` // the approval rule; empty if policy granted it
+	RuleDigest   string    `json:",omitempty"`
+	PolicyDigest string    `json:",omitempty"` // the policy set that it was made under
+	Voters       []Voter   `json:",omitempty"` // whose votes made it
+	BreakGlass   bool      `json:",omitempty"`
+}
+
+// Voter is a person whose vote a grant was made by, and the group that made
+// the vote count.
+type Voter struct {
+	Name    string
+	Issuer  string
+	Subject string
+	Group   string
+	// Standing: the grant ends as soon as the person is not in Group any more.
+	Standing bool `json:",omitempty"`
 }
 
 // GrantState says whether a grant can still give.
@@ -45,7 +66,7 @@ type Incident struct {
 	ID        IncidentID
 	Title     string
 	Reference string // the incident system's name for it; may be empty
-	OpenedBy  spiffeid.ID
+	OpenedBy  Principal
 	OpenedAt  time.Time
 	EndsAt    time.Time // the hard end: it closes by itself then
 	Grants    []GrantID // made with it; an incident never gains grants later

@@ -22,6 +22,8 @@ const (
 	incidentLetter     = 'i'
 	installationLetter = 'm'
 	correlationLetter  = 'c'
+	requestLetter      = 'r'
+	sessionLetter      = 's'
 )
 
 // LeaseID names one lease, for ever. It is not a secret.
@@ -33,6 +35,12 @@ type GrantID string
 // IncidentID names one incident. It is the broker's own; the incident system's
 // name for it is Incident.Reference.
 type IncidentID string
+
+// RequestID names one request.
+type RequestID string
+
+// SessionID names one session of a person's. It is not the session's token, and no secret.
+type SessionID string
 
 // InstallationID names one Mayfly installation: one store, and every broker on
 // it. It is made once and is part of every name given outside, so that two
@@ -60,6 +68,17 @@ func NewInstallationID(now time.Time) InstallationID {
 // NewCorrelationID makes a correlation ID.
 func NewCorrelationID(now time.Time) CorrelationID {
 	return CorrelationID(newID(correlationLetter, now))
+}
+
+// NewRequestID makes a request ID.
+func NewRequestID(now time.Time) RequestID { return RequestID(newID(requestLetter, now)) }
+
+// NewSessionID makes a session ID.
+func NewSessionID(now time.Time) SessionID { return SessionID(newID(sessionLetter, now)) }
+
+// ParseRequestID checks that s has the form of a request ID.
+func ParseRequestID(s string) (RequestID, error) {
+	return RequestID(s), checkID(s, requestLetter, "request")
 }
 
 // ParseLeaseID checks that s has the form of a lease ID; it does not say that

@@ -20,6 +20,11 @@ type Tool struct {
 	Params      []Param           // sorted by name
 	MaxTTL      time.Duration     // never zero
 	Env         map[string]string // environment variable -> the secret's field; fixed by the catalog, never by a provider
+	Labels      map[string]string // for policies and people; not part of the digest
+	Sensitivity string            // "low", "medium" or "high", for policies and people; never empty; not part of the digest
+	// Approval is the rule that a request waits under; nil means that policy
+	// alone decides. BreakGlass is another, that a request may name; nil for most.
+	Approval, BreakGlass *ApprovalRule
 	// Digest is the SHA-256, in hex, of everything that decides what a lease
 	// of this tool can do: provider and its configuration, scope, parameters
 	// and maximum TTL. The description is not part of it. A grant is bound to it.

@@ -40,6 +40,18 @@ const (
 	LeaseExpired       Type = "lease.expired"
 	LeaseLapsed        Type = "lease.lapsed"
 	LeaseReplayed      Type = "lease.replayed"
+	RequestCreated     Type = "request.created"
+	RequestApproved    Type = "request.approved" // one person's yes
+	RequestDenied      Type = "request.denied"
+	RequestGranted     Type = "request.granted"
+	RequestEnded       Type = "request.ended" // expired, withdrawn or void
+	SessionStarted     Type = "session.started"
+	SessionEnded       Type = "session.ended"
+	PersonChanged      Type = "person.changed"  // the identity provider tells other groups of a person than before
+	AccessEnding       Type = "access.ending"   // the kill switch
+	AccessEnded        Type = "access.ended"    // all that it matched is dead, or lapsed
+	RecoveryOpened     Type = "recovery.opened" // somebody may administer whatever the policies say
+	RecoveryClosed     Type = "recovery.closed"
 	RequestRefused     Type = "request.refused"
 	RefusalsSuppressed Type = "request.refusals_suppressed"
 	BrokerStarted      Type = "broker.started"
@@ -58,15 +70,17 @@ type Event struct {
 	Sequence    uint64               `json:"-"` // the place in the log; set when read
 	Time        time.Time            `json:"time"`
 	Type        Type                 `json:"type"`
-	Actor       string               `json:"actor,omitempty"` // a SPIFFE ID, or Broker
+	Actor       string               `json:"actor,omitempty"` // a broker.Principal, or who reached the host: "signal:SIGHUP"
 	Agent       string               `json:"agent,omitempty"`
 	Tool        string               `json:"tool,omitempty"`
 	Provider    string               `json:"provider,omitempty"`
 	Lease       broker.LeaseID       `json:"lease,omitempty"`
 	Grant       broker.GrantID       `json:"grant,omitempty"`
 	Incident    broker.IncidentID    `json:"incident,omitempty"`
-	Reason      string               `json:"reason,omitempty"` // why, in the actor's words
-	Cause       string               `json:"cause,omitempty"`  // why, as a stable word: a broker.Reason or broker.Cause
+	Request     broker.RequestID     `json:"request,omitempty"`
+	OnBehalfOf  broker.Principal     `json:"on_behalf_of,omitempty"` // the user for whom the agent acts (RFC 8693); the agent stays the actor
+	Reason      string               `json:"reason,omitempty"`       // why, in the actor's words
+	Cause       string               `json:"cause,omitempty"`        // why, as a stable word: a broker.Reason or broker.Cause
 	Correlation broker.CorrelationID `json:"correlation,omitempty"`
 	Details     map[string]string    `json:"details,omitempty"`
 }

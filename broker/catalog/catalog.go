@@ -139,3 +139,18 @@ func (s *Snapshot) Identities() []spiffeid.ID {
 }
 
 func compareIDs(a, b spiffeid.ID) int { return strings.Compare(a.String(), b.String()) }
+
+// Policies is the policy set; policy.Builtin if the catalog has none.
+func (s *Snapshot) Policies() *policy.Set { return policy.Builtin() }
+
+// Subject is a caller as policies see it: an agent of the catalog, a person,
+// or another workload; with all its groups.
+func (s *Snapshot) Subject(c broker.Caller) policy.Subject {
+	if c.Person != nil {
+		return policy.Subject{Person: c.Person, Groups: c.Person.Groups}
+	}
+	if a, ok := s.agents[c.ID]; ok {
+		return policy.Subject{Agent: &a}
+	}
+	return policy.Subject{Service: c.ID, Operator: s.operators[c.ID]}
+}

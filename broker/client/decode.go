@@ -101,7 +101,7 @@ func (d *decoder) grant(m *mayflyv1.Grant) Grant {
 			ID: broker.GrantID(m.GetId()), Agent: d.id("agent", m.GetAgent()), Tool: m.GetTool(), Params: m.GetParameters(),
 			NotBefore: instant(m.GetNotBefore()), NotAfter: instant(m.GetNotAfter()),
 			MaxUses: int(m.GetMaxUses()), Uses: int(m.GetUses()), Incident: broker.IncidentID(m.GetIncidentId()),
-			Reason: m.GetReason(), CreatedBy: d.id("created_by", m.GetCreatedBy()), CreatedAt: instant(m.GetCreatedAt()),
+			Reason: m.GetReason(), CreatedBy: broker.Principal(m.GetCreatedBy()), CreatedAt: instant(m.GetCreatedAt()),
 			State: broker.GrantState(m.GetState()), EndedAt: instant(m.GetEndedAt()), EndedBy: m.GetEndedBy(),
 		},
 		Suspended: m.GetSuspended(),
@@ -112,7 +112,7 @@ func (d *decoder) incident(m *mayflyv1.Incident) Incident {
 	in := Incident{
 		Incident: broker.Incident{
 			ID: broker.IncidentID(m.GetId()), Title: m.GetTitle(), Reference: m.GetReference(),
-			OpenedBy: d.id("opened_by", m.GetOpenedBy()), OpenedAt: instant(m.GetOpenedAt()), EndsAt: instant(m.GetEndsAt()),
+			OpenedBy: broker.Principal(m.GetOpenedBy()), OpenedAt: instant(m.GetOpenedAt()), EndsAt: instant(m.GetEndsAt()),
 			State: broker.IncidentState(m.GetState()), ClosedBy: m.GetClosedBy(), ClosedAt: instant(m.GetClosedAt()),
 		},
 		LeasesOpen: int(m.GetLeasesOpen()),

@@ -34,7 +34,7 @@ func (e *Engine) forgetLease(ctx context.Context, caller broker.Caller, id broke
 	if err := requireReason(reason, "forgetting a lease"); err != nil {
 		return broker.Lease{}, err
 	}
-	why := ending{cause: broker.CauseForgotten, actor: caller.ID.String(), reason: reason, correlation: caller.Correlation}
+	why := ending{cause: broker.CauseForgotten, actor: caller.Principal().String(), reason: reason, correlation: caller.Correlation}
 	now := e.clock.now()
 	var l *leaseRecord
 	err := e.update(ctx, now, func(t store.Txn) (err error) {
@@ -53,7 +53,7 @@ func (e *Engine) forgetLease(ctx context.Context, caller broker.Caller, id broke
 		return broker.Lease{}, err
 	}
 	e.unlearn(l)
-	e.log.Warn("an operator had a lease forgotten: it is not known to be dead", "lease", id, "provider", l.Provider, "operator", caller.ID.String())
+	e.log.Warn("an operator had a lease forgotten: it is not known to be dead", "lease", id, "provider", l.Provider, "operator", caller.Principal().String())
 	e.watch.signal()
 	return l.Lease, nil
 }

@@ -55,7 +55,7 @@ func (e *Engine) createGrant(ctx context.Context, caller broker.Caller, req Gran
 	if err := checkKey(req.Key); err != nil {
 		return broker.Grant{}, err
 	}
-	once := asked{caller: caller.ID, key: req.Key, kind: "grant",
+	once := asked{caller: caller.Principal(), key: req.Key, kind: "grant",
 		digest: requestDigest("grant", req.Agent, req.Tool, req.Params, req.NotBefore, req.NotAfter, req.For, req.MaxUses)}
 	made := g
 	err = e.update(ctx, now, func(t store.Txn) error {
@@ -127,7 +127,7 @@ func (ep *epoch) newGrant(req GrantRequest, by spiffeid.ID, now time.Time) (brok
 	return broker.Grant{
 		ID: broker.NewGrantID(now), Agent: req.Agent, Tool: tool.Name, ToolDigest: tool.Digest,
 		Params: maps.Clone(req.Params), NotBefore: from.UTC(), NotAfter: req.NotAfter.UTC(), MaxUses: req.MaxUses,
-		Reason: req.Reason, CreatedBy: by, CreatedAt: now, State: broker.GrantOpen,
+		Reason: req.Reason, CreatedBy: broker.WorkloadPrincipal(by), CreatedAt: now, State: broker.GrantOpen,
 	}, nil
 }
 
@@ -242,7 +242,7 @@ func (e *Engine) withdrawGrant(ctx context.Context, caller broker.Caller, id bro
 	if err := policy.Administer(caller.ID, e.Catalog().Operator(caller.ID), "withdraw grants").Err(); err != nil {
 		return broker.Grant{}, Ended{}, err
 	}
-	why := sweepRecord{Cause: broker.CauseGrantWithdrawn, Actor: caller.ID.String(), Reason: reason, Correlation: caller.Correlation}
+	why := sweepRecord{Cause: broker.CauseGrantWithdrawn, Actor: caller.Principal().String(), Reason: reason, Correlation: caller.Correlation}
 	var g broker.Grant
 	now := e.clock.now()
 	err := e.update(ctx, now, func(t store.Txn) error {

@@ -3,8 +3,6 @@ package lease
 import (
 	"errors"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/policy"
 	"github.com/mayfly-security/mayfly/store"
@@ -51,7 +49,7 @@ func (ep *epoch) read(r getter, grant broker.GrantID) (policy.GrantFacts, error)
 
 // asked is a request that may carry an idempotency key.
 type asked struct {
-	caller spiffeid.ID
+	caller broker.Principal
 	key    string // empty: the request stands alone
 	kind   string // of what it makes: "lease", "grant" or "incident"
 	digest string // of the request, so that a key is not used for two

@@ -274,7 +274,7 @@ func forget(t store.Txn, id broker.LeaseID) error {
 	}
 	keys := []string{keyLease(id), keyLeaseOf(l.Agent, id)}
 	if l.Key != "" {
-		keys = append(keys, keyIdem(l.Agent, l.Key))
+		keys = append(keys, keyIdem(broker.WorkloadPrincipal(l.Agent), l.Key))
 	}
 	for _, key := range keys {
 		if err := t.Delete(key); err != nil {

@@ -59,7 +59,7 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 	now := e.clock.now()
 	in := broker.Incident{
 		ID: broker.NewIncidentID(now), Title: req.Title, Reference: req.Reference,
-		OpenedBy: caller.ID, OpenedAt: now, EndsAt: now.Add(duration), State: broker.IncidentOpen,
+		OpenedBy: caller.Principal(), OpenedAt: now, EndsAt: now.Add(duration), State: broker.IncidentOpen,
 	}
 	var grants []broker.Grant
 	for _, agent := range req.Agents {
@@ -73,7 +73,7 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 			in.Grants = append(in.Grants, g.ID)
 		}
 	}
-	once := asked{caller: caller.ID, key: req.Key, kind: "incident",
+	once := asked{caller: caller.Principal(), key: req.Key, kind: "incident",
 		digest: requestDigest("incident", req.Title, req.Reference, req.Agents, req.Tools, req.Duration)}
 	made := in
 	err := e.update(ctx, now, func(t store.Txn) error {
@@ -89,14 +89,14 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 			made, _, err = get[broker.Incident](t, keyIncident(broker.IncidentID(id)))
 			return err
 		}
-		open, _, err := get[int](t, keyOpener(caller.ID))
+		open, _, err := get[int](t, keyOpener(caller.Principal()))
 		if err != nil {
 			return err
 		}
 		if err := policy.AnotherIncident(opener, open).Err(); err != nil {
 			return err
 		}
-		if err := put(t, keyOpener(caller.ID), open+1); err != nil {
+		if err := put(t, keyOpener(caller.Principal()), open+1); err != nil {
 			return err
 		}
 		if err := put(t, keyIncident(in.ID), in); err != nil {
@@ -111,7 +111,7 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 			}
 		}
 		return appendEvent(t, audit.Event{
-			Time: now, Type: audit.IncidentOpened, Actor: caller.ID.String(), Incident: in.ID,
+			Time: now, Type: audit.IncidentOpened, Actor: caller.Principal().String(), Incident: in.ID,
 			Tool: strings.Join(req.Tools, ","), Agent: joinIDs(req.Agents),
 			Reason: in.Title, Correlation: caller.Correlation,
 			Details: map[string]string{"reference": in.Reference, "ends_at": in.EndsAt.Format(time.RFC3339)},
@@ -178,7 +178,7 @@ func (e *Engine) closeIncident(ctx context.Context, caller broker.Caller, id bro
 		return broker.Incident{}, Ended{}, err
 	}
 	ep := e.current.Load() // ending does not wait for a reload
-	why := sweepRecord{Cause: broker.CauseIncidentClosed, Actor: caller.ID.String(), Reason: reason, Correlation: caller.Correlation}
+	why := sweepRecord{Cause: broker.CauseIncidentClosed, Actor: caller.Principal().String(), Reason: reason, Correlation: caller.Correlation}
 	var in broker.Incident
 	now := e.clock.now()
 	err := e.update(ctx, now, func(t store.Txn) error {
@@ -216,7 +216,8 @@ func (e *Engine) closeIncident(ctx context.Context, caller broker.Caller, id bro
 // isCloser reports whether the catalog lets id close what the incident's
 // opener opened.
 func (ep *epoch) isCloser(id spiffeid.ID, in broker.Incident) bool {
-	opener, ok := ep.catalog.Opener(in.OpenedBy)
+	by, _ := in.OpenedBy.Workload()
+	opener, ok := ep.catalog.Opener(by)
 	return ok && opener.Closers != "" && ep.catalog.InGroup(id, opener.Closers)
 }
 

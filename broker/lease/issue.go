@@ -31,7 +31,7 @@ type IssueRequest struct {
 }
 
 // asked is the request as its idempotency key is bound to it.
-func (r IssueRequest) asked(caller spiffeid.ID) asked {
+func (r IssueRequest) asked(caller broker.Principal) asked {
 	return asked{caller: caller, key: r.Key, kind: "lease", digest: requestDigest("issue", r.Tool, r.Params, r.TTL)}
 }
 
@@ -81,7 +81,7 @@ func (e *Engine) issue(ctx context.Context, caller broker.Caller, req IssueReque
 		return nil, err
 	}
 	if req.Key != "" {
-		unlock, err := e.keys.lock(ctx, keyIdem(caller.ID, req.Key))
+		unlock, err := e.keys.lock(ctx, keyIdem(caller.Principal(), req.Key))
 		if err != nil {
 			return nil, err
 		}
@@ -196,7 +196,7 @@ func (e *Engine) attempt(ctx context.Context, ep *epoch, caller broker.Caller, r
 			return nil, err
 		}
 	}
-	m := &minter{e: e, ep: ep, p: p, tool: tool, caller: caller, ask: ask, l: l, asked: req.asked(caller.ID), place: place}
+	m := &minter{e: e, ep: ep, p: p, tool: tool, caller: caller, ask: ask, l: l, asked: req.asked(caller.Principal()), place: place}
 	defer m.done()
 	if p.traits.Inert {
 		return m.inert(ctx)
@@ -230,12 +230,12 @@ func (e *Engine) candidates(ctx context.Context, ep *epoch, agent spiffeid.ID, t
 // replay answers a request whose idempotency key has made a lease already. It
 // returns neither a Delivery nor an error if the key is new.
 func (e *Engine) replay(ctx context.Context, caller broker.Caller, req IssueRequest) (*Delivery, error) {
-	key := keyIdem(caller.ID, req.Key)
+	key := keyIdem(caller.Principal(), req.Key)
 	var l leaseRecord
 	var held bool
 	var done func()
 	err := e.store.View(ctx, func(r store.Reader) error {
-		id, err := req.asked(caller.ID).made(r)
+		id, err := req.asked(caller.Principal()).made(r)
 		if err != nil || id == "" {
 			return err
 		}
@@ -262,7 +262,7 @@ func (e *Engine) replay(ctx context.Context, caller broker.Caller, req IssueRequ
 		if ok {
 			now := e.clock.now()
 			ev := l.event(now, audit.LeaseReplayed)
-			ev.Actor, ev.Correlation = caller.ID.String(), caller.Correlation
+			ev.Actor, ev.Correlation = caller.Principal().String(), caller.Correlation
 			if err := e.update(ctx, now, func(t store.Txn) error { return appendEvent(t, ev) }); err != nil {
 				done()
 				return nil, err
@@ -306,7 +306,7 @@ func (e *Engine) lost(ctx context.Context, caller broker.Caller, l leaseRecord) 
 	case l.Cause == broker.CauseMintFailed, l.State == broker.LeaseMinting:
 		refusal = broker.Refusef(broker.ReasonProvider, next, "lease %s of this key was not made: the provider failed", l.ID)
 	case l.State == broker.LeaseActive:
-		why := ending{cause: broker.CauseSecretGone, actor: caller.ID.String(), correlation: caller.Correlation}
+		why := ending{cause: broker.CauseSecretGone, actor: caller.Principal().String(), correlation: caller.Correlation}
 		if !e.clock.late().Before(l.End) {
 			why.cause, why.actor = broker.CauseTTL, audit.Broker
 		}

@@ -21,8 +21,8 @@ import (
 //	lease|ID                       the lease
 //	grant|ID                       the grant                              (guard)
 //	incident|ID                    the incident                           (guard)
-//	opener|SPIFFE ID               how many incidents it has open         (guard)
-//	idem|SPIFFE ID|key             what an idempotency key made           (guard)
+//	opener|principal               how many incidents it has open         (guard)
+//	idem|principal|key             what an idempotency key made           (guard)
 //	grants|agent|tool|ID           the open grants of an agent for a tool
 //	leases|agent|ID                the leases of an agent
 //	open|grant|ID                  the leases of a grant that have not ended
@@ -52,9 +52,9 @@ const (
 func keyLease(id broker.LeaseID) string       { return prefixLease + string(id) }
 func keyGrant(id broker.GrantID) string       { return prefixGrant + string(id) }
 func keyIncident(id broker.IncidentID) string { return prefixIncident + string(id) }
-func keyOpener(id spiffeid.ID) string         { return "opener|" + id.String() }
+func keyOpener(p broker.Principal) string     { return "opener|" + p.String() }
 
-func keyIdem(caller spiffeid.ID, key string) string {
+func keyIdem(caller broker.Principal, key string) string {
 	return "idem|" + caller.String() + "|" + key
 }
 

@@ -262,7 +262,7 @@ func (m *minter) create(t store.Txn, l *leaseRecord) error {
 
 func (m *minter) event(l *leaseRecord, now time.Time, what audit.Type) audit.Event {
 	ev := l.event(now, what)
-	ev.Actor, ev.Reason = m.caller.ID.String(), l.Reason
+	ev.Actor, ev.Reason = m.caller.Principal().String(), l.Reason
 	if ev.Details == nil {
 		ev.Details = map[string]string{}
 	}
@@ -461,7 +461,7 @@ func (m *minter) providerRefusal(err error) error {
 
 func (m *minter) deliver(secret broker.Secret, done func()) *Delivery {
 	if m.l.Key != "" && !m.p.traits.Inert { // an inert provider can make it again
-		m.e.replays.put(keyIdem(m.l.Agent, m.l.Key), replayed{secret: secret, env: m.tool.Env}, m.e.clock.now())
+		m.e.replays.put(keyIdem(broker.WorkloadPrincipal(m.l.Agent), m.l.Key), replayed{secret: secret, env: m.tool.Env}, m.e.clock.now())
 	}
 	failpoint.At("lease.deliver")
 	m.e.dueAt(m.l.Provider, m.l.End)

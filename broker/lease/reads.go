@@ -110,7 +110,7 @@ func (e *Engine) revokeLease(ctx context.Context, caller broker.Caller, id broke
 	if caller.ID == l.Agent {
 		cause = broker.CauseReturned
 	}
-	why := ending{cause: cause, actor: caller.ID.String(), reason: reason, correlation: caller.Correlation}
+	why := ending{cause: cause, actor: caller.Principal().String(), reason: reason, correlation: caller.Correlation}
 	if _, err := e.endLeases(ctx, []broker.LeaseID{id}, why); untellable(err) {
 		return broker.Lease{}, underWay(err)
 	} else if err != nil {
@@ -200,7 +200,7 @@ func (e *Engine) Incidents(ctx context.Context, caller broker.Caller, all bool, 
 }
 
 func (ep *epoch) sees(id spiffeid.ID, in broker.Incident) bool {
-	return in.OpenedBy == id || ep.catalog.Operator(id) || ep.isCloser(id, in)
+	return in.OpenedBy == broker.WorkloadPrincipal(id) || ep.catalog.Operator(id) || ep.isCloser(id, in)
 }
 
 func (ep *epoch) view(r store.Reader, in broker.Incident) (IncidentView, error) {

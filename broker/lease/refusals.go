@@ -55,8 +55,8 @@ func (e *Engine) Refused(ctx context.Context, caller broker.Caller, act, tool st
 	reason := broker.ReasonOf(err)
 	e.metrics.refused.WithLabelValues(string(reason)).Inc()
 	actor := "unknown"
-	if !caller.ID.IsZero() {
-		actor = caller.ID.String()
+	if p := caller.Principal(); p != "" {
+		actor = p.String()
 	}
 	if reason == broker.ReasonInternal || reason == broker.ReasonStore {
 		e.log.Error("a call was not carried out", "act", act, "actor", actor, "correlation", caller.Correlation, "error", err)

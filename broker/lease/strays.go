@@ -155,7 +155,7 @@ func (e *Engine) endStray(ctx context.Context, caller broker.Caller, provider, n
 		if s.EndedBy != "" {
 			return nil // it is being ended; the first decision stands
 		}
-		s.EndedBy, s.Reason, s.Correlation = caller.ID.String(), reason, caller.Correlation
+		s.EndedBy, s.Reason, s.Correlation = caller.Principal().String(), reason, caller.Correlation
 		if err := put(t, key, s); err != nil {
 			return err
 		}

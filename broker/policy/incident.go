@@ -75,7 +75,7 @@ func AnotherIncident(opener Opener, open int) Decision {
 // sees says whether the caller may know of the incident at all.
 func CloseIncident(caller spiffeid.ID, incident broker.Incident, isCloser, sees bool) Decision {
 	switch {
-	case caller == incident.OpenedBy:
+	case broker.WorkloadPrincipal(caller) == incident.OpenedBy:
 		return Allow("opener:" + caller.String())
 	case isCloser:
 		return Allow("closer:" + caller.String())

@@ -179,7 +179,7 @@ func TestOpenIncident(t *testing.T) {
 }
 
 func TestCloseIncident(t *testing.T) {
-	in := broker.Incident{ID: "i1", OpenedBy: bot}
+	in := broker.Incident{ID: "i1", OpenedBy: broker.WorkloadPrincipal(bot)}
 	if err := policy.CloseIncident(bot, in, false, false).Err(); err != nil {
 		t.Errorf("the opener may not close: %v", err)
 	}

@@ -45,6 +45,18 @@ var codes = map[broker.Reason]connect.Code{
 	broker.ReasonClock:            connect.CodeUnavailable,
 	broker.ReasonShuttingDown:     connect.CodeUnavailable,
 	broker.ReasonInternal:         connect.CodeInternal,
+	broker.ReasonPolicy:           connect.CodePermissionDenied,
+	broker.ReasonPolicyInvalid:    connect.CodeInvalidArgument,
+	broker.ReasonRequestLimit:     connect.CodeResourceExhausted,
+	broker.ReasonRequestOver:      connect.CodeFailedPrecondition,
+	broker.ReasonNotEligible:      connect.CodePermissionDenied,
+	broker.ReasonStepUp:           connect.CodeUnauthenticated,
+	broker.ReasonSessionOver:      connect.CodeUnauthenticated,
+	broker.ReasonTokenInvalid:     connect.CodeUnauthenticated,
+	broker.ReasonTokenReplayed:    connect.CodePermissionDenied,
+	broker.ReasonSignIn:           connect.CodeUnauthenticated,
+	broker.ReasonSignInPending:    connect.CodeFailedPrecondition,
+	broker.ReasonLockout:          connect.CodeFailedPrecondition,
 }
 
 // Code is the RPC code of a reason.
@@ -81,6 +93,7 @@ func rpcError(ctx context.Context, log *slog.Logger, correlation broker.Correlat
 	detail, err := connect.NewErrorDetail(&mayflyv1.ErrorDetail{
 		Reason: string(refusal.Reason), Next: refusal.Next,
 		CorrelationId: string(correlation), LeaseId: string(refusal.Lease),
+		MaxAge: int64(refusal.StepUp.MaxAge.Seconds()), AcrValues: refusal.StepUp.ACR,
 	})
 	if err == nil {
 		e.AddDetail(detail)

@@ -5,8 +5,11 @@
 // source: mayfly/v1/mayfly.proto
 
 // Mayfly's API, version 1. It is served with ConnectRPC: gRPC, gRPC-Web and
-// plain HTTP POST with JSON at /mayfly.v1.<Service>/<Method>. Every call is
-// made over mutual TLS with an X.509-SVID. Every error carries an ErrorDetail.
+// plain HTTP POST with JSON at /mayfly.v1.<Service>/<Method>. Workloads call
+// over mutual TLS with an X.509-SVID; people call another listener, over TLS
+// with "Authorization: Bearer" and a session's token. Both serve the same
+// services, but for SignInService, which is for people. Every error carries an
+// ErrorDetail.
 
 package mayflyv1
 
@@ -37,7 +40,12 @@ type ErrorDetail struct {
 	// Ties the error to the broker's log and evidence.
 	CorrelationId string `protobuf:"bytes,3,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
 	// The lease that the error is about, where there is one.
-	LeaseId       string `protobuf:"bytes,4,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	LeaseId string `protobuf:"bytes,4,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	// With reason insufficient_user_authentication (RFC 9470): the oldest that
+	// the sign-in may be, in seconds, and the classes one of which it must be of.
+	// Zero and empty ask for nothing.
+	MaxAge        int64    `protobuf:"varint,5,opt,name=max_age,json=maxAge,proto3" json:"max_age,omitempty"`
+	AcrValues     []string `protobuf:"bytes,6,rep,name=acr_values,json=acrValues,proto3" json:"acr_values,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -100,6 +108,20 @@ func (x *ErrorDetail) GetLeaseId() string {
 	return ""
 }
 
+func (x *ErrorDetail) GetMaxAge() int64 {
+	if x != nil {
+		return x.MaxAge
+	}
+	return 0
+}
+
+func (x *ErrorDetail) GetAcrValues() []string {
+	if x != nil {
+		return x.AcrValues
+	}
+	return nil
+}
+
 type WhoAmIRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -152,8 +174,17 @@ type WhoAmIResponse struct {
 	BrokerId       string `protobuf:"bytes,7,opt,name=broker_id,json=brokerId,proto3" json:"broker_id,omitempty"`
 	InstallationId string `protobuf:"bytes,8,opt,name=installation_id,json=installationId,proto3" json:"installation_id,omitempty"`
 	CatalogDigest  string `protobuf:"bytes,9,opt,name=catalog_digest,json=catalogDigest,proto3" json:"catalog_digest,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Of a person: id is "person:NAME"; the groups by identity provider and
+	// catalog, when they last proved who they are, how, and by which method
+	// ("browser", "device" or "bearer"); the end of the session is svid_expires_at.
+	Groups       []string               `protobuf:"bytes,10,rep,name=groups,proto3" json:"groups,omitempty"`
+	AuthTime     *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=auth_time,json=authTime,proto3" json:"auth_time,omitempty"`
+	Acr          string                 `protobuf:"bytes,12,opt,name=acr,proto3" json:"acr,omitempty"`
+	SignInMethod string                 `protobuf:"bytes,13,opt,name=sign_in_method,json=signInMethod,proto3" json:"sign_in_method,omitempty"`
+	// The digest of the policy set.
+	PolicyDigest  string `protobuf:"bytes,14,opt,name=policy_digest,json=policyDigest,proto3" json:"policy_digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WhoAmIResponse) Reset() {
@@ -245,6 +276,41 @@ func (x *WhoAmIResponse) GetInstallationId() string {
 func (x *WhoAmIResponse) GetCatalogDigest() string {
 	if x != nil {
 		return x.CatalogDigest
+	}
+	return ""
+}
+
+func (x *WhoAmIResponse) GetGroups() []string {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *WhoAmIResponse) GetAuthTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.AuthTime
+	}
+	return nil
+}
+
+func (x *WhoAmIResponse) GetAcr() string {
+	if x != nil {
+		return x.Acr
+	}
+	return ""
+}
+
+func (x *WhoAmIResponse) GetSignInMethod() string {
+	if x != nil {
+		return x.SignInMethod
+	}
+	return ""
+}
+
+func (x *WhoAmIResponse) GetPolicyDigest() string {
+	if x != nil {
+		return x.PolicyDigest
 	}
 	return ""
 }
@@ -344,7 +410,15 @@ type Tool struct {
 	// Until when the caller's best grant is good; unset if it has none that is good now.
 	GrantedUntil *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=granted_until,json=grantedUntil,proto3" json:"granted_until,omitempty"`
 	// Why there is no good grant now, as a reason; empty if there is one.
-	Refusal       string `protobuf:"bytes,9,opt,name=refusal,proto3" json:"refusal,omitempty"`
+	Refusal string            `protobuf:"bytes,9,opt,name=refusal,proto3" json:"refusal,omitempty"`
+	Labels  map[string]string `protobuf:"bytes,10,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// "low", "medium" or "high".
+	Sensitivity string `protobuf:"bytes,11,opt,name=sensitivity,proto3" json:"sensitivity,omitempty"`
+	// The approval rule of requests, and the one for emergencies; empty for none.
+	Approval   string `protobuf:"bytes,12,opt,name=approval,proto3" json:"approval,omitempty"`
+	BreakGlass string `protobuf:"bytes,13,opt,name=break_glass,json=breakGlass,proto3" json:"break_glass,omitempty"`
+	// The caller may ask for it (`mayfly request`).
+	Requestable   bool `protobuf:"varint,14,opt,name=requestable,proto3" json:"requestable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -440,6 +514,41 @@ func (x *Tool) GetRefusal() string {
 		return x.Refusal
 	}
 	return ""
+}
+
+func (x *Tool) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *Tool) GetSensitivity() string {
+	if x != nil {
+		return x.Sensitivity
+	}
+	return ""
+}
+
+func (x *Tool) GetApproval() string {
+	if x != nil {
+		return x.Approval
+	}
+	return ""
+}
+
+func (x *Tool) GetBreakGlass() string {
+	if x != nil {
+		return x.BreakGlass
+	}
+	return ""
+}
+
+func (x *Tool) GetRequestable() bool {
+	if x != nil {
+		return x.Requestable
+	}
+	return false
 }
 
 type Parameter struct {
@@ -721,7 +830,9 @@ type Lease struct {
 	IsStatic bool `protobuf:"varint,19,opt,name=is_static,json=isStatic,proto3" json:"is_static,omitempty"`
 	// What may still be there of an ended lease although it works nowhere; empty
 	// if nothing is left.
-	Left          string `protobuf:"bytes,20,opt,name=left,proto3" json:"left,omitempty"`
+	Left string `protobuf:"bytes,20,opt,name=left,proto3" json:"left,omitempty"`
+	// The user on whose behalf its agent acts; empty for nobody.
+	OnBehalfOf    string `protobuf:"bytes,21,opt,name=on_behalf_of,json=onBehalfOf,proto3" json:"on_behalf_of,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -892,6 +1003,13 @@ func (x *Lease) GetIsStatic() bool {
 func (x *Lease) GetLeft() string {
 	if x != nil {
 		return x.Left
+	}
+	return ""
+}
+
+func (x *Lease) GetOnBehalfOf() string {
+	if x != nil {
+		return x.OnBehalfOf
 	}
 	return ""
 }
@@ -1168,9 +1286,20 @@ type Grant struct {
 	// "open", "withdrawn", "closed" or "expired".
 	State string `protobuf:"bytes,13,opt,name=state,proto3" json:"state,omitempty"`
 	// True while the tool is not what it was when the grant was made.
-	Suspended     bool                   `protobuf:"varint,14,opt,name=suspended,proto3" json:"suspended,omitempty"`
-	EndedAt       *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=ended_at,json=endedAt,proto3" json:"ended_at,omitempty"`
-	EndedBy       string                 `protobuf:"bytes,16,opt,name=ended_by,json=endedBy,proto3" json:"ended_by,omitempty"`
+	Suspended bool                   `protobuf:"varint,14,opt,name=suspended,proto3" json:"suspended,omitempty"`
+	EndedAt   *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=ended_at,json=endedAt,proto3" json:"ended_at,omitempty"`
+	EndedBy   string                 `protobuf:"bytes,16,opt,name=ended_by,json=endedBy,proto3" json:"ended_by,omitempty"`
+	// The request that it came from; empty for a grant of an operator's or of an
+	// incident's window.
+	RequestId  string `protobuf:"bytes,17,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	OnBehalfOf string `protobuf:"bytes,18,opt,name=on_behalf_of,json=onBehalfOf,proto3" json:"on_behalf_of,omitempty"`
+	// The approval rule; empty if policy granted it.
+	Rule string `protobuf:"bytes,19,opt,name=rule,proto3" json:"rule,omitempty"`
+	// Whose votes made it.
+	Voters     []string `protobuf:"bytes,20,rep,name=voters,proto3" json:"voters,omitempty"`
+	BreakGlass bool     `protobuf:"varint,21,opt,name=break_glass,json=breakGlass,proto3" json:"break_glass,omitempty"`
+	// The digest of the policy set that it was made under.
+	PolicyDigest  string `protobuf:"bytes,22,opt,name=policy_digest,json=policyDigest,proto3" json:"policy_digest,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1313,6 +1442,48 @@ func (x *Grant) GetEndedAt() *timestamppb.Timestamp {
 func (x *Grant) GetEndedBy() string {
 	if x != nil {
 		return x.EndedBy
+	}
+	return ""
+}
+
+func (x *Grant) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *Grant) GetOnBehalfOf() string {
+	if x != nil {
+		return x.OnBehalfOf
+	}
+	return ""
+}
+
+func (x *Grant) GetRule() string {
+	if x != nil {
+		return x.Rule
+	}
+	return ""
+}
+
+func (x *Grant) GetVoters() []string {
+	if x != nil {
+		return x.Voters
+	}
+	return nil
+}
+
+func (x *Grant) GetBreakGlass() bool {
+	if x != nil {
+		return x.BreakGlass
+	}
+	return false
+}
+
+func (x *Grant) GetPolicyDigest() string {
+	if x != nil {
+		return x.PolicyDigest
 	}
 	return ""
 }
@@ -2203,6 +2374,9 @@ type Event struct {
 	Cause         string            `protobuf:"bytes,12,opt,name=cause,proto3" json:"cause,omitempty"`
 	CorrelationId string            `protobuf:"bytes,13,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
 	Details       map[string]string `protobuf:"bytes,14,rep,name=details,proto3" json:"details,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	RequestId     string            `protobuf:"bytes,15,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// The user on whose behalf the agent acts; empty for nobody.
+	OnBehalfOf    string `protobuf:"bytes,16,opt,name=on_behalf_of,json=onBehalfOf,proto3" json:"on_behalf_of,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2335,6 +2509,20 @@ func (x *Event) GetDetails() map[string]string {
 	return nil
 }
 
+func (x *Event) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *Event) GetOnBehalfOf() string {
+	if x != nil {
+		return x.OnBehalfOf
+	}
+	return ""
+}
+
 type ListEventsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Only events after this sequence number.
@@ -2348,7 +2536,8 @@ type ListEventsRequest struct {
 	Type       string `protobuf:"bytes,7,opt,name=type,proto3" json:"type,omitempty"`
 	PageSize   int32  `protobuf:"varint,8,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// Only the last page_size events, oldest of them first.
-	Latest        bool `protobuf:"varint,9,opt,name=latest,proto3" json:"latest,omitempty"`
+	Latest        bool   `protobuf:"varint,9,opt,name=latest,proto3" json:"latest,omitempty"`
+	RequestId     string `protobuf:"bytes,10,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2444,6 +2633,13 @@ func (x *ListEventsRequest) GetLatest() bool {
 		return x.Latest
 	}
 	return false
+}
+
+func (x *ListEventsRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
 }
 
 type ListEventsResponse struct {
@@ -2888,17 +3084,2256 @@ func (x *EndStrayResponse) GetRemoved() bool {
 	return false
 }
 
+// Request is a wish for a tool, with a reason.
+type Request struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Id         string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Agent      string                 `protobuf:"bytes,2,opt,name=agent,proto3" json:"agent,omitempty"`
+	Tool       string                 `protobuf:"bytes,3,opt,name=tool,proto3" json:"tool,omitempty"`
+	Parameters map[string]string      `protobuf:"bytes,4,rep,name=parameters,proto3" json:"parameters,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// How long the grant is to be good from the moment that it is made.
+	Duration *durationpb.Duration `protobuf:"bytes,5,opt,name=duration,proto3" json:"duration,omitempty"`
+	// 0 means any number.
+	MaxUses    int32  `protobuf:"varint,6,opt,name=max_uses,json=maxUses,proto3" json:"max_uses,omitempty"`
+	Reason     string `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
+	Ticket     string `protobuf:"bytes,8,opt,name=ticket,proto3" json:"ticket,omitempty"`
+	IncidentId string `protobuf:"bytes,9,opt,name=incident_id,json=incidentId,proto3" json:"incident_id,omitempty"`
+	// The user on whose behalf the agent acts; empty for nobody.
+	OnBehalfOf string                 `protobuf:"bytes,10,opt,name=on_behalf_of,json=onBehalfOf,proto3" json:"on_behalf_of,omitempty"`
+	CreatedBy  string                 `protobuf:"bytes,11,opt,name=created_by,json=createdBy,proto3" json:"created_by,omitempty"`
+	CreatedAt  *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	ExpiresAt  *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	// "pending", "granted", "denied", "expired", "withdrawn" or "void" (what it
+	// asks for, or the rule, changed meanwhile: to be asked again).
+	State string `protobuf:"bytes,14,opt,name=state,proto3" json:"state,omitempty"`
+	// The approval rule that it waits under; empty if policy granted it.
+	Rule       string `protobuf:"bytes,15,opt,name=rule,proto3" json:"rule,omitempty"`
+	BreakGlass bool   `protobuf:"varint,16,opt,name=break_glass,json=breakGlass,proto3" json:"break_glass,omitempty"`
+	// Everything that an approver agrees to, as a digest. A vote names it.
+	Digest    string      `protobuf:"bytes,17,opt,name=digest,proto3" json:"digest,omitempty"`
+	Approvals []*Approval `protobuf:"bytes,18,rep,name=approvals,proto3" json:"approvals,omitempty"`
+	// What is still needed, for people: "1 of finance".
+	Missing []string `protobuf:"bytes,19,rep,name=missing,proto3" json:"missing,omitempty"`
+	// What it became, in state granted.
+	GrantId   string                 `protobuf:"bytes,20,opt,name=grant_id,json=grantId,proto3" json:"grant_id,omitempty"`
+	DecidedAt *timestamppb.Timestamp `protobuf:"bytes,21,opt,name=decided_at,json=decidedAt,proto3" json:"decided_at,omitempty"`
+	DecidedBy string                 `protobuf:"bytes,22,opt,name=decided_by,json=decidedBy,proto3" json:"decided_by,omitempty"`
+	// For people: why it was denied, or is void.
+	Why string `protobuf:"bytes,23,opt,name=why,proto3" json:"why,omitempty"`
+	// The tool's description, sensitivity and what survives, for who decides.
+	ToolDescription string `protobuf:"bytes,24,opt,name=tool_description,json=toolDescription,proto3" json:"tool_description,omitempty"`
+	Sensitivity     string `protobuf:"bytes,25,opt,name=sensitivity,proto3" json:"sensitivity,omitempty"`
+	// The caller may decide it now.
+	Votable       bool `protobuf:"varint,26,opt,name=votable,proto3" json:"votable,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Request) Reset() {
+	*x = Request{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Request) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Request) ProtoMessage() {}
+
+func (x *Request) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Request.ProtoReflect.Descriptor instead.
+func (*Request) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *Request) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Request) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *Request) GetTool() string {
+	if x != nil {
+		return x.Tool
+	}
+	return ""
+}
+
+func (x *Request) GetParameters() map[string]string {
+	if x != nil {
+		return x.Parameters
+	}
+	return nil
+}
+
+func (x *Request) GetDuration() *durationpb.Duration {
+	if x != nil {
+		return x.Duration
+	}
+	return nil
+}
+
+func (x *Request) GetMaxUses() int32 {
+	if x != nil {
+		return x.MaxUses
+	}
+	return 0
+}
+
+func (x *Request) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Request) GetTicket() string {
+	if x != nil {
+		return x.Ticket
+	}
+	return ""
+}
+
+func (x *Request) GetIncidentId() string {
+	if x != nil {
+		return x.IncidentId
+	}
+	return ""
+}
+
+func (x *Request) GetOnBehalfOf() string {
+	if x != nil {
+		return x.OnBehalfOf
+	}
+	return ""
+}
+
+func (x *Request) GetCreatedBy() string {
+	if x != nil {
+		return x.CreatedBy
+	}
+	return ""
+}
+
+func (x *Request) GetCreatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return nil
+}
+
+func (x *Request) GetExpiresAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return nil
+}
+
+func (x *Request) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Request) GetRule() string {
+	if x != nil {
+		return x.Rule
+	}
+	return ""
+}
+
+func (x *Request) GetBreakGlass() bool {
+	if x != nil {
+		return x.BreakGlass
+	}
+	return false
+}
+
+func (x *Request) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *Request) GetApprovals() []*Approval {
+	if x != nil {
+		return x.Approvals
+	}
+	return nil
+}
+
+func (x *Request) GetMissing() []string {
+	if x != nil {
+		return x.Missing
+	}
+	return nil
+}
+
+func (x *Request) GetGrantId() string {
+	if x != nil {
+		return x.GrantId
+	}
+	return ""
+}
+
+func (x *Request) GetDecidedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DecidedAt
+	}
+	return nil
+}
+
+func (x *Request) GetDecidedBy() string {
+	if x != nil {
+		return x.DecidedBy
+	}
+	return ""
+}
+
+func (x *Request) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *Request) GetToolDescription() string {
+	if x != nil {
+		return x.ToolDescription
+	}
+	return ""
+}
+
+func (x *Request) GetSensitivity() string {
+	if x != nil {
+		return x.Sensitivity
+	}
+	return ""
+}
+
+func (x *Request) GetVotable() bool {
+	if x != nil {
+		return x.Votable
+	}
+	return false
+}
+
+// Approval is one person's yes or no.
+type Approval struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Person        string                 `protobuf:"bytes,1,opt,name=person,proto3" json:"person,omitempty"`
+	Approved      bool                   `protobuf:"varint,2,opt,name=approved,proto3" json:"approved,omitempty"`
+	At            *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=at,proto3" json:"at,omitempty"`
+	Comment       string                 `protobuf:"bytes,4,opt,name=comment,proto3" json:"comment,omitempty"`
+	Duration      *durationpb.Duration   `protobuf:"bytes,5,opt,name=duration,proto3" json:"duration,omitempty"`
+	AuthTime      *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=auth_time,json=authTime,proto3" json:"auth_time,omitempty"`
+	Acr           string                 `protobuf:"bytes,7,opt,name=acr,proto3" json:"acr,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Approval) Reset() {
+	*x = Approval{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Approval) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Approval) ProtoMessage() {}
+
+func (x *Approval) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Approval.ProtoReflect.Descriptor instead.
+func (*Approval) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *Approval) GetPerson() string {
+	if x != nil {
+		return x.Person
+	}
+	return ""
+}
+
+func (x *Approval) GetApproved() bool {
+	if x != nil {
+		return x.Approved
+	}
+	return false
+}
+
+func (x *Approval) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *Approval) GetComment() string {
+	if x != nil {
+		return x.Comment
+	}
+	return ""
+}
+
+func (x *Approval) GetDuration() *durationpb.Duration {
+	if x != nil {
+		return x.Duration
+	}
+	return nil
+}
+
+func (x *Approval) GetAuthTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.AuthTime
+	}
+	return nil
+}
+
+func (x *Approval) GetAcr() string {
+	if x != nil {
+		return x.Acr
+	}
+	return ""
+}
+
+type CreateRequestRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Tool  string                 `protobuf:"bytes,1,opt,name=tool,proto3" json:"tool,omitempty"`
+	// A person names the agent; an agent leaves it empty, or names itself.
+	Agent      string            `protobuf:"bytes,2,opt,name=agent,proto3" json:"agent,omitempty"`
+	Parameters map[string]string `protobuf:"bytes,3,rep,name=parameters,proto3" json:"parameters,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Unset means the rule's maximum.
+	Duration *durationpb.Duration `protobuf:"bytes,4,opt,name=duration,proto3" json:"duration,omitempty"`
+	// 0 means any number, or 1 where the rule says so.
+	MaxUses int32 `protobuf:"varint,5,opt,name=max_uses,json=maxUses,proto3" json:"max_uses,omitempty"`
+	// Required.
+	Reason     string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	Ticket     string `protobuf:"bytes,7,opt,name=ticket,proto3" json:"ticket,omitempty"`
+	IncidentId string `protobuf:"bytes,8,opt,name=incident_id,json=incidentId,proto3" json:"incident_id,omitempty"`
+	// A token of the user on whose behalf the agent acts, for the broker's
+	// audience (RFC 8693: the subject token). It is verified and not kept.
+	SubjectToken string `protobuf:"bytes,9,opt,name=subject_token,json=subjectToken,proto3" json:"subject_token,omitempty"`
+	// Ask under the tool's rule for emergencies.
+	BreakGlass bool `protobuf:"varint,10,opt,name=break_glass,json=breakGlass,proto3" json:"break_glass,omitempty"`
+	// As in IssueLeaseRequest.
+	IdempotencyKey string `protobuf:"bytes,11,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *CreateRequestRequest) Reset() {
+	*x = CreateRequestRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateRequestRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateRequestRequest) ProtoMessage() {}
+
+func (x *CreateRequestRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateRequestRequest.ProtoReflect.Descriptor instead.
+func (*CreateRequestRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *CreateRequestRequest) GetTool() string {
+	if x != nil {
+		return x.Tool
+	}
+	return ""
+}
+
+func (x *CreateRequestRequest) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *CreateRequestRequest) GetParameters() map[string]string {
+	if x != nil {
+		return x.Parameters
+	}
+	return nil
+}
+
+func (x *CreateRequestRequest) GetDuration() *durationpb.Duration {
+	if x != nil {
+		return x.Duration
+	}
+	return nil
+}
+
+func (x *CreateRequestRequest) GetMaxUses() int32 {
+	if x != nil {
+		return x.MaxUses
+	}
+	return 0
+}
+
+func (x *CreateRequestRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *CreateRequestRequest) GetTicket() string {
+	if x != nil {
+		return x.Ticket
+	}
+	return ""
+}
+
+func (x *CreateRequestRequest) GetIncidentId() string {
+	if x != nil {
+		return x.IncidentId
+	}
+	return ""
+}
+
+func (x *CreateRequestRequest) GetSubjectToken() string {
+	if x != nil {
+		return x.SubjectToken
+	}
+	return ""
+}
+
+func (x *CreateRequestRequest) GetBreakGlass() bool {
+	if x != nil {
+		return x.BreakGlass
+	}
+	return false
+}
+
+func (x *CreateRequestRequest) GetIdempotencyKey() string {
+	if x != nil {
+		return x.IdempotencyKey
+	}
+	return ""
+}
+
+type GetRequestRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetRequestRequest) Reset() {
+	*x = GetRequestRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetRequestRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetRequestRequest) ProtoMessage() {}
+
+func (x *GetRequestRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetRequestRequest.ProtoReflect.Descriptor instead.
+func (*GetRequestRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *GetRequestRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type ListRequestsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Those that are pending no more, too.
+	All   bool   `protobuf:"varint,1,opt,name=all,proto3" json:"all,omitempty"`
+	Agent string `protobuf:"bytes,2,opt,name=agent,proto3" json:"agent,omitempty"`
+	Tool  string `protobuf:"bytes,3,opt,name=tool,proto3" json:"tool,omitempty"`
+	// Only those that the caller may decide now.
+	Votable bool `protobuf:"varint,4,opt,name=votable,proto3" json:"votable,omitempty"`
+	// Only those under a rule for emergencies.
+	BreakGlass    bool   `protobuf:"varint,5,opt,name=break_glass,json=breakGlass,proto3" json:"break_glass,omitempty"`
+	PageSize      int32  `protobuf:"varint,6,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	PageToken     string `protobuf:"bytes,7,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRequestsRequest) Reset() {
+	*x = ListRequestsRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRequestsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRequestsRequest) ProtoMessage() {}
+
+func (x *ListRequestsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRequestsRequest.ProtoReflect.Descriptor instead.
+func (*ListRequestsRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *ListRequestsRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+func (x *ListRequestsRequest) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *ListRequestsRequest) GetTool() string {
+	if x != nil {
+		return x.Tool
+	}
+	return ""
+}
+
+func (x *ListRequestsRequest) GetVotable() bool {
+	if x != nil {
+		return x.Votable
+	}
+	return false
+}
+
+func (x *ListRequestsRequest) GetBreakGlass() bool {
+	if x != nil {
+		return x.BreakGlass
+	}
+	return false
+}
+
+func (x *ListRequestsRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListRequestsRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+type ListRequestsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Requests      []*Request             `protobuf:"bytes,1,rep,name=requests,proto3" json:"requests,omitempty"`
+	NextPageToken string                 `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRequestsResponse) Reset() {
+	*x = ListRequestsResponse{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRequestsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRequestsResponse) ProtoMessage() {}
+
+func (x *ListRequestsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRequestsResponse.ProtoReflect.Descriptor instead.
+func (*ListRequestsResponse) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *ListRequestsResponse) GetRequests() []*Request {
+	if x != nil {
+		return x.Requests
+	}
+	return nil
+}
+
+func (x *ListRequestsResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+type WatchRequestRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchRequestRequest) Reset() {
+	*x = WatchRequestRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchRequestRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchRequestRequest) ProtoMessage() {}
+
+func (x *WatchRequestRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchRequestRequest.ProtoReflect.Descriptor instead.
+func (*WatchRequestRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *WatchRequestRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type WithdrawRequestRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WithdrawRequestRequest) Reset() {
+	*x = WithdrawRequestRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WithdrawRequestRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WithdrawRequestRequest) ProtoMessage() {}
+
+func (x *WithdrawRequestRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WithdrawRequestRequest.ProtoReflect.Descriptor instead.
+func (*WithdrawRequestRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *WithdrawRequestRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *WithdrawRequestRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type ApproveRequestRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The request's digest as it was shown. Required.
+	Digest  string `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`
+	Comment string `protobuf:"bytes,3,opt,name=comment,proto3" json:"comment,omitempty"`
+	// The longest that is agreed to; unset means what was asked.
+	Duration      *durationpb.Duration `protobuf:"bytes,4,opt,name=duration,proto3" json:"duration,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApproveRequestRequest) Reset() {
+	*x = ApproveRequestRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApproveRequestRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApproveRequestRequest) ProtoMessage() {}
+
+func (x *ApproveRequestRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApproveRequestRequest.ProtoReflect.Descriptor instead.
+func (*ApproveRequestRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *ApproveRequestRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ApproveRequestRequest) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *ApproveRequestRequest) GetComment() string {
+	if x != nil {
+		return x.Comment
+	}
+	return ""
+}
+
+func (x *ApproveRequestRequest) GetDuration() *durationpb.Duration {
+	if x != nil {
+		return x.Duration
+	}
+	return nil
+}
+
+type DenyRequestRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Comment       string                 `protobuf:"bytes,2,opt,name=comment,proto3" json:"comment,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DenyRequestRequest) Reset() {
+	*x = DenyRequestRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DenyRequestRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DenyRequestRequest) ProtoMessage() {}
+
+func (x *DenyRequestRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DenyRequestRequest.ProtoReflect.Descriptor instead.
+func (*DenyRequestRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *DenyRequestRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DenyRequestRequest) GetComment() string {
+	if x != nil {
+		return x.Comment
+	}
+	return ""
+}
+
+type ExplainRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "request", "issue", "approve", "open_incident" or "administer".
+	Action string `protobuf:"bytes,1,opt,name=action,proto3" json:"action,omitempty"`
+	// A SPIFFE ID or "person:NAME"; empty means the caller.
+	Principal string `protobuf:"bytes,2,opt,name=principal,proto3" json:"principal,omitempty"`
+	Tool      string `protobuf:"bytes,3,opt,name=tool,proto3" json:"tool,omitempty"`
+	// The agent that would get the credential, where the principal is none.
+	Agent      string            `protobuf:"bytes,4,opt,name=agent,proto3" json:"agent,omitempty"`
+	Parameters map[string]string `protobuf:"bytes,5,rep,name=parameters,proto3" json:"parameters,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	IncidentId string            `protobuf:"bytes,6,opt,name=incident_id,json=incidentId,proto3" json:"incident_id,omitempty"`
+	// Groups of a person who is not the caller.
+	Groups []string `protobuf:"bytes,7,rep,name=groups,proto3" json:"groups,omitempty"`
+	// Of administer.
+	Verb          string `protobuf:"bytes,8,opt,name=verb,proto3" json:"verb,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainRequest) Reset() {
+	*x = ExplainRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainRequest) ProtoMessage() {}
+
+func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
+func (*ExplainRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *ExplainRequest) GetAction() string {
+	if x != nil {
+		return x.Action
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetPrincipal() string {
+	if x != nil {
+		return x.Principal
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetTool() string {
+	if x != nil {
+		return x.Tool
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetParameters() map[string]string {
+	if x != nil {
+		return x.Parameters
+	}
+	return nil
+}
+
+func (x *ExplainRequest) GetIncidentId() string {
+	if x != nil {
+		return x.IncidentId
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetGroups() []string {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *ExplainRequest) GetVerb() string {
+	if x != nil {
+		return x.Verb
+	}
+	return ""
+}
+
+type ExplainResponse struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Possible bool                   `protobuf:"varint,1,opt,name=possible,proto3" json:"possible,omitempty"`
+	// A sentence: what would happen, and why.
+	Summary string `protobuf:"bytes,2,opt,name=summary,proto3" json:"summary,omitempty"`
+	// The policies that decided.
+	Policies []string `protobuf:"bytes,3,rep,name=policies,proto3" json:"policies,omitempty"`
+	// Those that could not be evaluated; any denies.
+	Errors []string `protobuf:"bytes,4,rep,name=errors,proto3" json:"errors,omitempty"`
+	// What would allow it, one a line, nearest first.
+	WouldAllow   []string `protobuf:"bytes,5,rep,name=would_allow,json=wouldAllow,proto3" json:"would_allow,omitempty"`
+	PolicyDigest string   `protobuf:"bytes,6,opt,name=policy_digest,json=policyDigest,proto3" json:"policy_digest,omitempty"`
+	// The grants that are there for it, and why each does not serve.
+	Grants        []string `protobuf:"bytes,7,rep,name=grants,proto3" json:"grants,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainResponse) Reset() {
+	*x = ExplainResponse{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainResponse) ProtoMessage() {}
+
+func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
+func (*ExplainResponse) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *ExplainResponse) GetPossible() bool {
+	if x != nil {
+		return x.Possible
+	}
+	return false
+}
+
+func (x *ExplainResponse) GetSummary() string {
+	if x != nil {
+		return x.Summary
+	}
+	return ""
+}
+
+func (x *ExplainResponse) GetPolicies() []string {
+	if x != nil {
+		return x.Policies
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetErrors() []string {
+	if x != nil {
+		return x.Errors
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetWouldAllow() []string {
+	if x != nil {
+		return x.WouldAllow
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetPolicyDigest() string {
+	if x != nil {
+		return x.PolicyDigest
+	}
+	return ""
+}
+
+func (x *ExplainResponse) GetGrants() []string {
+	if x != nil {
+		return x.Grants
+	}
+	return nil
+}
+
+type PolicyFile struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Text          string                 `protobuf:"bytes,2,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PolicyFile) Reset() {
+	*x = PolicyFile{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PolicyFile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PolicyFile) ProtoMessage() {}
+
+func (x *PolicyFile) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PolicyFile.ProtoReflect.Descriptor instead.
+func (*PolicyFile) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *PolicyFile) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PolicyFile) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+type PreviewRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The whole new set.
+	Files         []*PolicyFile `protobuf:"bytes,1,rep,name=files,proto3" json:"files,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PreviewRequest) Reset() {
+	*x = PreviewRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PreviewRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PreviewRequest) ProtoMessage() {}
+
+func (x *PreviewRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PreviewRequest.ProtoReflect.Descriptor instead.
+func (*PreviewRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *PreviewRequest) GetFiles() []*PolicyFile {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+type PreviewResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What is wrong with the set, with file and line; then nothing else is filled.
+	Problems      []string `protobuf:"bytes,1,rep,name=problems,proto3" json:"problems,omitempty"`
+	Digest        string   `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`
+	PresentDigest string   `protobuf:"bytes,3,opt,name=present_digest,json=presentDigest,proto3" json:"present_digest,omitempty"`
+	// Policies that come, go and change, by ID.
+	Added   []string `protobuf:"bytes,4,rep,name=added,proto3" json:"added,omitempty"`
+	Removed []string `protobuf:"bytes,5,rep,name=removed,proto3" json:"removed,omitempty"`
+	Changed []string `protobuf:"bytes,6,rep,name=changed,proto3" json:"changed,omitempty"`
+	// The open grants that it would end.
+	Ends []*PreviewGrant `protobuf:"bytes,7,rep,name=ends,proto3" json:"ends,omitempty"`
+	// How many open grants were looked at.
+	Grants int32 `protobuf:"varint,8,opt,name=grants,proto3" json:"grants,omitempty"`
+	// Of the last decisions, those that it would turn.
+	Turns         []*PreviewDecision `protobuf:"bytes,9,rep,name=turns,proto3" json:"turns,omitempty"`
+	Decisions     int32              `protobuf:"varint,10,opt,name=decisions,proto3" json:"decisions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PreviewResponse) Reset() {
+	*x = PreviewResponse{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PreviewResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PreviewResponse) ProtoMessage() {}
+
+func (x *PreviewResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PreviewResponse.ProtoReflect.Descriptor instead.
+func (*PreviewResponse) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *PreviewResponse) GetProblems() []string {
+	if x != nil {
+		return x.Problems
+	}
+	return nil
+}
+
+func (x *PreviewResponse) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *PreviewResponse) GetPresentDigest() string {
+	if x != nil {
+		return x.PresentDigest
+	}
+	return ""
+}
+
+func (x *PreviewResponse) GetAdded() []string {
+	if x != nil {
+		return x.Added
+	}
+	return nil
+}
+
+func (x *PreviewResponse) GetRemoved() []string {
+	if x != nil {
+		return x.Removed
+	}
+	return nil
+}
+
+func (x *PreviewResponse) GetChanged() []string {
+	if x != nil {
+		return x.Changed
+	}
+	return nil
+}
+
+func (x *PreviewResponse) GetEnds() []*PreviewGrant {
+	if x != nil {
+		return x.Ends
+	}
+	return nil
+}
+
+func (x *PreviewResponse) GetGrants() int32 {
+	if x != nil {
+		return x.Grants
+	}
+	return 0
+}
+
+func (x *PreviewResponse) GetTurns() []*PreviewDecision {
+	if x != nil {
+		return x.Turns
+	}
+	return nil
+}
+
+func (x *PreviewResponse) GetDecisions() int32 {
+	if x != nil {
+		return x.Decisions
+	}
+	return 0
+}
+
+type PreviewGrant struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	GrantId string                 `protobuf:"bytes,1,opt,name=grant_id,json=grantId,proto3" json:"grant_id,omitempty"`
+	Agent   string                 `protobuf:"bytes,2,opt,name=agent,proto3" json:"agent,omitempty"`
+	Tool    string                 `protobuf:"bytes,3,opt,name=tool,proto3" json:"tool,omitempty"`
+	// Its leases that have not ended.
+	Leases        int32  `protobuf:"varint,4,opt,name=leases,proto3" json:"leases,omitempty"`
+	Why           string `protobuf:"bytes,5,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PreviewGrant) Reset() {
+	*x = PreviewGrant{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PreviewGrant) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PreviewGrant) ProtoMessage() {}
+
+func (x *PreviewGrant) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PreviewGrant.ProtoReflect.Descriptor instead.
+func (*PreviewGrant) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *PreviewGrant) GetGrantId() string {
+	if x != nil {
+		return x.GrantId
+	}
+	return ""
+}
+
+func (x *PreviewGrant) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *PreviewGrant) GetTool() string {
+	if x != nil {
+		return x.Tool
+	}
+	return ""
+}
+
+func (x *PreviewGrant) GetLeases() int32 {
+	if x != nil {
+		return x.Leases
+	}
+	return 0
+}
+
+func (x *PreviewGrant) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+type PreviewDecision struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	At        *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=at,proto3" json:"at,omitempty"`
+	Principal string                 `protobuf:"bytes,2,opt,name=principal,proto3" json:"principal,omitempty"`
+	Action    string                 `protobuf:"bytes,3,opt,name=action,proto3" json:"action,omitempty"`
+	// The tool, or the verb of administer.
+	About          string `protobuf:"bytes,4,opt,name=about,proto3" json:"about,omitempty"`
+	WasAllowed     bool   `protobuf:"varint,5,opt,name=was_allowed,json=wasAllowed,proto3" json:"was_allowed,omitempty"`
+	WouldBeAllowed bool   `protobuf:"varint,6,opt,name=would_be_allowed,json=wouldBeAllowed,proto3" json:"would_be_allowed,omitempty"`
+	Why            string `protobuf:"bytes,7,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *PreviewDecision) Reset() {
+	*x = PreviewDecision{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PreviewDecision) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PreviewDecision) ProtoMessage() {}
+
+func (x *PreviewDecision) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PreviewDecision.ProtoReflect.Descriptor instead.
+func (*PreviewDecision) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *PreviewDecision) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *PreviewDecision) GetPrincipal() string {
+	if x != nil {
+		return x.Principal
+	}
+	return ""
+}
+
+func (x *PreviewDecision) GetAction() string {
+	if x != nil {
+		return x.Action
+	}
+	return ""
+}
+
+func (x *PreviewDecision) GetAbout() string {
+	if x != nil {
+		return x.About
+	}
+	return ""
+}
+
+func (x *PreviewDecision) GetWasAllowed() bool {
+	if x != nil {
+		return x.WasAllowed
+	}
+	return false
+}
+
+func (x *PreviewDecision) GetWouldBeAllowed() bool {
+	if x != nil {
+		return x.WouldBeAllowed
+	}
+	return false
+}
+
+func (x *PreviewDecision) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+type GetSignInRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSignInRequest) Reset() {
+	*x = GetSignInRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSignInRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSignInRequest) ProtoMessage() {}
+
+func (x *GetSignInRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSignInRequest.ProtoReflect.Descriptor instead.
+func (*GetSignInRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{53}
+}
+
+type GetSignInResponse struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Issuer string                 `protobuf:"bytes,1,opt,name=issuer,proto3" json:"issuer,omitempty"`
+	Device bool                   `protobuf:"varint,2,opt,name=device,proto3" json:"device,omitempty"`
+	// It is mayflyd dev's own, with sample people: whoever can reach it is any of them.
+	SamplePeople  bool `protobuf:"varint,3,opt,name=sample_people,json=samplePeople,proto3" json:"sample_people,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSignInResponse) Reset() {
+	*x = GetSignInResponse{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSignInResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSignInResponse) ProtoMessage() {}
+
+func (x *GetSignInResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSignInResponse.ProtoReflect.Descriptor instead.
+func (*GetSignInResponse) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *GetSignInResponse) GetIssuer() string {
+	if x != nil {
+		return x.Issuer
+	}
+	return ""
+}
+
+func (x *GetSignInResponse) GetDevice() bool {
+	if x != nil {
+		return x.Device
+	}
+	return false
+}
+
+func (x *GetSignInResponse) GetSamplePeople() bool {
+	if x != nil {
+		return x.SamplePeople
+	}
+	return false
+}
+
+type RedeemCodeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Code  string                 `protobuf:"bytes,1,opt,name=code,proto3" json:"code,omitempty"`
+	// The secret whose SHA-256 was given to /signin as code_challenge (RFC 7636).
+	CodeVerifier  string `protobuf:"bytes,2,opt,name=code_verifier,json=codeVerifier,proto3" json:"code_verifier,omitempty"`
+	RedirectUri   string `protobuf:"bytes,3,opt,name=redirect_uri,json=redirectUri,proto3" json:"redirect_uri,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RedeemCodeRequest) Reset() {
+	*x = RedeemCodeRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RedeemCodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RedeemCodeRequest) ProtoMessage() {}
+
+func (x *RedeemCodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RedeemCodeRequest.ProtoReflect.Descriptor instead.
+func (*RedeemCodeRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *RedeemCodeRequest) GetCode() string {
+	if x != nil {
+		return x.Code
+	}
+	return ""
+}
+
+func (x *RedeemCodeRequest) GetCodeVerifier() string {
+	if x != nil {
+		return x.CodeVerifier
+	}
+	return ""
+}
+
+func (x *RedeemCodeRequest) GetRedirectUri() string {
+	if x != nil {
+		return x.RedirectUri
+	}
+	return ""
+}
+
+// Session is a person's session. Its token is shown here and never again.
+type Session struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	Person        string                 `protobuf:"bytes,3,opt,name=person,proto3" json:"person,omitempty"`
+	Groups        []string               `protobuf:"bytes,4,rep,name=groups,proto3" json:"groups,omitempty"`
+	ExpiresAt     *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	AuthTime      *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=auth_time,json=authTime,proto3" json:"auth_time,omitempty"`
+	Acr           string                 `protobuf:"bytes,7,opt,name=acr,proto3" json:"acr,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Session) Reset() {
+	*x = Session{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Session) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Session) ProtoMessage() {}
+
+func (x *Session) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Session.ProtoReflect.Descriptor instead.
+func (*Session) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *Session) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *Session) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Session) GetPerson() string {
+	if x != nil {
+		return x.Person
+	}
+	return ""
+}
+
+func (x *Session) GetGroups() []string {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *Session) GetExpiresAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return nil
+}
+
+func (x *Session) GetAuthTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.AuthTime
+	}
+	return nil
+}
+
+func (x *Session) GetAcr() string {
+	if x != nil {
+		return x.Acr
+	}
+	return ""
+}
+
+type StartDeviceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartDeviceRequest) Reset() {
+	*x = StartDeviceRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartDeviceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartDeviceRequest) ProtoMessage() {}
+
+func (x *StartDeviceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartDeviceRequest.ProtoReflect.Descriptor instead.
+func (*StartDeviceRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{57}
+}
+
+type StartDeviceResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// For PollDevice: who has it gets the session.
+	Handle string `protobuf:"bytes,1,opt,name=handle,proto3" json:"handle,omitempty"`
+	// What the person types in, and where.
+	UserCode                string                 `protobuf:"bytes,2,opt,name=user_code,json=userCode,proto3" json:"user_code,omitempty"`
+	VerificationUri         string                 `protobuf:"bytes,3,opt,name=verification_uri,json=verificationUri,proto3" json:"verification_uri,omitempty"`
+	VerificationUriComplete string                 `protobuf:"bytes,4,opt,name=verification_uri_complete,json=verificationUriComplete,proto3" json:"verification_uri_complete,omitempty"`
+	ExpiresAt               *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	Interval                *durationpb.Duration   `protobuf:"bytes,6,opt,name=interval,proto3" json:"interval,omitempty"`
+	unknownFields           protoimpl.UnknownFields
+	sizeCache               protoimpl.SizeCache
+}
+
+func (x *StartDeviceResponse) Reset() {
+	*x = StartDeviceResponse{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartDeviceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartDeviceResponse) ProtoMessage() {}
+
+func (x *StartDeviceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartDeviceResponse.ProtoReflect.Descriptor instead.
+func (*StartDeviceResponse) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *StartDeviceResponse) GetHandle() string {
+	if x != nil {
+		return x.Handle
+	}
+	return ""
+}
+
+func (x *StartDeviceResponse) GetUserCode() string {
+	if x != nil {
+		return x.UserCode
+	}
+	return ""
+}
+
+func (x *StartDeviceResponse) GetVerificationUri() string {
+	if x != nil {
+		return x.VerificationUri
+	}
+	return ""
+}
+
+func (x *StartDeviceResponse) GetVerificationUriComplete() string {
+	if x != nil {
+		return x.VerificationUriComplete
+	}
+	return ""
+}
+
+func (x *StartDeviceResponse) GetExpiresAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return nil
+}
+
+func (x *StartDeviceResponse) GetInterval() *durationpb.Duration {
+	if x != nil {
+		return x.Interval
+	}
+	return nil
+}
+
+type PollDeviceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Handle        string                 `protobuf:"bytes,1,opt,name=handle,proto3" json:"handle,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PollDeviceRequest) Reset() {
+	*x = PollDeviceRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PollDeviceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PollDeviceRequest) ProtoMessage() {}
+
+func (x *PollDeviceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PollDeviceRequest.ProtoReflect.Descriptor instead.
+func (*PollDeviceRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *PollDeviceRequest) GetHandle() string {
+	if x != nil {
+		return x.Handle
+	}
+	return ""
+}
+
+type SignOutRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Operators: end all sessions of this person; empty means the caller's own session.
+	Person        string `protobuf:"bytes,1,opt,name=person,proto3" json:"person,omitempty"`
+	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignOutRequest) Reset() {
+	*x = SignOutRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignOutRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignOutRequest) ProtoMessage() {}
+
+func (x *SignOutRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignOutRequest.ProtoReflect.Descriptor instead.
+func (*SignOutRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *SignOutRequest) GetPerson() string {
+	if x != nil {
+		return x.Person
+	}
+	return ""
+}
+
+func (x *SignOutRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type SignOutResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sessions      int32                  `protobuf:"varint,1,opt,name=sessions,proto3" json:"sessions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignOutResponse) Reset() {
+	*x = SignOutResponse{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignOutResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignOutResponse) ProtoMessage() {}
+
+func (x *SignOutResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignOutResponse.ProtoReflect.Descriptor instead.
+func (*SignOutResponse) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *SignOutResponse) GetSessions() int32 {
+	if x != nil {
+		return x.Sessions
+	}
+	return 0
+}
+
+type EndAccessRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Exactly one is set.
+	Agent    string `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	Tool     string `protobuf:"bytes,2,opt,name=tool,proto3" json:"tool,omitempty"`
+	Provider string `protobuf:"bytes,3,opt,name=provider,proto3" json:"provider,omitempty"`
+	// The owner of agents, as the catalog has it.
+	Owner      string `protobuf:"bytes,4,opt,name=owner,proto3" json:"owner,omitempty"`
+	IncidentId string `protobuf:"bytes,5,opt,name=incident_id,json=incidentId,proto3" json:"incident_id,omitempty"`
+	All        bool   `protobuf:"varint,6,opt,name=all,proto3" json:"all,omitempty"`
+	// The person whose votes or requests, or on whose behalf.
+	Person string `protobuf:"bytes,7,opt,name=person,proto3" json:"person,omitempty"`
+	// Required, unless it is a dry run.
+	Reason        string `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`
+	DryRun        bool   `protobuf:"varint,9,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndAccessRequest) Reset() {
+	*x = EndAccessRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndAccessRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndAccessRequest) ProtoMessage() {}
+
+func (x *EndAccessRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndAccessRequest.ProtoReflect.Descriptor instead.
+func (*EndAccessRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *EndAccessRequest) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *EndAccessRequest) GetTool() string {
+	if x != nil {
+		return x.Tool
+	}
+	return ""
+}
+
+func (x *EndAccessRequest) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *EndAccessRequest) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *EndAccessRequest) GetIncidentId() string {
+	if x != nil {
+		return x.IncidentId
+	}
+	return ""
+}
+
+func (x *EndAccessRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+func (x *EndAccessRequest) GetPerson() string {
+	if x != nil {
+		return x.Person
+	}
+	return ""
+}
+
+func (x *EndAccessRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *EndAccessRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+type EndAccessProgress struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What the selector matched at the beginning.
+	Grants   int32 `protobuf:"varint,1,opt,name=grants,proto3" json:"grants,omitempty"`
+	Requests int32 `protobuf:"varint,2,opt,name=requests,proto3" json:"requests,omitempty"`
+	Leases   int32 `protobuf:"varint,3,opt,name=leases,proto3" json:"leases,omitempty"`
+	// Of the leases: not yet known to be dead, and of these past their end.
+	Alive   int32 `protobuf:"varint,4,opt,name=alive,proto3" json:"alive,omitempty"`
+	Overdue int32 `protobuf:"varint,5,opt,name=overdue,proto3" json:"overdue,omitempty"`
+	// Over, and not known to be dead.
+	Lapsed int32 `protobuf:"varint,6,opt,name=lapsed,proto3" json:"lapsed,omitempty"`
+	// The blast radius, for the first message: how many leases of each.
+	ByAgent    map[string]int32 `protobuf:"bytes,7,rep,name=by_agent,json=byAgent,proto3" json:"by_agent,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	ByTool     map[string]int32 `protobuf:"bytes,8,rep,name=by_tool,json=byTool,proto3" json:"by_tool,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	ByProvider map[string]int32 `protobuf:"bytes,9,rep,name=by_provider,json=byProvider,proto3" json:"by_provider,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// What outlives the revocation, for people.
+	Survives      []string `protobuf:"bytes,10,rep,name=survives,proto3" json:"survives,omitempty"`
+	Done          bool     `protobuf:"varint,11,opt,name=done,proto3" json:"done,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndAccessProgress) Reset() {
+	*x = EndAccessProgress{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndAccessProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndAccessProgress) ProtoMessage() {}
+
+func (x *EndAccessProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndAccessProgress.ProtoReflect.Descriptor instead.
+func (*EndAccessProgress) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *EndAccessProgress) GetGrants() int32 {
+	if x != nil {
+		return x.Grants
+	}
+	return 0
+}
+
+func (x *EndAccessProgress) GetRequests() int32 {
+	if x != nil {
+		return x.Requests
+	}
+	return 0
+}
+
+func (x *EndAccessProgress) GetLeases() int32 {
+	if x != nil {
+		return x.Leases
+	}
+	return 0
+}
+
+func (x *EndAccessProgress) GetAlive() int32 {
+	if x != nil {
+		return x.Alive
+	}
+	return 0
+}
+
+func (x *EndAccessProgress) GetOverdue() int32 {
+	if x != nil {
+		return x.Overdue
+	}
+	return 0
+}
+
+func (x *EndAccessProgress) GetLapsed() int32 {
+	if x != nil {
+		return x.Lapsed
+	}
+	return 0
+}
+
+func (x *EndAccessProgress) GetByAgent() map[string]int32 {
+	if x != nil {
+		return x.ByAgent
+	}
+	return nil
+}
+
+func (x *EndAccessProgress) GetByTool() map[string]int32 {
+	if x != nil {
+		return x.ByTool
+	}
+	return nil
+}
+
+func (x *EndAccessProgress) GetByProvider() map[string]int32 {
+	if x != nil {
+		return x.ByProvider
+	}
+	return nil
+}
+
+func (x *EndAccessProgress) GetSurvives() []string {
+	if x != nil {
+		return x.Survives
+	}
+	return nil
+}
+
+func (x *EndAccessProgress) GetDone() bool {
+	if x != nil {
+		return x.Done
+	}
+	return false
+}
+
 var File_mayfly_v1_mayfly_proto protoreflect.FileDescriptor
 
 const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\n" +
-	"\x16mayfly/v1/mayfly.proto\x12\tmayfly.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"{\n" +
+	"\x16mayfly/v1/mayfly.proto\x12\tmayfly.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb3\x01\n" +
 	"\vErrorDetail\x12\x16\n" +
 	"\x06reason\x18\x01 \x01(\tR\x06reason\x12\x12\n" +
 	"\x04next\x18\x02 \x01(\tR\x04next\x12%\n" +
 	"\x0ecorrelation_id\x18\x03 \x01(\tR\rcorrelationId\x12\x19\n" +
-	"\blease_id\x18\x04 \x01(\tR\aleaseId\"\x0f\n" +
-	"\rWhoAmIRequest\"\x99\x03\n" +
+	"\blease_id\x18\x04 \x01(\tR\aleaseId\x12\x17\n" +
+	"\amax_age\x18\x05 \x01(\x03R\x06maxAge\x12\x1d\n" +
+	"\n" +
+	"acr_values\x18\x06 \x03(\tR\tacrValues\"\x0f\n" +
+	"\rWhoAmIRequest\"\xc7\x04\n" +
 	"\x0eWhoAmIResponse\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05roles\x18\x02 \x03(\tR\x05roles\x12\x14\n" +
@@ -2908,13 +5343,19 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\x0fsvid_expires_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\rsvidExpiresAt\x12\x1b\n" +
 	"\tbroker_id\x18\a \x01(\tR\bbrokerId\x12'\n" +
 	"\x0finstallation_id\x18\b \x01(\tR\x0einstallationId\x12%\n" +
-	"\x0ecatalog_digest\x18\t \x01(\tR\rcatalogDigest\x1a9\n" +
+	"\x0ecatalog_digest\x18\t \x01(\tR\rcatalogDigest\x12\x16\n" +
+	"\x06groups\x18\n" +
+	" \x03(\tR\x06groups\x127\n" +
+	"\tauth_time\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\bauthTime\x12\x10\n" +
+	"\x03acr\x18\f \x01(\tR\x03acr\x12$\n" +
+	"\x0esign_in_method\x18\r \x01(\tR\fsignInMethod\x12#\n" +
+	"\rpolicy_digest\x18\x0e \x01(\tR\fpolicyDigest\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x12\n" +
 	"\x10ListToolsRequest\":\n" +
 	"\x11ListToolsResponse\x12%\n" +
-	"\x05tools\x18\x01 \x03(\v2\x0f.mayfly.v1.ToolR\x05tools\"\x9d\x03\n" +
+	"\x05tools\x18\x01 \x03(\v2\x0f.mayfly.v1.ToolR\x05tools\"\x8e\x05\n" +
 	"\x04Tool\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
 	"\vdescription\x18\x02 \x01(\tR\vdescription\x12\x1a\n" +
@@ -2926,8 +5367,18 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\x03env\x18\x06 \x03(\v2\x18.mayfly.v1.Tool.EnvEntryR\x03env\x12\x1a\n" +
 	"\bsurvives\x18\a \x01(\tR\bsurvives\x12?\n" +
 	"\rgranted_until\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\fgrantedUntil\x12\x18\n" +
-	"\arefusal\x18\t \x01(\tR\arefusal\x1a6\n" +
+	"\arefusal\x18\t \x01(\tR\arefusal\x123\n" +
+	"\x06labels\x18\n" +
+	" \x03(\v2\x1b.mayfly.v1.Tool.LabelsEntryR\x06labels\x12 \n" +
+	"\vsensitivity\x18\v \x01(\tR\vsensitivity\x12\x1a\n" +
+	"\bapproval\x18\f \x01(\tR\bapproval\x12\x1f\n" +
+	"\vbreak_glass\x18\r \x01(\tR\n" +
+	"breakGlass\x12 \n" +
+	"\vrequestable\x18\x0e \x01(\bR\vrequestable\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xe0\x01\n" +
 	"\tParameter\x12\x12\n" +
@@ -2961,7 +5412,7 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xdd\x05\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xff\x05\n" +
 	"\x05Lease\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x12\n" +
@@ -2987,7 +5438,9 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\bended_at\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\aendedAt\x12\x1a\n" +
 	"\bsurvives\x18\x12 \x01(\tR\bsurvives\x12\x1b\n" +
 	"\tis_static\x18\x13 \x01(\bR\bisStatic\x12\x12\n" +
-	"\x04left\x18\x14 \x01(\tR\x04left\x1a=\n" +
+	"\x04left\x18\x14 \x01(\tR\x04left\x12 \n" +
+	"\fon_behalf_of\x18\x15 \x01(\tR\n" +
+	"onBehalfOf\x1a=\n" +
 	"\x0fParametersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"!\n" +
@@ -3009,7 +5462,7 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"<\n" +
 	"\x12RevokeLeaseRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xfe\x04\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xb1\x06\n" +
 	"\x05Grant\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x12\n" +
@@ -3033,7 +5486,16 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\x05state\x18\r \x01(\tR\x05state\x12\x1c\n" +
 	"\tsuspended\x18\x0e \x01(\bR\tsuspended\x125\n" +
 	"\bended_at\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\aendedAt\x12\x19\n" +
-	"\bended_by\x18\x10 \x01(\tR\aendedBy\x1a=\n" +
+	"\bended_by\x18\x10 \x01(\tR\aendedBy\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x11 \x01(\tR\trequestId\x12 \n" +
+	"\fon_behalf_of\x18\x12 \x01(\tR\n" +
+	"onBehalfOf\x12\x12\n" +
+	"\x04rule\x18\x13 \x01(\tR\x04rule\x12\x16\n" +
+	"\x06voters\x18\x14 \x03(\tR\x06voters\x12\x1f\n" +
+	"\vbreak_glass\x18\x15 \x01(\bR\n" +
+	"breakGlass\x12#\n" +
+	"\rpolicy_digest\x18\x16 \x01(\tR\fpolicyDigest\x1a=\n" +
 	"\x0fParametersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd3\x03\n" +
@@ -3111,7 +5573,7 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"page_token\x18\x03 \x01(\tR\tpageToken\"r\n" +
 	"\x15ListIncidentsResponse\x121\n" +
 	"\tincidents\x18\x01 \x03(\v2\x13.mayfly.v1.IncidentR\tincidents\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xe4\x03\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xa5\x04\n" +
 	"\x05Event\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
@@ -3128,10 +5590,14 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\x06reason\x18\v \x01(\tR\x06reason\x12\x14\n" +
 	"\x05cause\x18\f \x01(\tR\x05cause\x12%\n" +
 	"\x0ecorrelation_id\x18\r \x01(\tR\rcorrelationId\x127\n" +
-	"\adetails\x18\x0e \x03(\v2\x1d.mayfly.v1.Event.DetailsEntryR\adetails\x1a:\n" +
+	"\adetails\x18\x0e \x03(\v2\x1d.mayfly.v1.Event.DetailsEntryR\adetails\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x0f \x01(\tR\trequestId\x12 \n" +
+	"\fon_behalf_of\x18\x10 \x01(\tR\n" +
+	"onBehalfOf\x1a:\n" +
 	"\fDetailsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf3\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x92\x02\n" +
 	"\x11ListEventsRequest\x12\x14\n" +
 	"\x05after\x18\x01 \x01(\x04R\x05after\x12\x14\n" +
 	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x12\n" +
@@ -3142,7 +5608,10 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"incidentId\x12\x12\n" +
 	"\x04type\x18\a \x01(\tR\x04type\x12\x1b\n" +
 	"\tpage_size\x18\b \x01(\x05R\bpageSize\x12\x16\n" +
-	"\x06latest\x18\t \x01(\bR\x06latest\"]\n" +
+	"\x06latest\x18\t \x01(\bR\x06latest\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\n" +
+	" \x01(\tR\trequestId\"]\n" +
 	"\x12ListEventsResponse\x12(\n" +
 	"\x06events\x18\x01 \x03(\v2\x10.mayfly.v1.EventR\x06events\x12\x1d\n" +
 	"\n" +
@@ -3173,7 +5642,229 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\"T\n" +
 	"\x10EndStrayResponse\x12&\n" +
 	"\x05stray\x18\x01 \x01(\v2\x10.mayfly.v1.StrayR\x05stray\x12\x18\n" +
-	"\aremoved\x18\x02 \x01(\bR\aremoved2\xa6\x03\n" +
+	"\aremoved\x18\x02 \x01(\bR\aremoved\"\xbe\a\n" +
+	"\aRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x12\n" +
+	"\x04tool\x18\x03 \x01(\tR\x04tool\x12B\n" +
+	"\n" +
+	"parameters\x18\x04 \x03(\v2\".mayfly.v1.Request.ParametersEntryR\n" +
+	"parameters\x125\n" +
+	"\bduration\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\bduration\x12\x19\n" +
+	"\bmax_uses\x18\x06 \x01(\x05R\amaxUses\x12\x16\n" +
+	"\x06reason\x18\a \x01(\tR\x06reason\x12\x16\n" +
+	"\x06ticket\x18\b \x01(\tR\x06ticket\x12\x1f\n" +
+	"\vincident_id\x18\t \x01(\tR\n" +
+	"incidentId\x12 \n" +
+	"\fon_behalf_of\x18\n" +
+	" \x01(\tR\n" +
+	"onBehalfOf\x12\x1d\n" +
+	"\n" +
+	"created_by\x18\v \x01(\tR\tcreatedBy\x129\n" +
+	"\n" +
+	"created_at\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x129\n" +
+	"\n" +
+	"expires_at\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x12\x14\n" +
+	"\x05state\x18\x0e \x01(\tR\x05state\x12\x12\n" +
+	"\x04rule\x18\x0f \x01(\tR\x04rule\x12\x1f\n" +
+	"\vbreak_glass\x18\x10 \x01(\bR\n" +
+	"breakGlass\x12\x16\n" +
+	"\x06digest\x18\x11 \x01(\tR\x06digest\x121\n" +
+	"\tapprovals\x18\x12 \x03(\v2\x13.mayfly.v1.ApprovalR\tapprovals\x12\x18\n" +
+	"\amissing\x18\x13 \x03(\tR\amissing\x12\x19\n" +
+	"\bgrant_id\x18\x14 \x01(\tR\agrantId\x129\n" +
+	"\n" +
+	"decided_at\x18\x15 \x01(\v2\x1a.google.protobuf.TimestampR\tdecidedAt\x12\x1d\n" +
+	"\n" +
+	"decided_by\x18\x16 \x01(\tR\tdecidedBy\x12\x10\n" +
+	"\x03why\x18\x17 \x01(\tR\x03why\x12)\n" +
+	"\x10tool_description\x18\x18 \x01(\tR\x0ftoolDescription\x12 \n" +
+	"\vsensitivity\x18\x19 \x01(\tR\vsensitivity\x12\x18\n" +
+	"\avotable\x18\x1a \x01(\bR\avotable\x1a=\n" +
+	"\x0fParametersEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x86\x02\n" +
+	"\bApproval\x12\x16\n" +
+	"\x06person\x18\x01 \x01(\tR\x06person\x12\x1a\n" +
+	"\bapproved\x18\x02 \x01(\bR\bapproved\x12*\n" +
+	"\x02at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x18\n" +
+	"\acomment\x18\x04 \x01(\tR\acomment\x125\n" +
+	"\bduration\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\bduration\x127\n" +
+	"\tauth_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\bauthTime\x12\x10\n" +
+	"\x03acr\x18\a \x01(\tR\x03acr\"\xe2\x03\n" +
+	"\x14CreateRequestRequest\x12\x12\n" +
+	"\x04tool\x18\x01 \x01(\tR\x04tool\x12\x14\n" +
+	"\x05agent\x18\x02 \x01(\tR\x05agent\x12O\n" +
+	"\n" +
+	"parameters\x18\x03 \x03(\v2/.mayfly.v1.CreateRequestRequest.ParametersEntryR\n" +
+	"parameters\x125\n" +
+	"\bduration\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\bduration\x12\x19\n" +
+	"\bmax_uses\x18\x05 \x01(\x05R\amaxUses\x12\x16\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x16\n" +
+	"\x06ticket\x18\a \x01(\tR\x06ticket\x12\x1f\n" +
+	"\vincident_id\x18\b \x01(\tR\n" +
+	"incidentId\x12#\n" +
+	"\rsubject_token\x18\t \x01(\tR\fsubjectToken\x12\x1f\n" +
+	"\vbreak_glass\x18\n" +
+	" \x01(\bR\n" +
+	"breakGlass\x12'\n" +
+	"\x0fidempotency_key\x18\v \x01(\tR\x0eidempotencyKey\x1a=\n" +
+	"\x0fParametersEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"#\n" +
+	"\x11GetRequestRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xc8\x01\n" +
+	"\x13ListRequestsRequest\x12\x10\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\x12\x14\n" +
+	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x12\n" +
+	"\x04tool\x18\x03 \x01(\tR\x04tool\x12\x18\n" +
+	"\avotable\x18\x04 \x01(\bR\avotable\x12\x1f\n" +
+	"\vbreak_glass\x18\x05 \x01(\bR\n" +
+	"breakGlass\x12\x1b\n" +
+	"\tpage_size\x18\x06 \x01(\x05R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\a \x01(\tR\tpageToken\"n\n" +
+	"\x14ListRequestsResponse\x12.\n" +
+	"\brequests\x18\x01 \x03(\v2\x12.mayfly.v1.RequestR\brequests\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"%\n" +
+	"\x13WatchRequestRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"@\n" +
+	"\x16WithdrawRequestRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x90\x01\n" +
+	"\x15ApproveRequestRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x18\n" +
+	"\acomment\x18\x03 \x01(\tR\acomment\x125\n" +
+	"\bduration\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\bduration\">\n" +
+	"\x12DenyRequestRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
+	"\acomment\x18\x02 \x01(\tR\acomment\"\xc7\x02\n" +
+	"\x0eExplainRequest\x12\x16\n" +
+	"\x06action\x18\x01 \x01(\tR\x06action\x12\x1c\n" +
+	"\tprincipal\x18\x02 \x01(\tR\tprincipal\x12\x12\n" +
+	"\x04tool\x18\x03 \x01(\tR\x04tool\x12\x14\n" +
+	"\x05agent\x18\x04 \x01(\tR\x05agent\x12I\n" +
+	"\n" +
+	"parameters\x18\x05 \x03(\v2).mayfly.v1.ExplainRequest.ParametersEntryR\n" +
+	"parameters\x12\x1f\n" +
+	"\vincident_id\x18\x06 \x01(\tR\n" +
+	"incidentId\x12\x16\n" +
+	"\x06groups\x18\a \x03(\tR\x06groups\x12\x12\n" +
+	"\x04verb\x18\b \x01(\tR\x04verb\x1a=\n" +
+	"\x0fParametersEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd9\x01\n" +
+	"\x0fExplainResponse\x12\x1a\n" +
+	"\bpossible\x18\x01 \x01(\bR\bpossible\x12\x18\n" +
+	"\asummary\x18\x02 \x01(\tR\asummary\x12\x1a\n" +
+	"\bpolicies\x18\x03 \x03(\tR\bpolicies\x12\x16\n" +
+	"\x06errors\x18\x04 \x03(\tR\x06errors\x12\x1f\n" +
+	"\vwould_allow\x18\x05 \x03(\tR\n" +
+	"wouldAllow\x12#\n" +
+	"\rpolicy_digest\x18\x06 \x01(\tR\fpolicyDigest\x12\x16\n" +
+	"\x06grants\x18\a \x03(\tR\x06grants\"4\n" +
+	"\n" +
+	"PolicyFile\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04text\x18\x02 \x01(\tR\x04text\"=\n" +
+	"\x0ePreviewRequest\x12+\n" +
+	"\x05files\x18\x01 \x03(\v2\x15.mayfly.v1.PolicyFileR\x05files\"\xcb\x02\n" +
+	"\x0fPreviewResponse\x12\x1a\n" +
+	"\bproblems\x18\x01 \x03(\tR\bproblems\x12\x16\n" +
+	"\x06digest\x18\x02 \x01(\tR\x06digest\x12%\n" +
+	"\x0epresent_digest\x18\x03 \x01(\tR\rpresentDigest\x12\x14\n" +
+	"\x05added\x18\x04 \x03(\tR\x05added\x12\x18\n" +
+	"\aremoved\x18\x05 \x03(\tR\aremoved\x12\x18\n" +
+	"\achanged\x18\x06 \x03(\tR\achanged\x12+\n" +
+	"\x04ends\x18\a \x03(\v2\x17.mayfly.v1.PreviewGrantR\x04ends\x12\x16\n" +
+	"\x06grants\x18\b \x01(\x05R\x06grants\x120\n" +
+	"\x05turns\x18\t \x03(\v2\x1a.mayfly.v1.PreviewDecisionR\x05turns\x12\x1c\n" +
+	"\tdecisions\x18\n" +
+	" \x01(\x05R\tdecisions\"}\n" +
+	"\fPreviewGrant\x12\x19\n" +
+	"\bgrant_id\x18\x01 \x01(\tR\agrantId\x12\x14\n" +
+	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x12\n" +
+	"\x04tool\x18\x03 \x01(\tR\x04tool\x12\x16\n" +
+	"\x06leases\x18\x04 \x01(\x05R\x06leases\x12\x10\n" +
+	"\x03why\x18\x05 \x01(\tR\x03why\"\xe6\x01\n" +
+	"\x0fPreviewDecision\x12*\n" +
+	"\x02at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x1c\n" +
+	"\tprincipal\x18\x02 \x01(\tR\tprincipal\x12\x16\n" +
+	"\x06action\x18\x03 \x01(\tR\x06action\x12\x14\n" +
+	"\x05about\x18\x04 \x01(\tR\x05about\x12\x1f\n" +
+	"\vwas_allowed\x18\x05 \x01(\bR\n" +
+	"wasAllowed\x12(\n" +
+	"\x10would_be_allowed\x18\x06 \x01(\bR\x0ewouldBeAllowed\x12\x10\n" +
+	"\x03why\x18\a \x01(\tR\x03why\"\x12\n" +
+	"\x10GetSignInRequest\"h\n" +
+	"\x11GetSignInResponse\x12\x16\n" +
+	"\x06issuer\x18\x01 \x01(\tR\x06issuer\x12\x16\n" +
+	"\x06device\x18\x02 \x01(\bR\x06device\x12#\n" +
+	"\rsample_people\x18\x03 \x01(\bR\fsamplePeople\"o\n" +
+	"\x11RedeemCodeRequest\x12\x12\n" +
+	"\x04code\x18\x01 \x01(\tR\x04code\x12#\n" +
+	"\rcode_verifier\x18\x02 \x01(\tR\fcodeVerifier\x12!\n" +
+	"\fredirect_uri\x18\x03 \x01(\tR\vredirectUri\"\xe5\x01\n" +
+	"\aSession\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x16\n" +
+	"\x06person\x18\x03 \x01(\tR\x06person\x12\x16\n" +
+	"\x06groups\x18\x04 \x03(\tR\x06groups\x129\n" +
+	"\n" +
+	"expires_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x127\n" +
+	"\tauth_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\bauthTime\x12\x10\n" +
+	"\x03acr\x18\a \x01(\tR\x03acr\"\x14\n" +
+	"\x12StartDeviceRequest\"\xa3\x02\n" +
+	"\x13StartDeviceResponse\x12\x16\n" +
+	"\x06handle\x18\x01 \x01(\tR\x06handle\x12\x1b\n" +
+	"\tuser_code\x18\x02 \x01(\tR\buserCode\x12)\n" +
+	"\x10verification_uri\x18\x03 \x01(\tR\x0fverificationUri\x12:\n" +
+	"\x19verification_uri_complete\x18\x04 \x01(\tR\x17verificationUriComplete\x129\n" +
+	"\n" +
+	"expires_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x125\n" +
+	"\binterval\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\binterval\"+\n" +
+	"\x11PollDeviceRequest\x12\x16\n" +
+	"\x06handle\x18\x01 \x01(\tR\x06handle\"@\n" +
+	"\x0eSignOutRequest\x12\x16\n" +
+	"\x06person\x18\x01 \x01(\tR\x06person\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"-\n" +
+	"\x0fSignOutResponse\x12\x1a\n" +
+	"\bsessions\x18\x01 \x01(\x05R\bsessions\"\xea\x01\n" +
+	"\x10EndAccessRequest\x12\x14\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x12\n" +
+	"\x04tool\x18\x02 \x01(\tR\x04tool\x12\x1a\n" +
+	"\bprovider\x18\x03 \x01(\tR\bprovider\x12\x14\n" +
+	"\x05owner\x18\x04 \x01(\tR\x05owner\x12\x1f\n" +
+	"\vincident_id\x18\x05 \x01(\tR\n" +
+	"incidentId\x12\x10\n" +
+	"\x03all\x18\x06 \x01(\bR\x03all\x12\x16\n" +
+	"\x06person\x18\a \x01(\tR\x06person\x12\x16\n" +
+	"\x06reason\x18\b \x01(\tR\x06reason\x12\x17\n" +
+	"\adry_run\x18\t \x01(\bR\x06dryRun\"\xe5\x04\n" +
+	"\x11EndAccessProgress\x12\x16\n" +
+	"\x06grants\x18\x01 \x01(\x05R\x06grants\x12\x1a\n" +
+	"\brequests\x18\x02 \x01(\x05R\brequests\x12\x16\n" +
+	"\x06leases\x18\x03 \x01(\x05R\x06leases\x12\x14\n" +
+	"\x05alive\x18\x04 \x01(\x05R\x05alive\x12\x18\n" +
+	"\aoverdue\x18\x05 \x01(\x05R\aoverdue\x12\x16\n" +
+	"\x06lapsed\x18\x06 \x01(\x05R\x06lapsed\x12D\n" +
+	"\bby_agent\x18\a \x03(\v2).mayfly.v1.EndAccessProgress.ByAgentEntryR\abyAgent\x12A\n" +
+	"\aby_tool\x18\b \x03(\v2(.mayfly.v1.EndAccessProgress.ByToolEntryR\x06byTool\x12M\n" +
+	"\vby_provider\x18\t \x03(\v2,.mayfly.v1.EndAccessProgress.ByProviderEntryR\n" +
+	"byProvider\x12\x1a\n" +
+	"\bsurvives\x18\n" +
+	" \x03(\tR\bsurvives\x12\x12\n" +
+	"\x04done\x18\v \x01(\bR\x04done\x1a:\n" +
+	"\fByAgentEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\x1a9\n" +
+	"\vByToolEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\x1a=\n" +
+	"\x0fByProviderEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x012\xa6\x03\n" +
 	"\rAccessService\x12=\n" +
 	"\x06WhoAmI\x12\x18.mayfly.v1.WhoAmIRequest\x1a\x19.mayfly.v1.WhoAmIResponse\x12F\n" +
 	"\tListTools\x12\x1b.mayfly.v1.ListToolsRequest\x1a\x1c.mayfly.v1.ListToolsResponse\x12I\n" +
@@ -3195,8 +5886,29 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\rListIncidents\x12\x1f.mayfly.v1.ListIncidentsRequest\x1a .mayfly.v1.ListIncidentsResponse2Y\n" +
 	"\fAuditService\x12I\n" +
 	"\n" +
-	"ListEvents\x12\x1c.mayfly.v1.ListEventsRequest\x1a\x1d.mayfly.v1.ListEventsResponse2\xe1\x01\n" +
-	"\x0fOperatorService\x12>\n" +
+	"ListEvents\x12\x1c.mayfly.v1.ListEventsRequest\x1a\x1d.mayfly.v1.ListEventsResponse2\x81\x04\n" +
+	"\x0eRequestService\x12D\n" +
+	"\rCreateRequest\x12\x1f.mayfly.v1.CreateRequestRequest\x1a\x12.mayfly.v1.Request\x12>\n" +
+	"\n" +
+	"GetRequest\x12\x1c.mayfly.v1.GetRequestRequest\x1a\x12.mayfly.v1.Request\x12O\n" +
+	"\fListRequests\x12\x1e.mayfly.v1.ListRequestsRequest\x1a\x1f.mayfly.v1.ListRequestsResponse\x12D\n" +
+	"\fWatchRequest\x12\x1e.mayfly.v1.WatchRequestRequest\x1a\x12.mayfly.v1.Request0\x01\x12H\n" +
+	"\x0fWithdrawRequest\x12!.mayfly.v1.WithdrawRequestRequest\x1a\x12.mayfly.v1.Request\x12F\n" +
+	"\x0eApproveRequest\x12 .mayfly.v1.ApproveRequestRequest\x1a\x12.mayfly.v1.Request\x12@\n" +
+	"\vDenyRequest\x12\x1d.mayfly.v1.DenyRequestRequest\x1a\x12.mayfly.v1.Request2\x93\x01\n" +
+	"\rPolicyService\x12@\n" +
+	"\aExplain\x12\x19.mayfly.v1.ExplainRequest\x1a\x1a.mayfly.v1.ExplainResponse\x12@\n" +
+	"\aPreview\x12\x19.mayfly.v1.PreviewRequest\x1a\x1a.mayfly.v1.PreviewResponse2\xe7\x02\n" +
+	"\rSignInService\x12F\n" +
+	"\tGetSignIn\x12\x1b.mayfly.v1.GetSignInRequest\x1a\x1c.mayfly.v1.GetSignInResponse\x12>\n" +
+	"\n" +
+	"RedeemCode\x12\x1c.mayfly.v1.RedeemCodeRequest\x1a\x12.mayfly.v1.Session\x12L\n" +
+	"\vStartDevice\x12\x1d.mayfly.v1.StartDeviceRequest\x1a\x1e.mayfly.v1.StartDeviceResponse\x12>\n" +
+	"\n" +
+	"PollDevice\x12\x1c.mayfly.v1.PollDeviceRequest\x1a\x12.mayfly.v1.Session\x12@\n" +
+	"\aSignOut\x12\x19.mayfly.v1.SignOutRequest\x1a\x1a.mayfly.v1.SignOutResponse2\xab\x02\n" +
+	"\x0fOperatorService\x12H\n" +
+	"\tEndAccess\x12\x1b.mayfly.v1.EndAccessRequest\x1a\x1c.mayfly.v1.EndAccessProgress0\x01\x12>\n" +
 	"\vForgetLease\x12\x1d.mayfly.v1.ForgetLeaseRequest\x1a\x10.mayfly.v1.Lease\x12I\n" +
 	"\n" +
 	"ListStrays\x12\x1c.mayfly.v1.ListStraysRequest\x1a\x1d.mayfly.v1.ListStraysResponse\x12C\n" +
@@ -3214,139 +5926,231 @@ func file_mayfly_v1_mayfly_proto_rawDescGZIP() []byte {
 	return file_mayfly_v1_mayfly_proto_rawDescData
 }
 
-var file_mayfly_v1_mayfly_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
+var file_mayfly_v1_mayfly_proto_msgTypes = make([]protoimpl.MessageInfo, 80)
 var file_mayfly_v1_mayfly_proto_goTypes = []any{
-	(*ErrorDetail)(nil),           // 0: mayfly.v1.ErrorDetail
-	(*WhoAmIRequest)(nil),         // 1: mayfly.v1.WhoAmIRequest
-	(*WhoAmIResponse)(nil),        // 2: mayfly.v1.WhoAmIResponse
-	(*ListToolsRequest)(nil),      // 3: mayfly.v1.ListToolsRequest
-	(*ListToolsResponse)(nil),     // 4: mayfly.v1.ListToolsResponse
-	(*Tool)(nil),                  // 5: mayfly.v1.Tool
-	(*Parameter)(nil),             // 6: mayfly.v1.Parameter
-	(*IssueLeaseRequest)(nil),     // 7: mayfly.v1.IssueLeaseRequest
-	(*IssueLeaseResponse)(nil),    // 8: mayfly.v1.IssueLeaseResponse
-	(*Lease)(nil),                 // 9: mayfly.v1.Lease
-	(*GetLeaseRequest)(nil),       // 10: mayfly.v1.GetLeaseRequest
-	(*ListLeasesRequest)(nil),     // 11: mayfly.v1.ListLeasesRequest
-	(*ListLeasesResponse)(nil),    // 12: mayfly.v1.ListLeasesResponse
-	(*RevokeLeaseRequest)(nil),    // 13: mayfly.v1.RevokeLeaseRequest
-	(*Grant)(nil),                 // 14: mayfly.v1.Grant
-	(*CreateGrantRequest)(nil),    // 15: mayfly.v1.CreateGrantRequest
-	(*WithdrawGrantRequest)(nil),  // 16: mayfly.v1.WithdrawGrantRequest
-	(*WithdrawGrantResponse)(nil), // 17: mayfly.v1.WithdrawGrantResponse
-	(*ListGrantsRequest)(nil),     // 18: mayfly.v1.ListGrantsRequest
-	(*ListGrantsResponse)(nil),    // 19: mayfly.v1.ListGrantsResponse
-	(*Incident)(nil),              // 20: mayfly.v1.Incident
-	(*OpenIncidentRequest)(nil),   // 21: mayfly.v1.OpenIncidentRequest
-	(*CloseIncidentRequest)(nil),  // 22: mayfly.v1.CloseIncidentRequest
-	(*CloseIncidentResponse)(nil), // 23: mayfly.v1.CloseIncidentResponse
-	(*GetIncidentRequest)(nil),    // 24: mayfly.v1.GetIncidentRequest
-	(*ListIncidentsRequest)(nil),  // 25: mayfly.v1.ListIncidentsRequest
-	(*ListIncidentsResponse)(nil), // 26: mayfly.v1.ListIncidentsResponse
-	(*Event)(nil),                 // 27: mayfly.v1.Event
-	(*ListEventsRequest)(nil),     // 28: mayfly.v1.ListEventsRequest
-	(*ListEventsResponse)(nil),    // 29: mayfly.v1.ListEventsResponse
-	(*ForgetLeaseRequest)(nil),    // 30: mayfly.v1.ForgetLeaseRequest
-	(*Stray)(nil),                 // 31: mayfly.v1.Stray
-	(*ListStraysRequest)(nil),     // 32: mayfly.v1.ListStraysRequest
-	(*ListStraysResponse)(nil),    // 33: mayfly.v1.ListStraysResponse
-	(*EndStrayRequest)(nil),       // 34: mayfly.v1.EndStrayRequest
-	(*EndStrayResponse)(nil),      // 35: mayfly.v1.EndStrayResponse
-	nil,                           // 36: mayfly.v1.WhoAmIResponse.LabelsEntry
-	nil,                           // 37: mayfly.v1.Tool.EnvEntry
-	nil,                           // 38: mayfly.v1.IssueLeaseRequest.ParametersEntry
-	nil,                           // 39: mayfly.v1.IssueLeaseResponse.SecretEntry
-	nil,                           // 40: mayfly.v1.IssueLeaseResponse.EnvEntry
-	nil,                           // 41: mayfly.v1.Lease.ParametersEntry
-	nil,                           // 42: mayfly.v1.Grant.ParametersEntry
-	nil,                           // 43: mayfly.v1.CreateGrantRequest.ParametersEntry
-	nil,                           // 44: mayfly.v1.Event.DetailsEntry
-	(*timestamppb.Timestamp)(nil), // 45: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 46: google.protobuf.Duration
+	(*ErrorDetail)(nil),            // 0: mayfly.v1.ErrorDetail
+	(*WhoAmIRequest)(nil),          // 1: mayfly.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),         // 2: mayfly.v1.WhoAmIResponse
+	(*ListToolsRequest)(nil),       // 3: mayfly.v1.ListToolsRequest
+	(*ListToolsResponse)(nil),      // 4: mayfly.v1.ListToolsResponse
+	(*Tool)(nil),                   // 5: mayfly.v1.Tool
+	(*Parameter)(nil),              // 6: mayfly.v1.Parameter
+	(*IssueLeaseRequest)(nil),      // 7: mayfly.v1.IssueLeaseRequest
+	(*IssueLeaseResponse)(nil),     // 8: mayfly.v1.IssueLeaseResponse
+	(*Lease)(nil),                  // 9: mayfly.v1.Lease
+	(*GetLeaseRequest)(nil),        // 10: mayfly.v1.GetLeaseRequest
+	(*ListLeasesRequest)(nil),      // 11: mayfly.v1.ListLeasesRequest
+	(*ListLeasesResponse)(nil),     // 12: mayfly.v1.ListLeasesResponse
+	(*RevokeLeaseRequest)(nil),     // 13: mayfly.v1.RevokeLeaseRequest
+	(*Grant)(nil),                  // 14: mayfly.v1.Grant
+	(*CreateGrantRequest)(nil),     // 15: mayfly.v1.CreateGrantRequest
+	(*WithdrawGrantRequest)(nil),   // 16: mayfly.v1.WithdrawGrantRequest
+	(*WithdrawGrantResponse)(nil),  // 17: mayfly.v1.WithdrawGrantResponse
+	(*ListGrantsRequest)(nil),      // 18: mayfly.v1.ListGrantsRequest
+	(*ListGrantsResponse)(nil),     // 19: mayfly.v1.ListGrantsResponse
+	(*Incident)(nil),               // 20: mayfly.v1.Incident
+	(*OpenIncidentRequest)(nil),    // 21: mayfly.v1.OpenIncidentRequest
+	(*CloseIncidentRequest)(nil),   // 22: mayfly.v1.CloseIncidentRequest
+	(*CloseIncidentResponse)(nil),  // 23: mayfly.v1.CloseIncidentResponse
+	(*GetIncidentRequest)(nil),     // 24: mayfly.v1.GetIncidentRequest
+	(*ListIncidentsRequest)(nil),   // 25: mayfly.v1.ListIncidentsRequest
+	(*ListIncidentsResponse)(nil),  // 26: mayfly.v1.ListIncidentsResponse
+	(*Event)(nil),                  // 27: mayfly.v1.Event
+	(*ListEventsRequest)(nil),      // 28: mayfly.v1.ListEventsRequest
+	(*ListEventsResponse)(nil),     // 29: mayfly.v1.ListEventsResponse
+	(*ForgetLeaseRequest)(nil),     // 30: mayfly.v1.ForgetLeaseRequest
+	(*Stray)(nil),                  // 31: mayfly.v1.Stray
+	(*ListStraysRequest)(nil),      // 32: mayfly.v1.ListStraysRequest
+	(*ListStraysResponse)(nil),     // 33: mayfly.v1.ListStraysResponse
+	(*EndStrayRequest)(nil),        // 34: mayfly.v1.EndStrayRequest
+	(*EndStrayResponse)(nil),       // 35: mayfly.v1.EndStrayResponse
+	(*Request)(nil),                // 36: mayfly.v1.Request
+	(*Approval)(nil),               // 37: mayfly.v1.Approval
+	(*CreateRequestRequest)(nil),   // 38: mayfly.v1.CreateRequestRequest
+	(*GetRequestRequest)(nil),      // 39: mayfly.v1.GetRequestRequest
+	(*ListRequestsRequest)(nil),    // 40: mayfly.v1.ListRequestsRequest
+	(*ListRequestsResponse)(nil),   // 41: mayfly.v1.ListRequestsResponse
+	(*WatchRequestRequest)(nil),    // 42: mayfly.v1.WatchRequestRequest
+	(*WithdrawRequestRequest)(nil), // 43: mayfly.v1.WithdrawRequestRequest
+	(*ApproveRequestRequest)(nil),  // 44: mayfly.v1.ApproveRequestRequest
+	(*DenyRequestRequest)(nil),     // 45: mayfly.v1.DenyRequestRequest
+	(*ExplainRequest)(nil),         // 46: mayfly.v1.ExplainRequest
+	(*ExplainResponse)(nil),        // 47: mayfly.v1.ExplainResponse
+	(*PolicyFile)(nil),             // 48: mayfly.v1.PolicyFile
+	(*PreviewRequest)(nil),         // 49: mayfly.v1.PreviewRequest
+	(*PreviewResponse)(nil),        // 50: mayfly.v1.PreviewResponse
+	(*PreviewGrant)(nil),           // 51: mayfly.v1.PreviewGrant
+	(*PreviewDecision)(nil),        // 52: mayfly.v1.PreviewDecision
+	(*GetSignInRequest)(nil),       // 53: mayfly.v1.GetSignInRequest
+	(*GetSignInResponse)(nil),      // 54: mayfly.v1.GetSignInResponse
+	(*RedeemCodeRequest)(nil),      // 55: mayfly.v1.RedeemCodeRequest
+	(*Session)(nil),                // 56: mayfly.v1.Session
+	(*StartDeviceRequest)(nil),     // 57: mayfly.v1.StartDeviceRequest
+	(*StartDeviceResponse)(nil),    // 58: mayfly.v1.StartDeviceResponse
+	(*PollDeviceRequest)(nil),      // 59: mayfly.v1.PollDeviceRequest
+	(*SignOutRequest)(nil),         // 60: mayfly.v1.SignOutRequest
+	(*SignOutResponse)(nil),        // 61: mayfly.v1.SignOutResponse
+	(*EndAccessRequest)(nil),       // 62: mayfly.v1.EndAccessRequest
+	(*EndAccessProgress)(nil),      // 63: mayfly.v1.EndAccessProgress
+	nil,                            // 64: mayfly.v1.WhoAmIResponse.LabelsEntry
+	nil,                            // 65: mayfly.v1.Tool.EnvEntry
+	nil,                            // 66: mayfly.v1.Tool.LabelsEntry
+	nil,                            // 67: mayfly.v1.IssueLeaseRequest.ParametersEntry
+	nil,                            // 68: mayfly.v1.IssueLeaseResponse.SecretEntry
+	nil,                            // 69: mayfly.v1.IssueLeaseResponse.EnvEntry
+	nil,                            // 70: mayfly.v1.Lease.ParametersEntry
+	nil,                            // 71: mayfly.v1.Grant.ParametersEntry
+	nil,                            // 72: mayfly.v1.CreateGrantRequest.ParametersEntry
+	nil,                            // 73: mayfly.v1.Event.DetailsEntry
+	nil,                            // 74: mayfly.v1.Request.ParametersEntry
+	nil,                            // 75: mayfly.v1.CreateRequestRequest.ParametersEntry
+	nil,                            // 76: mayfly.v1.ExplainRequest.ParametersEntry
+	nil,                            // 77: mayfly.v1.EndAccessProgress.ByAgentEntry
+	nil,                            // 78: mayfly.v1.EndAccessProgress.ByToolEntry
+	nil,                            // 79: mayfly.v1.EndAccessProgress.ByProviderEntry
+	(*timestamppb.Timestamp)(nil),  // 80: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),    // 81: google.protobuf.Duration
 }
 var file_mayfly_v1_mayfly_proto_depIdxs = []int32{
-	36, // 0: mayfly.v1.WhoAmIResponse.labels:type_name -> mayfly.v1.WhoAmIResponse.LabelsEntry
-	45, // 1: mayfly.v1.WhoAmIResponse.svid_expires_at:type_name -> google.protobuf.Timestamp
-	5,  // 2: mayfly.v1.ListToolsResponse.tools:type_name -> mayfly.v1.Tool
-	46, // 3: mayfly.v1.Tool.max_ttl:type_name -> google.protobuf.Duration
-	6,  // 4: mayfly.v1.Tool.parameters:type_name -> mayfly.v1.Parameter
-	37, // 5: mayfly.v1.Tool.env:type_name -> mayfly.v1.Tool.EnvEntry
-	45, // 6: mayfly.v1.Tool.granted_until:type_name -> google.protobuf.Timestamp
-	38, // 7: mayfly.v1.IssueLeaseRequest.parameters:type_name -> mayfly.v1.IssueLeaseRequest.ParametersEntry
-	46, // 8: mayfly.v1.IssueLeaseRequest.ttl:type_name -> google.protobuf.Duration
-	9,  // 9: mayfly.v1.IssueLeaseResponse.lease:type_name -> mayfly.v1.Lease
-	39, // 10: mayfly.v1.IssueLeaseResponse.secret:type_name -> mayfly.v1.IssueLeaseResponse.SecretEntry
-	40, // 11: mayfly.v1.IssueLeaseResponse.env:type_name -> mayfly.v1.IssueLeaseResponse.EnvEntry
-	41, // 12: mayfly.v1.Lease.parameters:type_name -> mayfly.v1.Lease.ParametersEntry
-	45, // 13: mayfly.v1.Lease.created_at:type_name -> google.protobuf.Timestamp
-	45, // 14: mayfly.v1.Lease.end:type_name -> google.protobuf.Timestamp
-	45, // 15: mayfly.v1.Lease.dies_at:type_name -> google.protobuf.Timestamp
-	45, // 16: mayfly.v1.Lease.ended_at:type_name -> google.protobuf.Timestamp
-	9,  // 17: mayfly.v1.ListLeasesResponse.leases:type_name -> mayfly.v1.Lease
-	42, // 18: mayfly.v1.Grant.parameters:type_name -> mayfly.v1.Grant.ParametersEntry
-	45, // 19: mayfly.v1.Grant.not_before:type_name -> google.protobuf.Timestamp
-	45, // 20: mayfly.v1.Grant.not_after:type_name -> google.protobuf.Timestamp
-	45, // 21: mayfly.v1.Grant.created_at:type_name -> google.protobuf.Timestamp
-	45, // 22: mayfly.v1.Grant.ended_at:type_name -> google.protobuf.Timestamp
-	43, // 23: mayfly.v1.CreateGrantRequest.parameters:type_name -> mayfly.v1.CreateGrantRequest.ParametersEntry
-	45, // 24: mayfly.v1.CreateGrantRequest.not_before:type_name -> google.protobuf.Timestamp
-	45, // 25: mayfly.v1.CreateGrantRequest.not_after:type_name -> google.protobuf.Timestamp
-	46, // 26: mayfly.v1.CreateGrantRequest.duration:type_name -> google.protobuf.Duration
-	14, // 27: mayfly.v1.WithdrawGrantResponse.grant:type_name -> mayfly.v1.Grant
-	14, // 28: mayfly.v1.ListGrantsResponse.grants:type_name -> mayfly.v1.Grant
-	45, // 29: mayfly.v1.Incident.opened_at:type_name -> google.protobuf.Timestamp
-	45, // 30: mayfly.v1.Incident.ends_at:type_name -> google.protobuf.Timestamp
-	14, // 31: mayfly.v1.Incident.grants:type_name -> mayfly.v1.Grant
-	45, // 32: mayfly.v1.Incident.closed_at:type_name -> google.protobuf.Timestamp
-	46, // 33: mayfly.v1.OpenIncidentRequest.duration:type_name -> google.protobuf.Duration
-	20, // 34: mayfly.v1.CloseIncidentResponse.incident:type_name -> mayfly.v1.Incident
-	20, // 35: mayfly.v1.ListIncidentsResponse.incidents:type_name -> mayfly.v1.Incident
-	45, // 36: mayfly.v1.Event.time:type_name -> google.protobuf.Timestamp
-	44, // 37: mayfly.v1.Event.details:type_name -> mayfly.v1.Event.DetailsEntry
-	27, // 38: mayfly.v1.ListEventsResponse.events:type_name -> mayfly.v1.Event
-	45, // 39: mayfly.v1.Stray.dies_at:type_name -> google.protobuf.Timestamp
-	45, // 40: mayfly.v1.Stray.found_at:type_name -> google.protobuf.Timestamp
-	31, // 41: mayfly.v1.ListStraysResponse.strays:type_name -> mayfly.v1.Stray
-	31, // 42: mayfly.v1.EndStrayResponse.stray:type_name -> mayfly.v1.Stray
-	1,  // 43: mayfly.v1.AccessService.WhoAmI:input_type -> mayfly.v1.WhoAmIRequest
-	3,  // 44: mayfly.v1.AccessService.ListTools:input_type -> mayfly.v1.ListToolsRequest
-	7,  // 45: mayfly.v1.AccessService.IssueLease:input_type -> mayfly.v1.IssueLeaseRequest
-	10, // 46: mayfly.v1.AccessService.GetLease:input_type -> mayfly.v1.GetLeaseRequest
-	11, // 47: mayfly.v1.AccessService.ListLeases:input_type -> mayfly.v1.ListLeasesRequest
-	13, // 48: mayfly.v1.AccessService.RevokeLease:input_type -> mayfly.v1.RevokeLeaseRequest
-	15, // 49: mayfly.v1.GrantService.CreateGrant:input_type -> mayfly.v1.CreateGrantRequest
-	16, // 50: mayfly.v1.GrantService.WithdrawGrant:input_type -> mayfly.v1.WithdrawGrantRequest
-	18, // 51: mayfly.v1.GrantService.ListGrants:input_type -> mayfly.v1.ListGrantsRequest
-	21, // 52: mayfly.v1.IncidentService.OpenIncident:input_type -> mayfly.v1.OpenIncidentRequest
-	22, // 53: mayfly.v1.IncidentService.CloseIncident:input_type -> mayfly.v1.CloseIncidentRequest
-	24, // 54: mayfly.v1.IncidentService.GetIncident:input_type -> mayfly.v1.GetIncidentRequest
-	25, // 55: mayfly.v1.IncidentService.ListIncidents:input_type -> mayfly.v1.ListIncidentsRequest
-	28, // 56: mayfly.v1.AuditService.ListEvents:input_type -> mayfly.v1.ListEventsRequest
-	30, // 57: mayfly.v1.OperatorService.ForgetLease:input_type -> mayfly.v1.ForgetLeaseRequest
-	32, // 58: mayfly.v1.OperatorService.ListStrays:input_type -> mayfly.v1.ListStraysRequest
-	34, // 59: mayfly.v1.OperatorService.EndStray:input_type -> mayfly.v1.EndStrayRequest
-	2,  // 60: mayfly.v1.AccessService.WhoAmI:output_type -> mayfly.v1.WhoAmIResponse
-	4,  // 61: mayfly.v1.AccessService.ListTools:output_type -> mayfly.v1.ListToolsResponse
-	8,  // 62: mayfly.v1.AccessService.IssueLease:output_type -> mayfly.v1.IssueLeaseResponse
-	9,  // 63: mayfly.v1.AccessService.GetLease:output_type -> mayfly.v1.Lease
-	12, // 64: mayfly.v1.AccessService.ListLeases:output_type -> mayfly.v1.ListLeasesResponse
-	9,  // 65: mayfly.v1.AccessService.RevokeLease:output_type -> mayfly.v1.Lease
-	14, // 66: mayfly.v1.GrantService.CreateGrant:output_type -> mayfly.v1.Grant
-	17, // 67: mayfly.v1.GrantService.WithdrawGrant:output_type -> mayfly.v1.WithdrawGrantResponse
-	19, // 68: mayfly.v1.GrantService.ListGrants:output_type -> mayfly.v1.ListGrantsResponse
-	20, // 69: mayfly.v1.IncidentService.OpenIncident:output_type -> mayfly.v1.Incident
-	23, // 70: mayfly.v1.IncidentService.CloseIncident:output_type -> mayfly.v1.CloseIncidentResponse
-	20, // 71: mayfly.v1.IncidentService.GetIncident:output_type -> mayfly.v1.Incident
-	26, // 72: mayfly.v1.IncidentService.ListIncidents:output_type -> mayfly.v1.ListIncidentsResponse
-	29, // 73: mayfly.v1.AuditService.ListEvents:output_type -> mayfly.v1.ListEventsResponse
-	9,  // 74: mayfly.v1.OperatorService.ForgetLease:output_type -> mayfly.v1.Lease
-	33, // 75: mayfly.v1.OperatorService.ListStrays:output_type -> mayfly.v1.ListStraysResponse
-	35, // 76: mayfly.v1.OperatorService.EndStray:output_type -> mayfly.v1.EndStrayResponse
-	60, // [60:77] is the sub-list for method output_type
-	43, // [43:60] is the sub-list for method input_type
-	43, // [43:43] is the sub-list for extension type_name
-	43, // [43:43] is the sub-list for extension extendee
-	0,  // [0:43] is the sub-list for field type_name
+	64,  // 0: mayfly.v1.WhoAmIResponse.labels:type_name -> mayfly.v1.WhoAmIResponse.LabelsEntry
+	80,  // 1: mayfly.v1.WhoAmIResponse.svid_expires_at:type_name -> google.protobuf.Timestamp
+	80,  // 2: mayfly.v1.WhoAmIResponse.auth_time:type_name -> google.protobuf.Timestamp
+	5,   // 3: mayfly.v1.ListToolsResponse.tools:type_name -> mayfly.v1.Tool
+	81,  // 4: mayfly.v1.Tool.max_ttl:type_name -> google.protobuf.Duration
+	6,   // 5: mayfly.v1.Tool.parameters:type_name -> mayfly.v1.Parameter
+	65,  // 6: mayfly.v1.Tool.env:type_name -> mayfly.v1.Tool.EnvEntry
+	80,  // 7: mayfly.v1.Tool.granted_until:type_name -> google.protobuf.Timestamp
+	66,  // 8: mayfly.v1.Tool.labels:type_name -> mayfly.v1.Tool.LabelsEntry
+	67,  // 9: mayfly.v1.IssueLeaseRequest.parameters:type_name -> mayfly.v1.IssueLeaseRequest.ParametersEntry
+	81,  // 10: mayfly.v1.IssueLeaseRequest.ttl:type_name -> google.protobuf.Duration
+	9,   // 11: mayfly.v1.IssueLeaseResponse.lease:type_name -> mayfly.v1.Lease
+	68,  // 12: mayfly.v1.IssueLeaseResponse.secret:type_name -> mayfly.v1.IssueLeaseResponse.SecretEntry
+	69,  // 13: mayfly.v1.IssueLeaseResponse.env:type_name -> mayfly.v1.IssueLeaseResponse.EnvEntry
+	70,  // 14: mayfly.v1.Lease.parameters:type_name -> mayfly.v1.Lease.ParametersEntry
+	80,  // 15: mayfly.v1.Lease.created_at:type_name -> google.protobuf.Timestamp
+	80,  // 16: mayfly.v1.Lease.end:type_name -> google.protobuf.Timestamp
+	80,  // 17: mayfly.v1.Lease.dies_at:type_name -> google.protobuf.Timestamp
+	80,  // 18: mayfly.v1.Lease.ended_at:type_name -> google.protobuf.Timestamp
+	9,   // 19: mayfly.v1.ListLeasesResponse.leases:type_name -> mayfly.v1.Lease
+	71,  // 20: mayfly.v1.Grant.parameters:type_name -> mayfly.v1.Grant.ParametersEntry
+	80,  // 21: mayfly.v1.Grant.not_before:type_name -> google.protobuf.Timestamp
+	80,  // 22: mayfly.v1.Grant.not_after:type_name -> google.protobuf.Timestamp
+	80,  // 23: mayfly.v1.Grant.created_at:type_name -> google.protobuf.Timestamp
+	80,  // 24: mayfly.v1.Grant.ended_at:type_name -> google.protobuf.Timestamp
+	72,  // 25: mayfly.v1.CreateGrantRequest.parameters:type_name -> mayfly.v1.CreateGrantRequest.ParametersEntry
+	80,  // 26: mayfly.v1.CreateGrantRequest.not_before:type_name -> google.protobuf.Timestamp
+	80,  // 27: mayfly.v1.CreateGrantRequest.not_after:type_name -> google.protobuf.Timestamp
+	81,  // 28: mayfly.v1.CreateGrantRequest.duration:type_name -> google.protobuf.Duration
+	14,  // 29: mayfly.v1.WithdrawGrantResponse.grant:type_name -> mayfly.v1.Grant
+	14,  // 30: mayfly.v1.ListGrantsResponse.grants:type_name -> mayfly.v1.Grant
+	80,  // 31: mayfly.v1.Incident.opened_at:type_name -> google.protobuf.Timestamp
+	80,  // 32: mayfly.v1.Incident.ends_at:type_name -> google.protobuf.Timestamp
+	14,  // 33: mayfly.v1.Incident.grants:type_name -> mayfly.v1.Grant
+	80,  // 34: mayfly.v1.Incident.closed_at:type_name -> google.protobuf.Timestamp
+	81,  // 35: mayfly.v1.OpenIncidentRequest.duration:type_name -> google.protobuf.Duration
+	20,  // 36: mayfly.v1.CloseIncidentResponse.incident:type_name -> mayfly.v1.Incident
+	20,  // 37: mayfly.v1.ListIncidentsResponse.incidents:type_name -> mayfly.v1.Incident
+	80,  // 38: mayfly.v1.Event.time:type_name -> google.protobuf.Timestamp
+	73,  // 39: mayfly.v1.Event.details:type_name -> mayfly.v1.Event.DetailsEntry
+	27,  // 40: mayfly.v1.ListEventsResponse.events:type_name -> mayfly.v1.Event
+	80,  // 41: mayfly.v1.Stray.dies_at:type_name -> google.protobuf.Timestamp
+	80,  // 42: mayfly.v1.Stray.found_at:type_name -> google.protobuf.Timestamp
+	31,  // 43: mayfly.v1.ListStraysResponse.strays:type_name -> mayfly.v1.Stray
+	31,  // 44: mayfly.v1.EndStrayResponse.stray:type_name -> mayfly.v1.Stray
+	74,  // 45: mayfly.v1.Request.parameters:type_name -> mayfly.v1.Request.ParametersEntry
+	81,  // 46: mayfly.v1.Request.duration:type_name -> google.protobuf.Duration
+	80,  // 47: mayfly.v1.Request.created_at:type_name -> google.protobuf.Timestamp
+	80,  // 48: mayfly.v1.Request.expires_at:type_name -> google.protobuf.Timestamp
+	37,  // 49: mayfly.v1.Request.approvals:type_name -> mayfly.v1.Approval
+	80,  // 50: mayfly.v1.Request.decided_at:type_name -> google.protobuf.Timestamp
+	80,  // 51: mayfly.v1.Approval.at:type_name -> google.protobuf.Timestamp
+	81,  // 52: mayfly.v1.Approval.duration:type_name -> google.protobuf.Duration
+	80,  // 53: mayfly.v1.Approval.auth_time:type_name -> google.protobuf.Timestamp
+	75,  // 54: mayfly.v1.CreateRequestRequest.parameters:type_name -> mayfly.v1.CreateRequestRequest.ParametersEntry
+	81,  // 55: mayfly.v1.CreateRequestRequest.duration:type_name -> google.protobuf.Duration
+	36,  // 56: mayfly.v1.ListRequestsResponse.requests:type_name -> mayfly.v1.Request
+	81,  // 57: mayfly.v1.ApproveRequestRequest.duration:type_name -> google.protobuf.Duration
+	76,  // 58: mayfly.v1.ExplainRequest.parameters:type_name -> mayfly.v1.ExplainRequest.ParametersEntry
+	48,  // 59: mayfly.v1.PreviewRequest.files:type_name -> mayfly.v1.PolicyFile
+	51,  // 60: mayfly.v1.PreviewResponse.ends:type_name -> mayfly.v1.PreviewGrant
+	52,  // 61: mayfly.v1.PreviewResponse.turns:type_name -> mayfly.v1.PreviewDecision
+	80,  // 62: mayfly.v1.PreviewDecision.at:type_name -> google.protobuf.Timestamp
+	80,  // 63: mayfly.v1.Session.expires_at:type_name -> google.protobuf.Timestamp
+	80,  // 64: mayfly.v1.Session.auth_time:type_name -> google.protobuf.Timestamp
+	80,  // 65: mayfly.v1.StartDeviceResponse.expires_at:type_name -> google.protobuf.Timestamp
+	81,  // 66: mayfly.v1.StartDeviceResponse.interval:type_name -> google.protobuf.Duration
+	77,  // 67: mayfly.v1.EndAccessProgress.by_agent:type_name -> mayfly.v1.EndAccessProgress.ByAgentEntry
+	78,  // 68: mayfly.v1.EndAccessProgress.by_tool:type_name -> mayfly.v1.EndAccessProgress.ByToolEntry
+	79,  // 69: mayfly.v1.EndAccessProgress.by_provider:type_name -> mayfly.v1.EndAccessProgress.ByProviderEntry
+	1,   // 70: mayfly.v1.AccessService.WhoAmI:input_type -> mayfly.v1.WhoAmIRequest
+	3,   // 71: mayfly.v1.AccessService.ListTools:input_type -> mayfly.v1.ListToolsRequest
+	7,   // 72: mayfly.v1.AccessService.IssueLease:input_type -> mayfly.v1.IssueLeaseRequest
+	10,  // 73: mayfly.v1.AccessService.GetLease:input_type -> mayfly.v1.GetLeaseRequest
+	11,  // 74: mayfly.v1.AccessService.ListLeases:input_type -> mayfly.v1.ListLeasesRequest
+	13,  // 75: mayfly.v1.AccessService.RevokeLease:input_type -> mayfly.v1.RevokeLeaseRequest
+	15,  // 76: mayfly.v1.GrantService.CreateGrant:input_type -> mayfly.v1.CreateGrantRequest
+	16,  // 77: mayfly.v1.GrantService.WithdrawGrant:input_type -> mayfly.v1.WithdrawGrantRequest
+	18,  // 78: mayfly.v1.GrantService.ListGrants:input_type -> mayfly.v1.ListGrantsRequest
+	21,  // 79: mayfly.v1.IncidentService.OpenIncident:input_type -> mayfly.v1.OpenIncidentRequest
+	22,  // 80: mayfly.v1.IncidentService.CloseIncident:input_type -> mayfly.v1.CloseIncidentRequest
+	24,  // 81: mayfly.v1.IncidentService.GetIncident:input_type -> mayfly.v1.GetIncidentRequest
+	25,  // 82: mayfly.v1.IncidentService.ListIncidents:input_type -> mayfly.v1.ListIncidentsRequest
+	28,  // 83: mayfly.v1.AuditService.ListEvents:input_type -> mayfly.v1.ListEventsRequest
+	38,  // 84: mayfly.v1.RequestService.CreateRequest:input_type -> mayfly.v1.CreateRequestRequest
+	39,  // 85: mayfly.v1.RequestService.GetRequest:input_type -> mayfly.v1.GetRequestRequest
+	40,  // 86: mayfly.v1.RequestService.ListRequests:input_type -> mayfly.v1.ListRequestsRequest
+	42,  // 87: mayfly.v1.RequestService.WatchRequest:input_type -> mayfly.v1.WatchRequestRequest
+	43,  // 88: mayfly.v1.RequestService.WithdrawRequest:input_type -> mayfly.v1.WithdrawRequestRequest
+	44,  // 89: mayfly.v1.RequestService.ApproveRequest:input_type -> mayfly.v1.ApproveRequestRequest
+	45,  // 90: mayfly.v1.RequestService.DenyRequest:input_type -> mayfly.v1.DenyRequestRequest
+	46,  // 91: mayfly.v1.PolicyService.Explain:input_type -> mayfly.v1.ExplainRequest
+	49,  // 92: mayfly.v1.PolicyService.Preview:input_type -> mayfly.v1.PreviewRequest
+	53,  // 93: mayfly.v1.SignInService.GetSignIn:input_type -> mayfly.v1.GetSignInRequest
+	55,  // 94: mayfly.v1.SignInService.RedeemCode:input_type -> mayfly.v1.RedeemCodeRequest
+	57,  // 95: mayfly.v1.SignInService.StartDevice:input_type -> mayfly.v1.StartDeviceRequest
+	59,  // 96: mayfly.v1.SignInService.PollDevice:input_type -> mayfly.v1.PollDeviceRequest
+	60,  // 97: mayfly.v1.SignInService.SignOut:input_type -> mayfly.v1.SignOutRequest
+	62,  // 98: mayfly.v1.OperatorService.EndAccess:input_type -> mayfly.v1.EndAccessRequest
+	30,  // 99: mayfly.v1.OperatorService.ForgetLease:input_type -> mayfly.v1.ForgetLeaseRequest
+	32,  // 100: mayfly.v1.OperatorService.ListStrays:input_type -> mayfly.v1.ListStraysRequest
+	34,  // 101: mayfly.v1.OperatorService.EndStray:input_type -> mayfly.v1.EndStrayRequest
+	2,   // 102: mayfly.v1.AccessService.WhoAmI:output_type -> mayfly.v1.WhoAmIResponse
+	4,   // 103: mayfly.v1.AccessService.ListTools:output_type -> mayfly.v1.ListToolsResponse
+	8,   // 104: mayfly.v1.AccessService.IssueLease:output_type -> mayfly.v1.IssueLeaseResponse
+	9,   // 105: mayfly.v1.AccessService.GetLease:output_type -> mayfly.v1.Lease
+	12,  // 106: mayfly.v1.AccessService.ListLeases:output_type -> mayfly.v1.ListLeasesResponse
+	9,   // 107: mayfly.v1.AccessService.RevokeLease:output_type -> mayfly.v1.Lease
+	14,  // 108: mayfly.v1.GrantService.CreateGrant:output_type -> mayfly.v1.Grant
+	17,  // 109: mayfly.v1.GrantService.WithdrawGrant:output_type -> mayfly.v1.WithdrawGrantResponse
+	19,  // 110: mayfly.v1.GrantService.ListGrants:output_type -> mayfly.v1.ListGrantsResponse
+	20,  // 111: mayfly.v1.IncidentService.OpenIncident:output_type -> mayfly.v1.Incident
+	23,  // 112: mayfly.v1.IncidentService.CloseIncident:output_type -> mayfly.v1.CloseIncidentResponse
+	20,  // 113: mayfly.v1.IncidentService.GetIncident:output_type -> mayfly.v1.Incident
+	26,  // 114: mayfly.v1.IncidentService.ListIncidents:output_type -> mayfly.v1.ListIncidentsResponse
+	29,  // 115: mayfly.v1.AuditService.ListEvents:output_type -> mayfly.v1.ListEventsResponse
+	36,  // 116: mayfly.v1.RequestService.CreateRequest:output_type -> mayfly.v1.Request
+	36,  // 117: mayfly.v1.RequestService.GetRequest:output_type -> mayfly.v1.Request
+	41,  // 118: mayfly.v1.RequestService.ListRequests:output_type -> mayfly.v1.ListRequestsResponse
+	36,  // 119: mayfly.v1.RequestService.WatchRequest:output_type -> mayfly.v1.Request
+	36,  // 120: mayfly.v1.RequestService.WithdrawRequest:output_type -> mayfly.v1.Request
+	36,  // 121: mayfly.v1.RequestService.ApproveRequest:output_type -> mayfly.v1.Request
+	36,  // 122: mayfly.v1.RequestService.DenyRequest:output_type -> mayfly.v1.Request
+	47,  // 123: mayfly.v1.PolicyService.Explain:output_type -> mayfly.v1.ExplainResponse
+	50,  // 124: mayfly.v1.PolicyService.Preview:output_type -> mayfly.v1.PreviewResponse
+	54,  // 125: mayfly.v1.SignInService.GetSignIn:output_type -> mayfly.v1.GetSignInResponse
+	56,  // 126: mayfly.v1.SignInService.RedeemCode:output_type -> mayfly.v1.Session
+	58,  // 127: mayfly.v1.SignInService.StartDevice:output_type -> mayfly.v1.StartDeviceResponse
+	56,  // 128: mayfly.v1.SignInService.PollDevice:output_type -> mayfly.v1.Session
+	61,  // 129: mayfly.v1.SignInService.SignOut:output_type -> mayfly.v1.SignOutResponse
+	63,  // 130: mayfly.v1.OperatorService.EndAccess:output_type -> mayfly.v1.EndAccessProgress
+	9,   // 131: mayfly.v1.OperatorService.ForgetLease:output_type -> mayfly.v1.Lease
+	33,  // 132: mayfly.v1.OperatorService.ListStrays:output_type -> mayfly.v1.ListStraysResponse
+	35,  // 133: mayfly.v1.OperatorService.EndStray:output_type -> mayfly.v1.EndStrayResponse
+	102, // [102:134] is the sub-list for method output_type
+	70,  // [70:102] is the sub-list for method input_type
+	70,  // [70:70] is the sub-list for extension type_name
+	70,  // [70:70] is the sub-list for extension extendee
+	0,   // [0:70] is the sub-list for field type_name
 }
 
 func init() { file_mayfly_v1_mayfly_proto_init() }
@@ -3361,9 +6165,9 @@ func file_mayfly_v1_mayfly_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mayfly_v1_mayfly_proto_rawDesc), len(file_mayfly_v1_mayfly_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   45,
+			NumMessages:   80,
 			NumExtensions: 0,
-			NumServices:   5,
+			NumServices:   8,
 		},
 		GoTypes:           file_mayfly_v1_mayfly_proto_goTypes,
 		DependencyIndexes: file_mayfly_v1_mayfly_proto_depIdxs,

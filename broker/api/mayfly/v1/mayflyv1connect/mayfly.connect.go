@@ -3,8 +3,11 @@
 // Source: mayfly/v1/mayfly.proto
 
 // Mayfly's API, version 1. It is served with ConnectRPC: gRPC, gRPC-Web and
-// plain HTTP POST with JSON at /mayfly.v1.<Service>/<Method>. Every call is
-// made over mutual TLS with an X.509-SVID. Every error carries an ErrorDetail.
+// plain HTTP POST with JSON at /mayfly.v1.<Service>/<Method>. Workloads call
+// over mutual TLS with an X.509-SVID; people call another listener, over TLS
+// with "Authorization: Bearer" and a session's token. Both serve the same
+// services, but for SignInService, which is for people. Every error carries an
+// ErrorDetail.
 package mayflyv1connect
 
 import (
@@ -32,6 +35,12 @@ const (
 	IncidentServiceName = "mayfly.v1.IncidentService"
 	// AuditServiceName is the fully-qualified name of the AuditService service.
 	AuditServiceName = "mayfly.v1.AuditService"
+	// RequestServiceName is the fully-qualified name of the RequestService service.
+	RequestServiceName = "mayfly.v1.RequestService"
+	// PolicyServiceName is the fully-qualified name of the PolicyService service.
+	PolicyServiceName = "mayfly.v1.PolicyService"
+	// SignInServiceName is the fully-qualified name of the SignInService service.
+	SignInServiceName = "mayfly.v1.SignInService"
 	// OperatorServiceName is the fully-qualified name of the OperatorService service.
 	OperatorServiceName = "mayfly.v1.OperatorService"
 )
@@ -81,6 +90,47 @@ const (
 	IncidentServiceListIncidentsProcedure = "/mayfly.v1.IncidentService/ListIncidents"
 	// AuditServiceListEventsProcedure is the fully-qualified name of the AuditService's ListEvents RPC.
 	AuditServiceListEventsProcedure = "/mayfly.v1.AuditService/ListEvents"
+	// RequestServiceCreateRequestProcedure is the fully-qualified name of the RequestService's
+	// CreateRequest RPC.
+	RequestServiceCreateRequestProcedure = "/mayfly.v1.RequestService/CreateRequest"
+	// RequestServiceGetRequestProcedure is the fully-qualified name of the RequestService's GetRequest
+	// RPC.
+	RequestServiceGetRequestProcedure = "/mayfly.v1.RequestService/GetRequest"
+	// RequestServiceListRequestsProcedure is the fully-qualified name of the RequestService's
+	// ListRequests RPC.
+	RequestServiceListRequestsProcedure = "/mayfly.v1.RequestService/ListRequests"
+	// RequestServiceWatchRequestProcedure is the fully-qualified name of the RequestService's
+	// WatchRequest RPC.
+	RequestServiceWatchRequestProcedure = "/mayfly.v1.RequestService/WatchRequest"
+	// RequestServiceWithdrawRequestProcedure is the fully-qualified name of the RequestService's
+	// WithdrawRequest RPC.
+	RequestServiceWithdrawRequestProcedure = "/mayfly.v1.RequestService/WithdrawRequest"
+	// RequestServiceApproveRequestProcedure is the fully-qualified name of the RequestService's
+	// ApproveRequest RPC.
+	RequestServiceApproveRequestProcedure = "/mayfly.v1.RequestService/ApproveRequest"
+	// RequestServiceDenyRequestProcedure is the fully-qualified name of the RequestService's
+	// DenyRequest RPC.
+	RequestServiceDenyRequestProcedure = "/mayfly.v1.RequestService/DenyRequest"
+	// PolicyServiceExplainProcedure is the fully-qualified name of the PolicyService's Explain RPC.
+	PolicyServiceExplainProcedure = "/mayfly.v1.PolicyService/Explain"
+	// PolicyServicePreviewProcedure is the fully-qualified name of the PolicyService's Preview RPC.
+	PolicyServicePreviewProcedure = "/mayfly.v1.PolicyService/Preview"
+	// SignInServiceGetSignInProcedure is the fully-qualified name of the SignInService's GetSignIn RPC.
+	SignInServiceGetSignInProcedure = "/mayfly.v1.SignInService/GetSignIn"
+	// SignInServiceRedeemCodeProcedure is the fully-qualified name of the SignInService's RedeemCode
+	// RPC.
+	SignInServiceRedeemCodeProcedure = "/mayfly.v1.SignInService/RedeemCode"
+	// SignInServiceStartDeviceProcedure is the fully-qualified name of the SignInService's StartDevice
+	// RPC.
+	SignInServiceStartDeviceProcedure = "/mayfly.v1.SignInService/StartDevice"
+	// SignInServicePollDeviceProcedure is the fully-qualified name of the SignInService's PollDevice
+	// RPC.
+	SignInServicePollDeviceProcedure = "/mayfly.v1.SignInService/PollDevice"
+	// SignInServiceSignOutProcedure is the fully-qualified name of the SignInService's SignOut RPC.
+	SignInServiceSignOutProcedure = "/mayfly.v1.SignInService/SignOut"
+	// OperatorServiceEndAccessProcedure is the fully-qualified name of the OperatorService's EndAccess
+	// RPC.
+	OperatorServiceEndAccessProcedure = "/mayfly.v1.OperatorService/EndAccess"
 	// OperatorServiceForgetLeaseProcedure is the fully-qualified name of the OperatorService's
 	// ForgetLease RPC.
 	OperatorServiceForgetLeaseProcedure = "/mayfly.v1.OperatorService/ForgetLease"
@@ -664,8 +714,551 @@ func (UnimplementedAuditServiceHandler) ListEvents(context.Context, *connect.Req
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.AuditService.ListEvents is not implemented"))
 }
 
+// RequestServiceClient is a client for the mayfly.v1.RequestService service.
+type RequestServiceClient interface {
+	// CreateRequest asks for a tool: an agent for itself, or a person for an
+	// agent. The answer says what became of it: granted at once, or pending.
+	CreateRequest(context.Context, *connect.Request[v1.CreateRequestRequest]) (*connect.Response[v1.Request], error)
+	// GetRequest shows one request to its agent, to whoever made it, to those who
+	// may decide it, and to operators.
+	GetRequest(context.Context, *connect.Request[v1.GetRequestRequest]) (*connect.Response[v1.Request], error)
+	// ListRequests lists requests in the order of their making: those that the
+	// caller may see.
+	ListRequests(context.Context, *connect.Request[v1.ListRequestsRequest]) (*connect.Response[v1.ListRequestsResponse], error)
+	// WatchRequest sends the request as it is, and again whenever it changes,
+	// until it is pending no more. The caller is authorized anew for each message.
+	WatchRequest(context.Context, *connect.Request[v1.WatchRequestRequest]) (*connect.ServerStreamForClient[v1.Request], error)
+	// WithdrawRequest takes back a request that is pending.
+	WithdrawRequest(context.Context, *connect.Request[v1.WithdrawRequestRequest]) (*connect.Response[v1.Request], error)
+	// ApproveRequest is a person's yes. It names the digest of what was shown.
+	ApproveRequest(context.Context, *connect.Request[v1.ApproveRequestRequest]) (*connect.Response[v1.Request], error)
+	// DenyRequest is a person's no, which is final.
+	DenyRequest(context.Context, *connect.Request[v1.DenyRequestRequest]) (*connect.Response[v1.Request], error)
+}
+
+// NewRequestServiceClient constructs a client for the mayfly.v1.RequestService service. By default,
+// it uses the Connect protocol with the binary Protobuf Codec, asks for gzipped responses, and
+// sends uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the connect.WithGRPC()
+// or connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewRequestServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) RequestServiceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	requestServiceMethods := v1.File_mayfly_v1_mayfly_proto.Services().ByName("RequestService").Methods()
+	return &requestServiceClient{
+		createRequest: connect.NewClient[v1.CreateRequestRequest, v1.Request](
+			httpClient,
+			baseURL+RequestServiceCreateRequestProcedure,
+			connect.WithSchema(requestServiceMethods.ByName("CreateRequest")),
+			connect.WithClientOptions(opts...),
+		),
+		getRequest: connect.NewClient[v1.GetRequestRequest, v1.Request](
+			httpClient,
+			baseURL+RequestServiceGetRequestProcedure,
+			connect.WithSchema(requestServiceMethods.ByName("GetRequest")),
+			connect.WithClientOptions(opts...),
+		),
+		listRequests: connect.NewClient[v1.ListRequestsRequest, v1.ListRequestsResponse](
+			httpClient,
+			baseURL+RequestServiceListRequestsProcedure,
+			connect.WithSchema(requestServiceMethods.ByName("ListRequests")),
+			connect.WithClientOptions(opts...),
+		),
+		watchRequest: connect.NewClient[v1.WatchRequestRequest, v1.Request](
+			httpClient,
+			baseURL+RequestServiceWatchRequestProcedure,
+			connect.WithSchema(requestServiceMethods.ByName("WatchRequest")),
+			connect.WithClientOptions(opts...),
+		),
+		withdrawRequest: connect.NewClient[v1.WithdrawRequestRequest, v1.Request](
+			httpClient,
+			baseURL+RequestServiceWithdrawRequestProcedure,
+			connect.WithSchema(requestServiceMethods.ByName("WithdrawRequest")),
+			connect.WithClientOptions(opts...),
+		),
+		approveRequest: connect.NewClient[v1.ApproveRequestRequest, v1.Request](
+			httpClient,
+			baseURL+RequestServiceApproveRequestProcedure,
+			connect.WithSchema(requestServiceMethods.ByName("ApproveRequest")),
+			connect.WithClientOptions(opts...),
+		),
+		denyRequest: connect.NewClient[v1.DenyRequestRequest, v1.Request](
+			httpClient,
+			baseURL+RequestServiceDenyRequestProcedure,
+			connect.WithSchema(requestServiceMethods.ByName("DenyRequest")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// requestServiceClient implements RequestServiceClient.
+type requestServiceClient struct {
+	createRequest   *connect.Client[v1.CreateRequestRequest, v1.Request]
+	getRequest      *connect.Client[v1.GetRequestRequest, v1.Request]
+	listRequests    *connect.Client[v1.ListRequestsRequest, v1.ListRequestsResponse]
+	watchRequest    *connect.Client[v1.WatchRequestRequest, v1.Request]
+	withdrawRequest *connect.Client[v1.WithdrawRequestRequest, v1.Request]
+	approveRequest  *connect.Client[v1.ApproveRequestRequest, v1.Request]
+	denyRequest     *connect.Client[v1.DenyRequestRequest, v1.Request]
+}
+
+// CreateRequest calls mayfly.v1.RequestService.CreateRequest.
+func (c *requestServiceClient) CreateRequest(ctx context.Context, req *connect.Request[v1.CreateRequestRequest]) (*connect.Response[v1.Request], error) {
+	return c.createRequest.CallUnary(ctx, req)
+}
+
+// GetRequest calls mayfly.v1.RequestService.GetRequest.
+func (c *requestServiceClient) GetRequest(ctx context.Context, req *connect.Request[v1.GetRequestRequest]) (*connect.Response[v1.Request], error) {
+	return c.getRequest.CallUnary(ctx, req)
+}
+
+// ListRequests calls mayfly.v1.RequestService.ListRequests.
+func (c *requestServiceClient) ListRequests(ctx context.Context, req *connect.Request[v1.ListRequestsRequest]) (*connect.Response[v1.ListRequestsResponse], error) {
+	return c.listRequests.CallUnary(ctx, req)
+}
+
+// WatchRequest calls mayfly.v1.RequestService.WatchRequest.
+func (c *requestServiceClient) WatchRequest(ctx context.Context, req *connect.Request[v1.WatchRequestRequest]) (*connect.ServerStreamForClient[v1.Request], error) {
+	return c.watchRequest.CallServerStream(ctx, req)
+}
+
+// WithdrawRequest calls mayfly.v1.RequestService.WithdrawRequest.
+func (c *requestServiceClient) WithdrawRequest(ctx context.Context, req *connect.Request[v1.WithdrawRequestRequest]) (*connect.Response[v1.Request], error) {
+	return c.withdrawRequest.CallUnary(ctx, req)
+}
+
+// ApproveRequest calls mayfly.v1.RequestService.ApproveRequest.
+func (c *requestServiceClient) ApproveRequest(ctx context.Context, req *connect.Request[v1.ApproveRequestRequest]) (*connect.Response[v1.Request], error) {
+	return c.approveRequest.CallUnary(ctx, req)
+}
+
+// DenyRequest calls mayfly.v1.RequestService.DenyRequest.
+func (c *requestServiceClient) DenyRequest(ctx context.Context, req *connect.Request[v1.DenyRequestRequest]) (*connect.Response[v1.Request], error) {
+	return c.denyRequest.CallUnary(ctx, req)
+}
+
+// RequestServiceHandler is an implementation of the mayfly.v1.RequestService service.
+type RequestServiceHandler interface {
+	// CreateRequest asks for a tool: an agent for itself, or a person for an
+	// agent. The answer says what became of it: granted at once, or pending.
+	CreateRequest(context.Context, *connect.Request[v1.CreateRequestRequest]) (*connect.Response[v1.Request], error)
+	// GetRequest shows one request to its agent, to whoever made it, to those who
+	// may decide it, and to operators.
+	GetRequest(context.Context, *connect.Request[v1.GetRequestRequest]) (*connect.Response[v1.Request], error)
+	// ListRequests lists requests in the order of their making: those that the
+	// caller may see.
+	ListRequests(context.Context, *connect.Request[v1.ListRequestsRequest]) (*connect.Response[v1.ListRequestsResponse], error)
+	// WatchRequest sends the request as it is, and again whenever it changes,
+	// until it is pending no more. The caller is authorized anew for each message.
+	WatchRequest(context.Context, *connect.Request[v1.WatchRequestRequest], *connect.ServerStream[v1.Request]) error
+	// WithdrawRequest takes back a request that is pending.
+	WithdrawRequest(context.Context, *connect.Request[v1.WithdrawRequestRequest]) (*connect.Response[v1.Request], error)
+	// ApproveRequest is a person's yes. It names the digest of what was shown.
+	ApproveRequest(context.Context, *connect.Request[v1.ApproveRequestRequest]) (*connect.Response[v1.Request], error)
+	// DenyRequest is a person's no, which is final.
+	DenyRequest(context.Context, *connect.Request[v1.DenyRequestRequest]) (*connect.Response[v1.Request], error)
+}
+
+// NewRequestServiceHandler builds an HTTP handler from the service implementation. It returns the
+// path on which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewRequestServiceHandler(svc RequestServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	requestServiceMethods := v1.File_mayfly_v1_mayfly_proto.Services().ByName("RequestService").Methods()
+	requestServiceCreateRequestHandler := connect.NewUnaryHandler(
+		RequestServiceCreateRequestProcedure,
+		svc.CreateRequest,
+		connect.WithSchema(requestServiceMethods.ByName("CreateRequest")),
+		connect.WithHandlerOptions(opts...),
+	)
+	requestServiceGetRequestHandler := connect.NewUnaryHandler(
+		RequestServiceGetRequestProcedure,
+		svc.GetRequest,
+		connect.WithSchema(requestServiceMethods.ByName("GetRequest")),
+		connect.WithHandlerOptions(opts...),
+	)
+	requestServiceListRequestsHandler := connect.NewUnaryHandler(
+		RequestServiceListRequestsProcedure,
+		svc.ListRequests,
+		connect.WithSchema(requestServiceMethods.ByName("ListRequests")),
+		connect.WithHandlerOptions(opts...),
+	)
+	requestServiceWatchRequestHandler := connect.NewServerStreamHandler(
+		RequestServiceWatchRequestProcedure,
+		svc.WatchRequest,
+		connect.WithSchema(requestServiceMethods.ByName("WatchRequest")),
+		connect.WithHandlerOptions(opts...),
+	)
+	requestServiceWithdrawRequestHandler := connect.NewUnaryHandler(
+		RequestServiceWithdrawRequestProcedure,
+		svc.WithdrawRequest,
+		connect.WithSchema(requestServiceMethods.ByName("WithdrawRequest")),
+		connect.WithHandlerOptions(opts...),
+	)
+	requestServiceApproveRequestHandler := connect.NewUnaryHandler(
+		RequestServiceApproveRequestProcedure,
+		svc.ApproveRequest,
+		connect.WithSchema(requestServiceMethods.ByName("ApproveRequest")),
+		connect.WithHandlerOptions(opts...),
+	)
+	requestServiceDenyRequestHandler := connect.NewUnaryHandler(
+		RequestServiceDenyRequestProcedure,
+		svc.DenyRequest,
+		connect.WithSchema(requestServiceMethods.ByName("DenyRequest")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/mayfly.v1.RequestService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case RequestServiceCreateRequestProcedure:
+			requestServiceCreateRequestHandler.ServeHTTP(w, r)
+		case RequestServiceGetRequestProcedure:
+			requestServiceGetRequestHandler.ServeHTTP(w, r)
+		case RequestServiceListRequestsProcedure:
+			requestServiceListRequestsHandler.ServeHTTP(w, r)
+		case RequestServiceWatchRequestProcedure:
+			requestServiceWatchRequestHandler.ServeHTTP(w, r)
+		case RequestServiceWithdrawRequestProcedure:
+			requestServiceWithdrawRequestHandler.ServeHTTP(w, r)
+		case RequestServiceApproveRequestProcedure:
+			requestServiceApproveRequestHandler.ServeHTTP(w, r)
+		case RequestServiceDenyRequestProcedure:
+			requestServiceDenyRequestHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedRequestServiceHandler returns CodeUnimplemented from all methods.
+type UnimplementedRequestServiceHandler struct{}
+
+func (UnimplementedRequestServiceHandler) CreateRequest(context.Context, *connect.Request[v1.CreateRequestRequest]) (*connect.Response[v1.Request], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.RequestService.CreateRequest is not implemented"))
+}
+
+func (UnimplementedRequestServiceHandler) GetRequest(context.Context, *connect.Request[v1.GetRequestRequest]) (*connect.Response[v1.Request], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.RequestService.GetRequest is not implemented"))
+}
+
+func (UnimplementedRequestServiceHandler) ListRequests(context.Context, *connect.Request[v1.ListRequestsRequest]) (*connect.Response[v1.ListRequestsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.RequestService.ListRequests is not implemented"))
+}
+
+func (UnimplementedRequestServiceHandler) WatchRequest(context.Context, *connect.Request[v1.WatchRequestRequest], *connect.ServerStream[v1.Request]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.RequestService.WatchRequest is not implemented"))
+}
+
+func (UnimplementedRequestServiceHandler) WithdrawRequest(context.Context, *connect.Request[v1.WithdrawRequestRequest]) (*connect.Response[v1.Request], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.RequestService.WithdrawRequest is not implemented"))
+}
+
+func (UnimplementedRequestServiceHandler) ApproveRequest(context.Context, *connect.Request[v1.ApproveRequestRequest]) (*connect.Response[v1.Request], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.RequestService.ApproveRequest is not implemented"))
+}
+
+func (UnimplementedRequestServiceHandler) DenyRequest(context.Context, *connect.Request[v1.DenyRequestRequest]) (*connect.Response[v1.Request], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.RequestService.DenyRequest is not implemented"))
+}
+
+// PolicyServiceClient is a client for the mayfly.v1.PolicyService service.
+type PolicyServiceClient interface {
+	// Explain says whether an access is possible now, by which policies, and if
+	// not, what would allow it. Anybody asks for itself; operators for everybody.
+	Explain(context.Context, *connect.Request[v1.ExplainRequest]) (*connect.Response[v1.ExplainResponse], error)
+	// Preview says what a set of policies would change if it were loaded: which
+	// open grants it would end, and which of the last decisions it would turn.
+	Preview(context.Context, *connect.Request[v1.PreviewRequest]) (*connect.Response[v1.PreviewResponse], error)
+}
+
+// NewPolicyServiceClient constructs a client for the mayfly.v1.PolicyService service. By default,
+// it uses the Connect protocol with the binary Protobuf Codec, asks for gzipped responses, and
+// sends uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the connect.WithGRPC()
+// or connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewPolicyServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) PolicyServiceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	policyServiceMethods := v1.File_mayfly_v1_mayfly_proto.Services().ByName("PolicyService").Methods()
+	return &policyServiceClient{
+		explain: connect.NewClient[v1.ExplainRequest, v1.ExplainResponse](
+			httpClient,
+			baseURL+PolicyServiceExplainProcedure,
+			connect.WithSchema(policyServiceMethods.ByName("Explain")),
+			connect.WithClientOptions(opts...),
+		),
+		preview: connect.NewClient[v1.PreviewRequest, v1.PreviewResponse](
+			httpClient,
+			baseURL+PolicyServicePreviewProcedure,
+			connect.WithSchema(policyServiceMethods.ByName("Preview")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// policyServiceClient implements PolicyServiceClient.
+type policyServiceClient struct {
+	explain *connect.Client[v1.ExplainRequest, v1.ExplainResponse]
+	preview *connect.Client[v1.PreviewRequest, v1.PreviewResponse]
+}
+
+// Explain calls mayfly.v1.PolicyService.Explain.
+func (c *policyServiceClient) Explain(ctx context.Context, req *connect.Request[v1.ExplainRequest]) (*connect.Response[v1.ExplainResponse], error) {
+	return c.explain.CallUnary(ctx, req)
+}
+
+// Preview calls mayfly.v1.PolicyService.Preview.
+func (c *policyServiceClient) Preview(ctx context.Context, req *connect.Request[v1.PreviewRequest]) (*connect.Response[v1.PreviewResponse], error) {
+	return c.preview.CallUnary(ctx, req)
+}
+
+// PolicyServiceHandler is an implementation of the mayfly.v1.PolicyService service.
+type PolicyServiceHandler interface {
+	// Explain says whether an access is possible now, by which policies, and if
+	// not, what would allow it. Anybody asks for itself; operators for everybody.
+	Explain(context.Context, *connect.Request[v1.ExplainRequest]) (*connect.Response[v1.ExplainResponse], error)
+	// Preview says what a set of policies would change if it were loaded: which
+	// open grants it would end, and which of the last decisions it would turn.
+	Preview(context.Context, *connect.Request[v1.PreviewRequest]) (*connect.Response[v1.PreviewResponse], error)
+}
+
+// NewPolicyServiceHandler builds an HTTP handler from the service implementation. It returns the
+// path on which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewPolicyServiceHandler(svc PolicyServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	policyServiceMethods := v1.File_mayfly_v1_mayfly_proto.Services().ByName("PolicyService").Methods()
+	policyServiceExplainHandler := connect.NewUnaryHandler(
+		PolicyServiceExplainProcedure,
+		svc.Explain,
+		connect.WithSchema(policyServiceMethods.ByName("Explain")),
+		connect.WithHandlerOptions(opts...),
+	)
+	policyServicePreviewHandler := connect.NewUnaryHandler(
+		PolicyServicePreviewProcedure,
+		svc.Preview,
+		connect.WithSchema(policyServiceMethods.ByName("Preview")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/mayfly.v1.PolicyService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case PolicyServiceExplainProcedure:
+			policyServiceExplainHandler.ServeHTTP(w, r)
+		case PolicyServicePreviewProcedure:
+			policyServicePreviewHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedPolicyServiceHandler returns CodeUnimplemented from all methods.
+type UnimplementedPolicyServiceHandler struct{}
+
+func (UnimplementedPolicyServiceHandler) Explain(context.Context, *connect.Request[v1.ExplainRequest]) (*connect.Response[v1.ExplainResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.PolicyService.Explain is not implemented"))
+}
+
+func (UnimplementedPolicyServiceHandler) Preview(context.Context, *connect.Request[v1.PreviewRequest]) (*connect.Response[v1.PreviewResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.PolicyService.Preview is not implemented"))
+}
+
+// SignInServiceClient is a client for the mayfly.v1.SignInService service.
+type SignInServiceClient interface {
+	// GetSignIn tells how people sign in here.
+	GetSignIn(context.Context, *connect.Request[v1.GetSignInRequest]) (*connect.Response[v1.GetSignInResponse], error)
+	// RedeemCode turns the code that the browser brought back into a session.
+	RedeemCode(context.Context, *connect.Request[v1.RedeemCodeRequest]) (*connect.Response[v1.Session], error)
+	// StartDevice begins a sign-in by device code (RFC 8628).
+	StartDevice(context.Context, *connect.Request[v1.StartDeviceRequest]) (*connect.Response[v1.StartDeviceResponse], error)
+	// PollDevice turns it into a session; until the person has finished it is
+	// refused with sign_in_pending.
+	PollDevice(context.Context, *connect.Request[v1.PollDeviceRequest]) (*connect.Response[v1.Session], error)
+	// SignOut ends the caller's session, or, for an operator, all of a person's.
+	SignOut(context.Context, *connect.Request[v1.SignOutRequest]) (*connect.Response[v1.SignOutResponse], error)
+}
+
+// NewSignInServiceClient constructs a client for the mayfly.v1.SignInService service. By default,
+// it uses the Connect protocol with the binary Protobuf Codec, asks for gzipped responses, and
+// sends uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the connect.WithGRPC()
+// or connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewSignInServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) SignInServiceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	signInServiceMethods := v1.File_mayfly_v1_mayfly_proto.Services().ByName("SignInService").Methods()
+	return &signInServiceClient{
+		getSignIn: connect.NewClient[v1.GetSignInRequest, v1.GetSignInResponse](
+			httpClient,
+			baseURL+SignInServiceGetSignInProcedure,
+			connect.WithSchema(signInServiceMethods.ByName("GetSignIn")),
+			connect.WithClientOptions(opts...),
+		),
+		redeemCode: connect.NewClient[v1.RedeemCodeRequest, v1.Session](
+			httpClient,
+			baseURL+SignInServiceRedeemCodeProcedure,
+			connect.WithSchema(signInServiceMethods.ByName("RedeemCode")),
+			connect.WithClientOptions(opts...),
+		),
+		startDevice: connect.NewClient[v1.StartDeviceRequest, v1.StartDeviceResponse](
+			httpClient,
+			baseURL+SignInServiceStartDeviceProcedure,
+			connect.WithSchema(signInServiceMethods.ByName("StartDevice")),
+			connect.WithClientOptions(opts...),
+		),
+		pollDevice: connect.NewClient[v1.PollDeviceRequest, v1.Session](
+			httpClient,
+			baseURL+SignInServicePollDeviceProcedure,
+			connect.WithSchema(signInServiceMethods.ByName("PollDevice")),
+			connect.WithClientOptions(opts...),
+		),
+		signOut: connect.NewClient[v1.SignOutRequest, v1.SignOutResponse](
+			httpClient,
+			baseURL+SignInServiceSignOutProcedure,
+			connect.WithSchema(signInServiceMethods.ByName("SignOut")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// signInServiceClient implements SignInServiceClient.
+type signInServiceClient struct {
+	getSignIn   *connect.Client[v1.GetSignInRequest, v1.GetSignInResponse]
+	redeemCode  *connect.Client[v1.RedeemCodeRequest, v1.Session]
+	startDevice *connect.Client[v1.StartDeviceRequest, v1.StartDeviceResponse]
+	pollDevice  *connect.Client[v1.PollDeviceRequest, v1.Session]
+	signOut     *connect.Client[v1.SignOutRequest, v1.SignOutResponse]
+}
+
+// GetSignIn calls mayfly.v1.SignInService.GetSignIn.
+func (c *signInServiceClient) GetSignIn(ctx context.Context, req *connect.Request[v1.GetSignInRequest]) (*connect.Response[v1.GetSignInResponse], error) {
+	return c.getSignIn.CallUnary(ctx, req)
+}
+
+// RedeemCode calls mayfly.v1.SignInService.RedeemCode.
+func (c *signInServiceClient) RedeemCode(ctx context.Context, req *connect.Request[v1.RedeemCodeRequest]) (*connect.Response[v1.Session], error) {
+	return c.redeemCode.CallUnary(ctx, req)
+}
+
+// StartDevice calls mayfly.v1.SignInService.StartDevice.
+func (c *signInServiceClient) StartDevice(ctx context.Context, req *connect.Request[v1.StartDeviceRequest]) (*connect.Response[v1.StartDeviceResponse], error) {
+	return c.startDevice.CallUnary(ctx, req)
+}
+
+// PollDevice calls mayfly.v1.SignInService.PollDevice.
+func (c *signInServiceClient) PollDevice(ctx context.Context, req *connect.Request[v1.PollDeviceRequest]) (*connect.Response[v1.Session], error) {
+	return c.pollDevice.CallUnary(ctx, req)
+}
+
+// SignOut calls mayfly.v1.SignInService.SignOut.
+func (c *signInServiceClient) SignOut(ctx context.Context, req *connect.Request[v1.SignOutRequest]) (*connect.Response[v1.SignOutResponse], error) {
+	return c.signOut.CallUnary(ctx, req)
+}
+
+// SignInServiceHandler is an implementation of the mayfly.v1.SignInService service.
+type SignInServiceHandler interface {
+	// GetSignIn tells how people sign in here.
+	GetSignIn(context.Context, *connect.Request[v1.GetSignInRequest]) (*connect.Response[v1.GetSignInResponse], error)
+	// RedeemCode turns the code that the browser brought back into a session.
+	RedeemCode(context.Context, *connect.Request[v1.RedeemCodeRequest]) (*connect.Response[v1.Session], error)
+	// StartDevice begins a sign-in by device code (RFC 8628).
+	StartDevice(context.Context, *connect.Request[v1.StartDeviceRequest]) (*connect.Response[v1.StartDeviceResponse], error)
+	// PollDevice turns it into a session; until the person has finished it is
+	// refused with sign_in_pending.
+	PollDevice(context.Context, *connect.Request[v1.PollDeviceRequest]) (*connect.Response[v1.Session], error)
+	// SignOut ends the caller's session, or, for an operator, all of a person's.
+	SignOut(context.Context, *connect.Request[v1.SignOutRequest]) (*connect.Response[v1.SignOutResponse], error)
+}
+
+// NewSignInServiceHandler builds an HTTP handler from the service implementation. It returns the
+// path on which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewSignInServiceHandler(svc SignInServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	signInServiceMethods := v1.File_mayfly_v1_mayfly_proto.Services().ByName("SignInService").Methods()
+	signInServiceGetSignInHandler := connect.NewUnaryHandler(
+		SignInServiceGetSignInProcedure,
+		svc.GetSignIn,
+		connect.WithSchema(signInServiceMethods.ByName("GetSignIn")),
+		connect.WithHandlerOptions(opts...),
+	)
+	signInServiceRedeemCodeHandler := connect.NewUnaryHandler(
+		SignInServiceRedeemCodeProcedure,
+		svc.RedeemCode,
+		connect.WithSchema(signInServiceMethods.ByName("RedeemCode")),
+		connect.WithHandlerOptions(opts...),
+	)
+	signInServiceStartDeviceHandler := connect.NewUnaryHandler(
+		SignInServiceStartDeviceProcedure,
+		svc.StartDevice,
+		connect.WithSchema(signInServiceMethods.ByName("StartDevice")),
+		connect.WithHandlerOptions(opts...),
+	)
+	signInServicePollDeviceHandler := connect.NewUnaryHandler(
+		SignInServicePollDeviceProcedure,
+		svc.PollDevice,
+		connect.WithSchema(signInServiceMethods.ByName("PollDevice")),
+		connect.WithHandlerOptions(opts...),
+	)
+	signInServiceSignOutHandler := connect.NewUnaryHandler(
+		SignInServiceSignOutProcedure,
+		svc.SignOut,
+		connect.WithSchema(signInServiceMethods.ByName("SignOut")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/mayfly.v1.SignInService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case SignInServiceGetSignInProcedure:
+			signInServiceGetSignInHandler.ServeHTTP(w, r)
+		case SignInServiceRedeemCodeProcedure:
+			signInServiceRedeemCodeHandler.ServeHTTP(w, r)
+		case SignInServiceStartDeviceProcedure:
+			signInServiceStartDeviceHandler.ServeHTTP(w, r)
+		case SignInServicePollDeviceProcedure:
+			signInServicePollDeviceHandler.ServeHTTP(w, r)
+		case SignInServiceSignOutProcedure:
+			signInServiceSignOutHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedSignInServiceHandler returns CodeUnimplemented from all methods.
+type UnimplementedSignInServiceHandler struct{}
+
+func (UnimplementedSignInServiceHandler) GetSignIn(context.Context, *connect.Request[v1.GetSignInRequest]) (*connect.Response[v1.GetSignInResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.SignInService.GetSignIn is not implemented"))
+}
+
+func (UnimplementedSignInServiceHandler) RedeemCode(context.Context, *connect.Request[v1.RedeemCodeRequest]) (*connect.Response[v1.Session], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.SignInService.RedeemCode is not implemented"))
+}
+
+func (UnimplementedSignInServiceHandler) StartDevice(context.Context, *connect.Request[v1.StartDeviceRequest]) (*connect.Response[v1.StartDeviceResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.SignInService.StartDevice is not implemented"))
+}
+
+func (UnimplementedSignInServiceHandler) PollDevice(context.Context, *connect.Request[v1.PollDeviceRequest]) (*connect.Response[v1.Session], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.SignInService.PollDevice is not implemented"))
+}
+
+func (UnimplementedSignInServiceHandler) SignOut(context.Context, *connect.Request[v1.SignOutRequest]) (*connect.Response[v1.SignOutResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.SignInService.SignOut is not implemented"))
+}
+
 // OperatorServiceClient is a client for the mayfly.v1.OperatorService service.
 type OperatorServiceClient interface {
+	// EndAccess is the kill switch: it withdraws every grant and request, and
+	// ends every lease, that the selector matches. It answers with the count of
+	// what there is, and again as they die, until none is left or the caller
+	// goes. With dry_run it only counts. What was begun goes on without the caller.
+	EndAccess(context.Context, *connect.Request[v1.EndAccessRequest]) (*connect.ServerStreamForClient[v1.EndAccessProgress], error)
 	// ForgetLease gives up waiting for the death of an overdue lease, such as
 	// one of a provider that is gone for good. The lease has lapsed then, and
 	// is never said to be dead.
@@ -689,6 +1282,12 @@ func NewOperatorServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 	baseURL = strings.TrimRight(baseURL, "/")
 	operatorServiceMethods := v1.File_mayfly_v1_mayfly_proto.Services().ByName("OperatorService").Methods()
 	return &operatorServiceClient{
+		endAccess: connect.NewClient[v1.EndAccessRequest, v1.EndAccessProgress](
+			httpClient,
+			baseURL+OperatorServiceEndAccessProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("EndAccess")),
+			connect.WithClientOptions(opts...),
+		),
 		forgetLease: connect.NewClient[v1.ForgetLeaseRequest, v1.Lease](
 			httpClient,
 			baseURL+OperatorServiceForgetLeaseProcedure,
@@ -712,9 +1311,15 @@ func NewOperatorServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 
 // operatorServiceClient implements OperatorServiceClient.
 type operatorServiceClient struct {
+	endAccess   *connect.Client[v1.EndAccessRequest, v1.EndAccessProgress]
 	forgetLease *connect.Client[v1.ForgetLeaseRequest, v1.Lease]
 	listStrays  *connect.Client[v1.ListStraysRequest, v1.ListStraysResponse]
 	endStray    *connect.Client[v1.EndStrayRequest, v1.EndStrayResponse]
+}
+
+// EndAccess calls mayfly.v1.OperatorService.EndAccess.
+func (c *operatorServiceClient) EndAccess(ctx context.Context, req *connect.Request[v1.EndAccessRequest]) (*connect.ServerStreamForClient[v1.EndAccessProgress], error) {
+	return c.endAccess.CallServerStream(ctx, req)
 }
 
 // ForgetLease calls mayfly.v1.OperatorService.ForgetLease.
@@ -734,6 +1339,11 @@ func (c *operatorServiceClient) EndStray(ctx context.Context, req *connect.Reque
 
 // OperatorServiceHandler is an implementation of the mayfly.v1.OperatorService service.
 type OperatorServiceHandler interface {
+	// EndAccess is the kill switch: it withdraws every grant and request, and
+	// ends every lease, that the selector matches. It answers with the count of
+	// what there is, and again as they die, until none is left or the caller
+	// goes. With dry_run it only counts. What was begun goes on without the caller.
+	EndAccess(context.Context, *connect.Request[v1.EndAccessRequest], *connect.ServerStream[v1.EndAccessProgress]) error
 	// ForgetLease gives up waiting for the death of an overdue lease, such as
 	// one of a provider that is gone for good. The lease has lapsed then, and
 	// is never said to be dead.
@@ -753,6 +1363,12 @@ type OperatorServiceHandler interface {
 // and JSON codecs. They also support gzip compression.
 func NewOperatorServiceHandler(svc OperatorServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
 	operatorServiceMethods := v1.File_mayfly_v1_mayfly_proto.Services().ByName("OperatorService").Methods()
+	operatorServiceEndAccessHandler := connect.NewServerStreamHandler(
+		OperatorServiceEndAccessProcedure,
+		svc.EndAccess,
+		connect.WithSchema(operatorServiceMethods.ByName("EndAccess")),
+		connect.WithHandlerOptions(opts...),
+	)
 	operatorServiceForgetLeaseHandler := connect.NewUnaryHandler(
 		OperatorServiceForgetLeaseProcedure,
 		svc.ForgetLease,
@@ -773,6 +1389,8 @@ func NewOperatorServiceHandler(svc OperatorServiceHandler, opts ...connect.Handl
 	)
 	return "/mayfly.v1.OperatorService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
+		case OperatorServiceEndAccessProcedure:
+			operatorServiceEndAccessHandler.ServeHTTP(w, r)
 		case OperatorServiceForgetLeaseProcedure:
 			operatorServiceForgetLeaseHandler.ServeHTTP(w, r)
 		case OperatorServiceListStraysProcedure:
@@ -787,6 +1405,10 @@ func NewOperatorServiceHandler(svc OperatorServiceHandler, opts ...connect.Handl
 
 // UnimplementedOperatorServiceHandler returns CodeUnimplemented from all methods.
 type UnimplementedOperatorServiceHandler struct{}
+
+func (UnimplementedOperatorServiceHandler) EndAccess(context.Context, *connect.Request[v1.EndAccessRequest], *connect.ServerStream[v1.EndAccessProgress]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.OperatorService.EndAccess is not implemented"))
+}
 
 func (UnimplementedOperatorServiceHandler) ForgetLease(context.Context, *connect.Request[v1.ForgetLeaseRequest]) (*connect.Response[v1.Lease], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.OperatorService.ForgetLease is not implemented"))
