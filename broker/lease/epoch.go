@@ -27,6 +27,7 @@ type epoch struct {
 	generation uint64
 	catalog    *catalog.Snapshot
 	providers  map[string]*openProvider
+	tried      *policy.Set // a set that is tried and not loaded; nil but in previews
 }
 
 // openProvider is a provider in use. It is closed when the epoch that holds it
@@ -114,14 +115,6 @@ func (e *Engine) settled() *epoch {
 	return e.current.Load()
 }
 
-// facts are what policy needs of one grant, by this epoch's catalog.
-func (ep *epoch) facts(g broker.Grant, in broker.Incident) policy.GrantFacts {
-	f := policy.GrantFacts{Grant: g, Incident: in}
-	f.Agent, f.AgentKnown = ep.catalog.Agent(g.Agent)
-	f.Tool, f.ToolKnown = ep.catalog.Tool(g.Tool)
-	return f
-}
-
 // agent returns a refusal unless the caller is a known and enabled agent.
 func (ep *epoch) agent(id spiffeid.ID) error {
 	a, known := ep.catalog.Agent(id)
@@ -164,6 +157,10 @@ func (e *Engine) load(ctx context.Context, next *catalog.Snapshot, actor string,
 	if e.closed.Load() {
 		return broker.Refuse(broker.ReasonShuttingDown, "the broker is stopping", "try again")
 	}
+	if err := e.keepsAdministrators(next, first); err != nil {
+		e.loadRefused(ctx, err, actor)
+		return err
+	}
 	opened, err := e.exchange(ctx, next, actor)
 	if err != nil {
 		for _, p := range opened {
@@ -187,6 +184,18 @@ func (e *Engine) load(ctx context.Context, next *catalog.Snapshot, actor string,
 		}
 	}
 	return nil
+}
+
+// keepsAdministrators refuses a catalog that would let nobody administer. One
+// that the broker begins with is taken all the same, and said aloud: a broker
+// that does not start lets nobody recover, and ends nothing.
+func (e *Engine) keepsAdministrators(next *catalog.Snapshot, first bool) error {
+	err := policy.Lockout(next.Policies(), next.Administrators(e.clock.now()), e.clock.now())
+	if err != nil && first {
+		e.log.Error("NOBODY may administer this broker by its policies; `mayflyd recover` lets somebody for a while", "error", err)
+		return nil
+	}
+	return err
 }
 
 // exchange commits the new generation and puts the new epoch in place. The
@@ -279,7 +288,7 @@ func (e *Engine) commitEpoch(ctx context.Context, ep, old *epoch, actor string) 
 			return err
 		}
 		ev := audit.Event{Time: now, Type: audit.CatalogLoaded, Actor: actor,
-			Details: map[string]string{"digest": ep.catalog.Digest(), "previous_digest": was.Digest}}
+			Details: map[string]string{"digest": ep.catalog.Digest(), "previous_digest": was.Digest, "policy_digest": ep.policies().Digest()}}
 		if old != nil {
 			ev.Details["difference"] = broker.Shorten(strings.Join(catalog.Diff(old.catalog, ep.catalog), "; "), 8000)
 		} else if err := appendEvent(t, audit.Event{Time: now, Type: audit.BrokerStarted, Actor: audit.Broker,
