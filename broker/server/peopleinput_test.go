@@ -51,6 +51,7 @@ func TestBadInputOfPeople(t *testing.T) {
 		{"approving what was not shown", "ada", "RequestService/ApproveRequest", `{"id": "` + q.GetId() + `"}`, invalid},
 		{"denying no ID", "ada", "RequestService/DenyRequest", `{"id": "x"}`, invalid},
 		{"explaining no action", "agent", explain, `{"action": "fly", "tool": "db.asked"}`, invalid},
+		{"explaining no verb", "olga", explain, `{"action": "administer", "verb": "\u001b[2J"}`, invalid},
 		{"explaining nobody", "olga", explain, `{"action": "issue", "principal": "x", "tool": "db.asked"}`, invalid},
 		{"explaining a person with a trick", "olga", explain, `{"action": "approve", "principal": "person:\u202e", "tool": "db.asked"}`, invalid},
 		{"events of no request", "olga", "AuditService/ListEvents", `{"requestId": "x"}`, invalid},
