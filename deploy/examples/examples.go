@@ -19,3 +19,8 @@ const KeysPath = "/var/lib/mayfly/keys"
 //
 //go:embed catalog/vault.yaml
 var VaultCatalog string
+
+// People are the sample people of `mayflyd dev`.
+//
+//go:embed people.yaml
+var People string
