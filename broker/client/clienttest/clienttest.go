@@ -44,10 +44,10 @@ type Broker struct {
 	// the first. After the last one that is not done, it stays silent.
 	Ends []*mayflyv1.EndAccessProgress
 	// People is how people sign in.
-	People People
-	Secret    map[string]string // what every lease gives
-	TTL       time.Duration     // of leases that ask for none; zero means 5 minutes
-	PageSize  int               // how many items there are on a page at most; zero means as many as are asked for
+	People   People
+	Secret   map[string]string // what every lease gives
+	TTL      time.Duration     // of leases that ask for none; zero means 5 minutes
+	PageSize int               // how many items there are on a page at most; zero means as many as are asked for
 
 	// Refuse says how a call is refused; nil lets it pass. n counts the calls
 	// of the procedure from 1. The procedure is without its package.
