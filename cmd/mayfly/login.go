@@ -195,7 +195,7 @@ func (p *program) signInByDevice(ctx context.Context, c *client.Client) (client.
 		case broker.ReasonRateLimited:
 			interval += slowDown
 		default:
-			if ctx.Err() != nil {
+			if err != nil && ctx.Err() != nil {
 				return client.Session{}, p.deviceOver(ctx.Err())
 			}
 			return s, err

@@ -273,9 +273,16 @@ type access struct {
 	mayflyv1connect.UnimplementedAccessServiceHandler
 }
 
-func (a access) WhoAmI(context.Context, *connect.Request[mayflyv1.WhoAmIRequest]) (*connect.Response[mayflyv1.WhoAmIResponse], error) {
+func (a access) WhoAmI(_ context.Context, r *connect.Request[mayflyv1.WhoAmIRequest]) (*connect.Response[mayflyv1.WhoAmIResponse], error) {
 	a.Lock()
 	defer a.Unlock()
+	if r.Header().Get("Authorization") != "" {
+		return connect.NewResponse(&mayflyv1.WhoAmIResponse{
+			Id: "person:" + a.People.name(), Roles: []string{"operator"}, Groups: a.People.Groups, BrokerId: "spiffe://acme.test/mayfly",
+			SvidExpiresAt: timestamppb.New(a.now().Add(time.Hour + 30*time.Second)), AuthTime: timestamppb.New(a.now().Add(-2*time.Minute - time.Second)),
+			Acr: "urn:acme:mfa", SignInMethod: string(broker.SignInBrowser),
+		}), nil
+	}
 	return connect.NewResponse(a.Broker.WhoAmI), nil
 }
 
