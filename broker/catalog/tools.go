@@ -10,7 +10,6 @@ import (
 	"strings"
 
 	"github.com/mayfly-security/mayfly/broker"
-	"github.com/mayfly-security/mayfly/broker/catalog/strictyaml"
 	"github.com/mayfly-security/mayfly/providers"
 )
 
@@ -53,6 +52,9 @@ func (l *loader) tools(s source) {
 		l.text(s, path+".description", "description", e.Description, true)
 		l.span(s, path+".max_ttl", "max_ttl", e.MaxTTL)
 		t := broker.Tool{Name: e.Name, Description: e.Description, Provider: e.Provider, Scope: e.Scope, MaxTTL: e.MaxTTL, Env: e.Env}
+		t.Labels, t.Sensitivity = e.Labels, l.sensitivity(s, path+".sensitivity", e.Sensitivity)
+		l.labels(s, path+".labels", e.Labels)
+		l.approval(s, path, e, &t)
 		t.Params = l.params(s, path+".params", e.Params)
 		p, ok := l.snapshot.providers[e.Provider]
 		if !ok {
@@ -143,7 +145,7 @@ func (l *loader) env(s source, path string, env map[string]string, fields []stri
 			l.fail(s, at, "%s changes how programs run; choose another name", name)
 		}
 		if !slices.Contains(fields, field) {
-			l.fail(s, at, "the secret has no field %s%s", show(field), strictyaml.Suggest(field, "fields", fields))
+			l.fail(s, at, "the secret has no field %s%s", show(field), broker.Suggest(field, "fields", fields))
 		}
 	}
 }
@@ -170,7 +172,8 @@ func dangerous(name string) bool {
 
 // toolDigest is what a grant is bound to: everything that decides what a lease
 // of the tool can do. The description is not part of it, nor are the names of
-// environment variables.
+// environment variables, labels and sensitivity; and an approval rule has a
+// digest of its own.
 func toolDigest(t broker.Tool, p Provider, meaning json.RawMessage) string {
 	return digest(map[string]any{
 		"name": t.Name, "provider": p.Name, "driver": p.Driver, "config": orEmpty(meaning),
