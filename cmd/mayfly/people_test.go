@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -243,7 +244,7 @@ func backgroundCommand(ts *testscript.TestScript, _ bool, args []string) {
 		}
 	}()
 	waits := func() bool {
-		return strings.Contains(out.String(), "waits for approval") || p.output == "json" && r.Calls("WatchRequest") > watched
+		return strings.Contains(out.String(), "waits for approval") || slices.Contains(args, "json") && r.Calls("WatchRequest") > watched
 	}
 	for !waits() {
 		select {
