@@ -285,7 +285,7 @@ func (l *loader) openerAgents(s source, path string, e opener, self spiffeid.ID)
 		case id == self:
 			l.fail(s, at, "an opener cannot open windows for itself")
 		case !known:
-			l.fail(s, at, "there is no agent %s%s", show(a), strictyaml.Suggest(a, "agents", l.agentIDs()))
+			l.fail(s, at, "there is no agent %s%s", show(a), broker.Suggest(a, "agents", l.agentIDs()))
 		case seen[id]:
 			l.fail(s, at, "agent %s is named twice", show(a))
 		}
@@ -325,7 +325,7 @@ func (l *loader) separation(sources []source) {
 }
 
 func suggest[T any](word, what string, among map[string]T) string {
-	return strictyaml.Suggest(word, what, slices.Sorted(maps.Keys(among)))
+	return broker.Suggest(word, what, slices.Sorted(maps.Keys(among)))
 }
 
 // show makes a word of the file safe to print.

@@ -10,7 +10,6 @@ import (
 	"strings"
 
 	"github.com/mayfly-security/mayfly/broker"
-	"github.com/mayfly-security/mayfly/broker/catalog/strictyaml"
 	"github.com/mayfly-security/mayfly/providers"
 )
 
@@ -143,7 +142,7 @@ func (l *loader) env(s source, path string, env map[string]string, fields []stri
 			l.fail(s, at, "%s changes how programs run; choose another name", name)
 		}
 		if !slices.Contains(fields, field) {
-			l.fail(s, at, "the secret has no field %s%s", show(field), strictyaml.Suggest(field, "fields", fields))
+			l.fail(s, at, "the secret has no field %s%s", show(field), broker.Suggest(field, "fields", fields))
 		}
 	}
 }

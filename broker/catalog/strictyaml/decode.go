@@ -134,7 +134,7 @@ func (d decoder) mapping(n *node, v reflect.Value, in string) {
 	for _, e := range n.entries {
 		field, ok := fields[e.key]
 		if !ok {
-			d.errs.add(e.value.place, "unknown key %s%s%s", quote(e.key), in, Suggest(e.key, "keys", names))
+			d.errs.add(e.value.place, "unknown key %s%s%s", quote(e.key), in, broker.Suggest(e.key, "keys", names))
 			continue
 		}
 		d.value(e.value, field)

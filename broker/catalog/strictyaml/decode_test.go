@@ -272,19 +272,3 @@ func TestReadFile(t *testing.T) {
 		t.Errorf("a large file: %v", err)
 	}
 }
-
-func TestNearest(t *testing.T) {
-	among := []string{"max_ttl", "provider", "scope", "scopes"}
-	for word, want := range map[string]string{"max-ttl": "max_ttl", "providers": "provider", "scop": "scope",
-		"socpe": "scope", "SCOPE": "scope", "description": "", "": "", "x": "", strings.Repeat("s", 300): ""} {
-		if got, ok := strictyaml.Nearest(word, among); got != want || ok != (want != "") {
-			t.Errorf("Nearest(%q) = %q, %v; want %q", word, got, ok, want)
-		}
-	}
-	if got := strictyaml.Suggest("x", "tools", nil); got != "" {
-		t.Errorf("of nothing: %q", got)
-	}
-	if got := strictyaml.Suggest("zzzz", "tools", strings.Split(strings.Repeat("a,", 30), ",")); strings.Count(got, "a, ") > 20 || !strings.HasSuffix(got, "and more tools") {
-		t.Errorf("of many: %q", got)
-	}
-}

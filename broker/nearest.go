@@ -1,13 +1,16 @@
-package strictyaml
+package broker
 
-import "strings"
+import (
+	"fmt"
+	"strings"
+)
 
 // Suggest ends a message about a name that is not there: with the candidate
 // that it was probably meant to be, or, if none is near, with a list of them
 // all. what names them ("keys", "tools"). It returns "" if there are none.
 func Suggest(name, what string, candidates []string) string {
 	if near, ok := Nearest(name, candidates); ok {
-		return "; did you mean " + quote(near) + "?"
+		return "; did you mean " + fmt.Sprintf("%q", near) + "?"
 	}
 	const most = 20
 	switch n := len(candidates); {
