@@ -38,7 +38,7 @@ torture: need-postgres $(TESTBED)/vault ## Kill the broker under load, and compa
 	$(BIN)/torture/torture --mayflyd $(BIN)/torture/mayflyd --vault $(TESTBED)/vault $(ARGS)
 
 .PHONY: test
-test: need-cc need-postgres $(TESTBED)/vault ## Run every test, with the race detector; builds Vault once (minutes)
+test: need-cc need-postgres $(TESTBED)/vault $(TESTBED)/oidc ## Run every test, with the race detector; builds Vault once (minutes)
 	$(GO) test -race -parallel 8 -timeout 15m $(TEST_ARGS) ./...
 
 .PHONY: need-cc
@@ -51,13 +51,19 @@ need-postgres:
 	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || command -v pg_config >/dev/null || { \
 	  echo "this needs the PostgreSQL server, and starts its own: apt-get install -y postgresql" >&2; exit 1; }
 
+.PHONY: need-node
+need-node:
+	@command -v npm >/dev/null && node -e 'process.exit(process.versions.node.split(".")[0] >= 20 ? 0 : 1)' 2>/dev/null || { \
+	  echo "this needs Node.js 20 or newer with npm, for the OpenID provider of the tests: apt-get install -y nodejs npm" >&2; exit 1; }
+
 # The servers that tests, demonstrations and the torture use. Each is pinned in
 # a module of its own, and built again when that changes.
-.PHONY: testbed testbed-vault testbed-minio testbed-etcd
-testbed: testbed-vault testbed-minio testbed-etcd ## Build the real servers that tests use: Vault, MinIO, etcd
+.PHONY: testbed testbed-vault testbed-minio testbed-etcd testbed-oidc
+testbed: testbed-vault testbed-minio testbed-etcd testbed-oidc ## Build the real servers that tests use: Vault, MinIO, etcd, an OpenID provider
 testbed-vault: $(TESTBED)/vault
 testbed-minio: $(TESTBED)/minio
 testbed-etcd: $(TESTBED)/etcd
+testbed-oidc: $(TESTBED)/oidc
 
 $(TESTBED)/vault: deploy/testbed/vault/main.go deploy/testbed/vault/go.mod deploy/testbed/vault/go.sum
 	@GO='$(GO)' deploy/testbed/build vault . $@
@@ -65,6 +71,8 @@ $(TESTBED)/minio: deploy/testbed/minio/go.mod deploy/testbed/minio/go.sum
 	@GO='$(GO)' deploy/testbed/build minio github.com/minio/minio $@
 $(TESTBED)/etcd: deploy/testbed/etcd/go.mod deploy/testbed/etcd/go.sum
 	@GO='$(GO)' deploy/testbed/build etcd go.etcd.io/etcd/server/v3 $@
+$(TESTBED)/oidc: $(addprefix deploy/testbed/oidc/,build package.json package-lock.json .npmrc server.mjs) | need-node
+	@deploy/testbed/oidc/build $@
 
 .PHONY: lint
 lint: $(TOOLS)/buf $(TOOLS)/staticcheck ## gofmt, vet, staticcheck, buf, and that generated code is fresh
