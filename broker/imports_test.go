@@ -40,6 +40,7 @@ var levels = []struct {
 	{"broker/audit/...", 2},
 	{"broker/catalog/...", 3},
 	{"broker/lease", 4},
+	{"broker/signin", 4}, // beside the engine, which it does not know
 	{"broker/server", 5},
 	{"broker/client", 5},
 	{"broker/client/clienttest", 5},

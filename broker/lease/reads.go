@@ -286,13 +286,15 @@ type EventFilter struct {
 	Lease       broker.LeaseID
 	Grant       broker.GrantID
 	Incident    broker.IncidentID
+	Request     broker.RequestID
 	Type        audit.Type
 }
 
 func (f EventFilter) match(e audit.Event) bool {
 	return (f.Agent == "" || e.Agent == f.Agent) && (f.Tool == "" || e.Tool == f.Tool) &&
 		(f.Lease == "" || e.Lease == f.Lease) && (f.Grant == "" || e.Grant == f.Grant) &&
-		(f.Incident == "" || e.Incident == f.Incident) && (f.Type == "" || e.Type == f.Type)
+		(f.Incident == "" || e.Incident == f.Incident) &&
+		(f.Request == "" || e.Request == f.Request) && (f.Type == "" || e.Type == f.Type)
 }
 
 // Events lists the evidence after a sequence number, to those who may read it;

@@ -88,7 +88,17 @@ func grantMessage(g lease.GrantView) *mayflyv1.Grant {
 		CreatedBy: g.CreatedBy.String(), CreatedAt: stamp(g.CreatedAt),
 		State: string(g.State), Suspended: g.Suspended,
 		EndedAt: stamp(g.EndedAt), EndedBy: g.EndedBy,
+		RequestId: string(g.Request), OnBehalfOf: userName(g.OnBehalfOf), Rule: g.Rule, Voters: voters(g.Voters),
+		BreakGlass: g.BreakGlass, PolicyDigest: g.PolicyDigest,
 	}
+}
+
+// voters are the principals of those whose votes made a grant.
+func voters(vs []broker.Voter) (names []string) {
+	for _, v := range vs {
+		names = append(names, broker.PersonPrincipal(v.Name).String())
+	}
+	return names
 }
 
 func incidentMessage(v lease.IncidentView) *mayflyv1.Incident {
@@ -109,6 +119,7 @@ func toolMessage(v lease.ToolView) *mayflyv1.Tool {
 		Name: v.Name, Description: v.Description, Provider: v.Provider,
 		MaxTtl: durationpb.New(v.MaxTTL), Env: v.Env,
 		Survives: v.Survives, Refusal: string(v.Refusal),
+		Labels: v.Labels, Sensitivity: string(v.Sensitivity), Approval: ruleName(v.Approval), BreakGlass: ruleName(v.BreakGlass),
 	}
 	if v.Granted != nil {
 		m.GrantedUntil = stamp(v.Granted.NotAfter)
@@ -127,11 +138,19 @@ func toolMessage(v lease.ToolView) *mayflyv1.Tool {
 	return m
 }
 
+func ruleName(r *broker.ApprovalRule) string {
+	if r == nil {
+		return ""
+	}
+	return r.Name
+}
+
 func eventMessage(e audit.Event) *mayflyv1.Event {
 	return &mayflyv1.Event{
 		Sequence: e.Sequence, Time: stamp(e.Time), Type: string(e.Type), Actor: e.Actor,
 		Agent: e.Agent, Tool: e.Tool, Provider: e.Provider,
 		LeaseId: string(e.Lease), GrantId: string(e.Grant), IncidentId: string(e.Incident),
 		Reason: e.Reason, Cause: e.Cause, CorrelationId: string(e.Correlation), Details: e.Details,
+		RequestId: string(e.Request), OnBehalfOf: e.OnBehalfOf.String(),
 	}
 }

@@ -29,6 +29,18 @@ type errorFiller struct {
 
 func (f *errorFiller) Unwrap() http.ResponseWriter { return f.ResponseWriter }
 
+// Flush hands what was written to the connection, as a stream needs it after
+// each message. What is held back stays.
+func (f *errorFiller) Flush() {
+	if f.holding {
+		return
+	}
+	if f.status == 0 {
+		f.status = http.StatusOK
+	}
+	_ = http.NewResponseController(f.ResponseWriter).Flush() // a caller that is gone is found by the next write
+}
+
 func (f *errorFiller) WriteHeader(status int) {
 	if f.status != 0 {
 		return
@@ -73,7 +85,9 @@ func (f *errorFiller) finish() error {
 	body := f.held.Bytes()
 	var e connectError
 	var refusal *broker.Error
-	if !isJSON(f.Header().Get("Content-Type")) {
+	if isHTML(f.Header().Get("Content-Type")) {
+		// A page of ours says what is wrong by itself.
+	} else if !isJSON(f.Header().Get("Content-Type")) {
 		// Not of the RPC: a path or a type of content that it does not know.
 		e.Code, e.Message = codeOfStatus(f.status), strings.ToLower(http.StatusText(f.status))
 		body, refusal = f.fill(e, body)
@@ -90,9 +104,12 @@ func (f *errorFiller) finish() error {
 	return refusal
 }
 
-func isJSON(contentType string) bool {
+func isJSON(contentType string) bool { return isMedia(contentType, "application/json") }
+func isHTML(contentType string) bool { return isMedia(contentType, "text/html") }
+
+func isMedia(contentType, want string) bool {
 	media, _, _ := strings.Cut(contentType, ";")
-	return strings.TrimSpace(media) == "application/json"
+	return strings.TrimSpace(media) == want
 }
 
 // codeOfStatus names the RPC code of an answer that was not the RPC's own.

@@ -2,8 +2,10 @@ package server
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -21,7 +23,12 @@ const correlationHeader = "Mayfly-Correlation-Id"
 // visit is one request: who makes it, and which deliveries it carries. It is
 // made anew for each request, also on a connection that was seen before (I10).
 type visit struct {
+	door   *door
 	caller broker.Caller
+	// again finds out anew who is calling: a stream asks before each message.
+	again func() (broker.Caller, error)
+	// more gives the answer more time to be taken, from now.
+	more func() error
 
 	mu   sync.Mutex
 	done []func() // what to call when the answer has been written
@@ -50,13 +57,31 @@ func (v *visit) finish() {
 	v.done = nil
 }
 
-// guard stands before every handler of the agents' listener: it bounds how
-// many requests run and how much they send, attests the caller of each, and
-// lets nobody through who is unknown or disabled.
-func (s *Server) guard(next http.Handler) http.Handler {
+// door is where requests come in: one listener. What bounds it is its own, so
+// that who crowds at one keeps nobody out at the other.
+type door struct {
+	// admit finds out who makes a request, and refuses whoever may not come in.
+	// The caller of a refusal is who it was, as far as that is certain.
+	admit     func(r *http.Request, now time.Time) (broker.Caller, error)
+	people    bool
+	slots     chan struct{} // one for each request at once
+	attesting chan struct{} // one for each attestation at once
+	shares    shares
+}
+
+func (s *Server) newDoor(admit func(*door, *http.Request, time.Time) (broker.Caller, error), people bool) *door {
+	d := &door{people: people, slots: make(chan struct{}, s.limits.Requests), attesting: make(chan struct{}, 4*runtime.GOMAXPROCS(0))}
+	d.admit = func(r *http.Request, now time.Time) (broker.Caller, error) { return admit(d, r, now) }
+	return d
+}
+
+// guard stands before every handler of a listener: it bounds how many requests
+// run and how much they send, authenticates the caller of each, and lets nobody
+// through who is unknown or disabled.
+func (s *Server) guard(d *door, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		now := s.engine.Now()
-		v := &visit{caller: broker.Caller{Correlation: broker.NewCorrelationID(now)}}
+		v := &visit{door: d, caller: broker.Caller{Correlation: broker.NewCorrelationID(now)}}
 		defer v.finish()
 		w.Header().Set(correlationHeader, string(v.caller.Correlation))
 		w.Header().Set("Cache-Control", "no-store")
@@ -66,58 +91,80 @@ func (s *Server) guard(next http.Handler) http.Handler {
 			return
 		}
 		r.Body = http.MaxBytesReader(w, r.Body, s.limits.Body+1<<10) // the RPC library has its own, exact limit
-		caller, err := s.attest(r, now)
-		if err == nil {
-			caller.Correlation = v.caller.Correlation
-			v.caller = caller
-			err = s.known(r, caller)
+		caller, err := d.admit(r, now)
+		caller.Correlation = v.caller.Correlation
+		v.caller = caller
+		from := caller.Principal()
+		if from == "" && err == nil {
+			from = strangerFrom(r)
 		}
-		if err == nil && !s.shares.take(caller.ID, s.limits.Identity) {
+		if err == nil && !d.shares.take(from, s.limits.Identity) {
 			err = broker.Refusef(broker.ReasonRateLimited, "ask less at once",
-				"%s has %d requests under way, and no caller has more", caller.ID, s.limits.Identity)
+				"%s has %d requests under way, and no caller has more", from, s.limits.Identity)
 		}
 		if err != nil {
 			s.refuse(w, r, v, err)
 			return
 		}
-		defer s.shares.give(caller.ID)
+		defer d.shares.give(from)
 		select {
-		case s.slots <- struct{}{}:
-			defer func() { <-s.slots }()
+		case d.slots <- struct{}{}:
+			defer func() { <-d.slots }()
 		default:
 			s.refuse(w, r, v, broker.Refusef(broker.ReasonRateLimited, "try again in a moment",
-				"the broker has %d requests under way and takes no more", cap(s.slots)))
+				"the broker has %d requests under way and takes no more", cap(d.slots)))
 			return
 		}
 		ctx := context.WithValue(r.Context(), visitKey{}, v)
+		v.again = func() (broker.Caller, error) {
+			c, err := d.admit(r, s.engine.Now())
+			c.Correlation = caller.Correlation
+			return c, err
+		}
+		control := http.NewResponseController(w)
+		v.more = func() error {
+			return errors.Join(control.SetReadDeadline(time.Time{}), control.SetWriteDeadline(time.Now().Add(s.limits.WriteTimeout)))
+		}
 		filled := &errorFiller{ResponseWriter: w, correlation: v.caller.Correlation}
 		defer s.caught(ctx, filled, r, v)
 		next.ServeHTTP(filled, r.WithContext(ctx))
 		s.engine.Refused(ctx, v.caller, "connect", "", filled.finish())
 		// The bytes are handed to the connection before the delivery counts
 		// as done; what closes an incident waits for that.
-		_ = http.NewResponseController(w).Flush()
+		_ = control.Flush()
 	})
 }
 
-// attest finds out who is calling. It comes before a request takes a place, so
-// that strangers take none from those who are known, and few run at once, for
-// it costs signatures to check. An SVID must be valid by the later clock, too:
-// while the machine's clock is ahead, the engine's time is no excuse for one
-// that has expired.
-func (s *Server) attest(r *http.Request, now time.Time) (broker.Caller, error) {
-	select {
-	case s.attesting <- struct{}{}:
-		defer func() { <-s.attesting }()
-	case <-r.Context().Done():
-		return broker.Caller{}, r.Context().Err()
+// attest finds out which workload is calling. It comes before a request takes a
+// place, so that strangers take none from those who are known, and few run at
+// once, for it costs signatures to check. An SVID must be valid by the later
+// clock, too: while the machine's clock is ahead, the engine's time is no excuse
+// for one that has expired.
+func (s *Server) attest(d *door, r *http.Request, now time.Time) (broker.Caller, error) {
+	leave, err := d.enter(r)
+	if err != nil {
+		return broker.Caller{}, err
 	}
+	defer leave()
 	caller, err := s.attestor.Attest(r, now)
 	if err == nil && s.engine.Late().After(caller.ValidUntil) {
 		err = broker.Refusef(broker.ReasonSVIDExpired, "fetch a fresh SVID from the Workload API",
 			"the SVID expired at %s", caller.ValidUntil.UTC().Format(time.RFC3339))
 	}
-	return caller, err
+	if err != nil {
+		return broker.Caller{}, err
+	}
+	return caller, s.known(r, caller)
+}
+
+// enter waits for a place among those who are being authenticated.
+func (d *door) enter(r *http.Request) (leave func(), err error) {
+	select {
+	case d.attesting <- struct{}{}:
+		return func() { <-d.attesting }, nil
+	case <-r.Context().Done():
+		return nil, r.Context().Err()
+	}
 }
 
 // known refuses identities that are nothing to this broker, and agents that
@@ -141,6 +188,15 @@ func (s *Server) known(r *http.Request, caller broker.Caller) error {
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, v *visit, err error) {
 	s.engine.Refused(r.Context(), v.caller, "connect", "", err)
 	e := rpcError(r.Context(), s.log, v.caller.Correlation, err)
+	if v.door.people {
+		if isPage(r) {
+			s.people.failedPage(w, err)
+			return
+		}
+		if c := challenge(err); c != "" {
+			w.Header().Set("WWW-Authenticate", c)
+		}
+	}
 	if r.ProtoMajor == 1 {
 		// What is left of the body is not read. On HTTP/2 this header would
 		// end the connection, and with it what others of it are waiting for.

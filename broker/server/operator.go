@@ -8,16 +8,12 @@ import (
 
 	"github.com/mayfly-security/mayfly/broker"
 	mayflyv1 "github.com/mayfly-security/mayfly/broker/api/mayfly/v1"
-	"github.com/mayfly-security/mayfly/broker/api/mayfly/v1/mayflyv1connect"
 	"github.com/mayfly-security/mayfly/broker/lease"
 )
 
 // operatorService is mayfly.v1.OperatorService. The engine refuses everybody
 // but operators.
-type operatorService struct {
-	mayflyv1connect.UnimplementedOperatorServiceHandler
-	s *Server
-}
+type operatorService struct{ s *Server }
 
 func (o operatorService) ForgetLease(ctx context.Context, req *connect.Request[mayflyv1.ForgetLeaseRequest]) (*connect.Response[mayflyv1.Lease], error) {
 	return call(ctx, o.s, "forget_lease", func(caller broker.Caller) (*mayflyv1.Lease, error) {

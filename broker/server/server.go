@@ -11,7 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"runtime"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -29,6 +29,9 @@ type Config struct {
 	Identity attestation.IdentitySource // required
 	Log      *slog.Logger               // required
 	Limits   Limits
+	// People is the listener for people; nil means that there is none, and that
+	// no agent can act on behalf of a user.
+	People *People
 }
 
 // Limits bound what one listener takes. Zero fields have the defaults named.
@@ -45,6 +48,16 @@ type Limits struct {
 	// that does not read can hold up the closing of an incident.
 	WriteTimeout time.Duration
 	IdleTimeout  time.Duration // of a connection between requests; 2 minutes
+	// StreamTime is how long one stream lasts; then it ends, and its client asks
+	// again. 1 hour.
+	StreamTime time.Duration
+	// StreamTick is how often the caller of a stream is authorized anew while
+	// there is nothing to tell, besides each message; 5 seconds.
+	StreamTick time.Duration
+	// Attempts is how many requests without authentication the people listener
+	// takes of one network address at once, a tenth of which come back each
+	// second; 100. Of all together it takes twenty times as many.
+	Attempts int
 }
 
 func (l Limits) withDefaults() Limits {
@@ -57,6 +70,9 @@ func (l Limits) withDefaults() Limits {
 	orDefault(&l.ReadTimeout, 15*time.Second)
 	orDefault(&l.WriteTimeout, 90*time.Second)
 	orDefault(&l.IdleTimeout, 2*time.Minute)
+	orDefault(&l.StreamTime, time.Hour)
+	orDefault(&l.StreamTick, 5*time.Second)
+	orDefault(&l.Attempts, 100)
 	return l
 }
 
@@ -75,11 +91,11 @@ type Server struct {
 	log      *slog.Logger
 	limits   Limits
 	http     *http.Server
-	slots    chan struct{} // one for each request at once
-	shares   shares
-
-	attesting chan struct{} // one for each attestation at once
-	errors    *connect.ErrorWriter
+	agents   *door
+	people   *people       // nil if people do not come in
+	stopping chan struct{} // closed by Shutdown: streams end
+	stop     sync.Once
+	errors   *connect.ErrorWriter
 }
 
 // New makes a Server; Serve starts it.
@@ -96,10 +112,9 @@ func New(cfg Config) (*Server, error) {
 	}
 	s := &Server{
 		engine: cfg.Engine, attestor: cfg.Attestor, identity: cfg.Identity,
-		log: cfg.Log, limits: cfg.Limits.withDefaults(),
+		log: cfg.Log, limits: cfg.Limits.withDefaults(), stopping: make(chan struct{}),
 	}
-	s.slots = make(chan struct{}, s.limits.Requests)
-	s.attesting = make(chan struct{}, 4*runtime.GOMAXPROCS(0))
+	s.agents = s.newDoor(s.attest, false)
 	options := []connect.HandlerOption{
 		connect.WithReadMaxBytes(int(s.limits.Body)),
 		// Nothing is compressed: a secret beside a caller's own text would show
@@ -113,22 +128,37 @@ func New(cfg Config) (*Server, error) {
 	s.errors = connect.NewErrorWriter(options...)
 
 	mux := http.NewServeMux()
+	s.handle(mux, options)
+	mux.HandleFunc("POST /oauth2/introspect", s.introspect)
+	mux.HandleFunc("GET /.well-known/jwks.json", s.jwks)
+	s.http = s.newHTTP(s.guard(s.agents, mux))
+	if cfg.People != nil {
+		var err error
+		if s.people, err = s.newPeople(*cfg.People, options); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// handle puts the services that every caller may use on mux.
+func (s *Server) handle(mux *http.ServeMux, options []connect.HandlerOption) {
 	mux.Handle(mayflyv1connect.NewAccessServiceHandler(accessService{s}, options...))
 	mux.Handle(mayflyv1connect.NewGrantServiceHandler(grantService{s}, options...))
 	mux.Handle(mayflyv1connect.NewIncidentServiceHandler(incidentService{s}, options...))
 	mux.Handle(mayflyv1connect.NewAuditServiceHandler(auditService{s}, options...))
-	mux.Handle(mayflyv1connect.NewRequestServiceHandler(requestService{s: s}, options...))
-	mux.Handle(mayflyv1connect.NewPolicyServiceHandler(policyService{s: s}, options...))
-	mux.Handle(mayflyv1connect.NewOperatorServiceHandler(operatorService{s: s}, options...))
-	mux.HandleFunc("POST /oauth2/introspect", s.introspect)
-	mux.HandleFunc("GET /.well-known/jwks.json", s.jwks)
+	mux.Handle(mayflyv1connect.NewRequestServiceHandler(requestService{s}, options...))
+	mux.Handle(mayflyv1connect.NewPolicyServiceHandler(policyService{s}, options...))
+	mux.Handle(mayflyv1connect.NewOperatorServiceHandler(operatorService{s}, options...))
 	mux.HandleFunc("/", s.notFound)
+}
 
+func (s *Server) newHTTP(handler http.Handler) *http.Server {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true)
-	s.http = &http.Server{
-		Handler:           s.guard(mux),
+	return &http.Server{
+		Handler:           handler,
 		Protocols:         protocols,
 		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: s.limits.Streams},
 		ReadHeaderTimeout: s.limits.ReadTimeout,
@@ -136,28 +166,43 @@ func New(cfg Config) (*Server, error) {
 		WriteTimeout:      s.limits.WriteTimeout,
 		IdleTimeout:       s.limits.IdleTimeout,
 		MaxHeaderBytes:    s.limits.Header,
-		ErrorLog:          slog.NewLogLogger(cfg.Log.Handler(), slog.LevelDebug),
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
-	return s, nil
 }
 
-// Serve answers on ln, over TLS, until Shutdown; then it returns nil. It takes
-// ln over.
-func (s *Server) Serve(ln net.Listener) error {
-	ln = netutil.LimitListener(ln, s.limits.Connections)
-	err := s.http.Serve(tls.NewListener(ln, s.identity.ServerTLS()))
+// Serve answers agents, bots and resource servers on ln, over TLS, until
+// Shutdown; then it returns nil. It takes ln over.
+func (s *Server) Serve(ln net.Listener) error { return s.serve(s.http, ln, s.identity.ServerTLS()) }
+
+func (s *Server) serve(h *http.Server, ln net.Listener, config *tls.Config) error {
+	err := h.Serve(tls.NewListener(netutil.LimitListener(ln, s.limits.Connections), config))
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
 	}
 	return err
 }
 
-// Shutdown takes no new requests and waits, for as long as ctx lasts, for
-// those under way; then it cuts them off.
+// Shutdown takes no new requests on any listener, ends streams, and waits, for
+// as long as ctx lasts, for the requests under way; then it cuts them off.
 func (s *Server) Shutdown(ctx context.Context) error {
-	err := s.http.Shutdown(ctx)
+	s.stop.Do(func() { close(s.stopping) })
+	var people error
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if s.people != nil {
+			people = shutdown(ctx, s.people.http)
+		}
+	}()
+	err := shutdown(ctx, s.http)
+	<-done
+	return errors.Join(err, people)
+}
+
+func shutdown(ctx context.Context, h *http.Server) error {
+	err := h.Shutdown(ctx)
 	if err != nil {
-		s.http.Close()
+		h.Close()
 	}
 	return err
 }

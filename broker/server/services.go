@@ -6,7 +6,6 @@ import (
 	"strings"
 
 	"connectrpc.com/connect"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/mayfly-security/mayfly/broker"
 	mayflyv1 "github.com/mayfly-security/mayfly/broker/api/mayfly/v1"
@@ -30,15 +29,27 @@ func own[T any](v T, err error) (T, error) {
 // call runs a handler's body and gives its error the form that callers see.
 // act is what was asked for, as the evidence names it.
 func call[Res any](ctx context.Context, s *Server, act string, body func(caller broker.Caller) (*Res, error)) (*connect.Response[Res], error) {
-	caller := callerOf(ctx)
-	res, err := body(caller)
+	v := visitOf(ctx)
+	res, err := body(v.caller)
 	if err != nil {
 		if u := (unheard{}); errors.As(err, &u) {
-			s.engine.Refused(ctx, caller, act, "", u.error)
+			s.engine.Refused(ctx, v.caller, act, "", u.error)
 		}
-		return nil, rpcError(ctx, s.log, caller.Correlation, err)
+		return nil, s.answerTo(ctx, v, err)
 	}
 	return connect.NewResponse(res), nil
+}
+
+// answerTo turns an error into what the caller sees: for people, with the
+// header that says which token would help.
+func (s *Server) answerTo(ctx context.Context, v *visit, err error) error {
+	e := rpcError(ctx, s.log, v.caller.Correlation, err)
+	if v.door.people {
+		if c := challenge(err); c != "" {
+			e.Meta().Set("WWW-Authenticate", c)
+		}
+	}
+	return e
 }
 
 // checkPage refuses a page that cannot be meant: a token that is no listing's
@@ -69,14 +80,22 @@ type accessService struct{ s *Server }
 func (a accessService) WhoAmI(ctx context.Context, _ *connect.Request[mayflyv1.WhoAmIRequest]) (*connect.Response[mayflyv1.WhoAmIResponse], error) {
 	return call(ctx, a.s, "who_am_i", func(caller broker.Caller) (*mayflyv1.WhoAmIResponse, error) {
 		c := a.s.engine.Catalog()
+		m := &mayflyv1.WhoAmIResponse{
+			Id: caller.Principal().String(), SvidExpiresAt: stamp(caller.ValidUntil),
+			BrokerId: a.s.identity.ID().String(), InstallationId: string(a.s.engine.InstallationID()),
+			CatalogDigest: c.Digest(), PolicyDigest: c.Policies().Digest(),
+		}
+		if p := caller.Person; p != nil {
+			subject := c.Subject(caller)
+			m.Groups, m.AuthTime, m.Acr, m.SignInMethod = subject.Groups, stamp(p.AuthTime), p.ACR, string(p.Method)
+			if subject.Operator {
+				m.Roles = []string{"operator"}
+			}
+			return m, nil
+		}
 		agent, _ := c.Agent(caller.ID)
-		return &mayflyv1.WhoAmIResponse{
-			Id: caller.ID.String(), Roles: c.Roles(caller.ID),
-			Owner: agent.Owner, Environment: agent.Environment, Labels: agent.Labels,
-			SvidExpiresAt: stamp(caller.ValidUntil),
-			BrokerId:      a.s.identity.ID().String(), InstallationId: string(a.s.engine.InstallationID()),
-			CatalogDigest: c.Digest(),
-		}, nil
+		m.Roles, m.Owner, m.Environment, m.Labels = c.Roles(caller.ID), agent.Owner, agent.Environment, agent.Labels
+		return m, nil
 	})
 }
 
@@ -94,6 +113,9 @@ func (a accessService) ListTools(ctx context.Context, _ *connect.Request[mayflyv
 func (a accessService) IssueLease(ctx context.Context, req *connect.Request[mayflyv1.IssueLeaseRequest]) (*connect.Response[mayflyv1.IssueLeaseResponse], error) {
 	return call(ctx, a.s, "issue", func(caller broker.Caller) (*mayflyv1.IssueLeaseResponse, error) {
 		m := req.Msg
+		if caller.Person != nil { // the engine says so, too
+			return nil, unheard{broker.Refuse(broker.ReasonPermissionDenied, "a person gets no credential of an agent's", "ask for it as the agent, with its SVID")}
+		}
 		ttl, err := span("ttl", broker.ReasonTTL, m.GetTtl())
 		if err != nil {
 			return nil, err
@@ -111,22 +133,17 @@ func (a accessService) IssueLease(ctx context.Context, req *connect.Request[mayf
 	})
 }
 
-// owner is the agent whose leases a caller may see: its own, or, for an
-// operator, everybody's (the zero ID).
-func (s *Server) owner(caller broker.Caller) spiffeid.ID {
-	if s.engine.Catalog().Operator(caller.ID) {
-		return spiffeid.ID{}
-	}
-	return caller.ID
-}
-
 func (a accessService) GetLease(ctx context.Context, req *connect.Request[mayflyv1.GetLeaseRequest]) (*connect.Response[mayflyv1.Lease], error) {
 	return call(ctx, a.s, "get_lease", func(caller broker.Caller) (*mayflyv1.Lease, error) {
 		id, err := own(broker.ParseLeaseID(req.Msg.GetId()))
 		if err != nil {
 			return nil, err
 		}
-		l, err := own(a.s.engine.Lease(ctx, id, a.s.owner(caller)))
+		owner, err := own(a.s.engine.Owner(ctx, caller))
+		if err != nil {
+			return nil, err
+		}
+		l, err := own(a.s.engine.Lease(ctx, id, owner))
 		if err != nil {
 			return nil, err
 		}
@@ -151,7 +168,11 @@ func (a accessService) ListLeases(ctx context.Context, req *connect.Request[mayf
 		if f.Agent, err = spiffeID("agent", m.GetAgent()); err != nil {
 			return nil, err
 		}
-		if owner := a.s.owner(caller); !owner.IsZero() {
+		owner, err := own(a.s.engine.Owner(ctx, caller))
+		if err != nil {
+			return nil, err
+		}
+		if !owner.IsZero() {
 			if !f.Agent.IsZero() && f.Agent != owner {
 				return &mayflyv1.ListLeasesResponse{}, nil // another's are not found
 			}
@@ -249,7 +270,11 @@ func (g grantService) ListGrants(ctx context.Context, req *connect.Request[mayfl
 		if f.Agent, err = spiffeID("agent", m.GetAgent()); err != nil {
 			return nil, err
 		}
-		if owner := g.s.owner(caller); !owner.IsZero() {
+		owner, err := own(g.s.engine.Owner(ctx, caller))
+		if err != nil {
+			return nil, err
+		}
+		if !owner.IsZero() {
 			if !f.Agent.IsZero() && f.Agent != owner {
 				return &mayflyv1.ListGrantsResponse{}, nil
 			}
@@ -363,6 +388,9 @@ func (a auditService) ListEvents(ctx context.Context, req *connect.Request[mayfl
 			return nil, err
 		}
 		if f.Incident, err = maybe(m.GetIncidentId(), broker.ParseIncidentID); err != nil {
+			return nil, err
+		}
+		if f.Request, err = maybe(m.GetRequestId(), broker.ParseRequestID); err != nil {
 			return nil, err
 		}
 		events, looked, err := a.s.engine.Events(ctx, caller, f, m.GetAfter(), int(m.GetPageSize()), m.GetLatest())

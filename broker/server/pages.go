@@ -1,0 +1,183 @@
+package server
+
+import (
+	"errors"
+	"html/template"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/signin"
+)
+
+// The pages for people's browsers. There are three, they have no script, and
+// two of them only send the browser on.
+const (
+	pathBegin    = "/signin"
+	pathCallback = "/signin/callback"
+
+	// browserCookie binds a browser to the sign-ins that it began. Its name
+	// makes the browser take it from this very host alone, and over TLS.
+	browserCookie = "__Host-mayfly-signin"
+	cookieLife    = 10 * time.Minute
+	// maxCode is the longest code of an identity provider that is looked at.
+	maxCode = 8 << 10
+)
+
+func isPage(r *http.Request) bool {
+	return r.URL.Path == "/" || r.URL.Path == pathBegin || r.URL.Path == pathCallback
+}
+
+var page = template.Must(template.New("page").Parse(`<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{{.Title}}</title></head>
+<body><main><h1>{{.Title}}</h1>{{range .Lines}}<p>{{.}}</p>{{end}}</main></body></html>
+`))
+
+type pageText struct {
+	Title string
+	Lines []string
+}
+
+func (p *people) show(w http.ResponseWriter, status int, text pageText) {
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	w.WriteHeader(status)
+	if err := page.Execute(w, text); err != nil {
+		p.s.log.Debug("writing a page", "error", err)
+	}
+}
+
+func (p *people) about(w http.ResponseWriter, _ *http.Request) {
+	lines := []string{"This is a Mayfly broker: it gives agents short-lived credentials that people approve. People use it with the command mayfly, which signs in by a browser: mayfly login."}
+	if p.signIn.Provider().Sample() {
+		lines = append(lines, "It is mayflyd dev, with sample people: whoever can reach it can be any of them. It is not for production.")
+	}
+	p.show(w, http.StatusOK, pageText{"Mayfly", lines})
+}
+
+// failedPage says on a page why a sign-in does not go on. Where it is not
+// certain that the browser belongs to the program that began, there is nowhere
+// to send it to.
+func (p *people) failedPage(w http.ResponseWriter, err error) {
+	text := pageText{"The sign-in failed", []string{"Something unexpected happened.", "Begin again with mayfly login."}}
+	status := http.StatusInternalServerError
+	var e *broker.Error
+	if errors.As(err, &e) {
+		text.Lines = []string{broker.Clean(e.Message) + ".", "What to do: " + broker.Clean(strings.ReplaceAll(e.Next, "`", "")) + "."}
+		status = http.StatusBadRequest
+		if e.Reason == broker.ReasonRateLimited {
+			status = http.StatusTooManyRequests
+		}
+	}
+	p.show(w, status, text)
+}
+
+// begin sends the browser to the identity provider, and binds it.
+func (p *people) begin(w http.ResponseWriter, r *http.Request) {
+	start, err := startOf(r)
+	if err == nil {
+		var b signin.Begun
+		if b, err = p.signIn.Begin(start); err == nil {
+			http.SetCookie(w, &http.Cookie{
+				Name: browserCookie, Value: b.Browser, Path: "/", Secure: true, HttpOnly: true,
+				SameSite: http.SameSiteLaxMode, // the identity provider's page brings the browser back
+				MaxAge:   int(cookieLife.Seconds()),
+			})
+			sendTo(w, b.URL)
+			return
+		}
+	}
+	p.refusePage(w, r, err)
+}
+
+// callback takes the browser back, and sends it to the program that began.
+func (p *people) callback(w http.ResponseWriter, r *http.Request) {
+	back, err := returnOf(r)
+	if err == nil {
+		var to string
+		if to, err = p.signIn.Callback(r.Context(), back); err == nil {
+			sendTo(w, to)
+			return
+		}
+	}
+	p.refusePage(w, r, err)
+}
+
+func (p *people) refusePage(w http.ResponseWriter, r *http.Request, err error) {
+	v := visitOf(r.Context())
+	p.s.engine.Refused(r.Context(), v.caller, "sign_in", "", err)
+	p.failedPage(w, err)
+}
+
+// sendTo redirects with GET, whatever the browser came with, and says nothing else.
+func sendTo(w http.ResponseWriter, to string) {
+	w.Header().Set("Location", to)
+	w.WriteHeader(http.StatusSeeOther)
+}
+
+// once reads parameters that may be there once at most (RFC 6749, section 3.1).
+func once(r *http.Request, names ...string) (map[string]string, error) {
+	malformed := broker.Refuse(broker.ReasonInvalidArgument, "the address of this page is malformed", "begin again with `mayfly login`")
+	if r.Method != http.MethodGet {
+		return nil, malformed
+	}
+	q, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return nil, malformed
+	}
+	values := map[string]string{}
+	for _, n := range names {
+		if len(q[n]) > 1 {
+			return nil, malformed
+		}
+		values[n] = q.Get(n)
+	}
+	return values, nil
+}
+
+func startOf(r *http.Request) (signin.Start, error) {
+	q, err := once(r, "redirect_uri", "state", "code_challenge", "code_challenge_method", "max_age", "acr_values")
+	if err != nil {
+		return signin.Start{}, err
+	}
+	if m := q["code_challenge_method"]; m != "" && m != "S256" {
+		return signin.Start{}, broker.Refuse(broker.ReasonInvalidArgument, "code_challenge_method is not S256", "use S256 (RFC 7636)")
+	}
+	s := signin.Start{RedirectURI: q["redirect_uri"], State: q["state"], Challenge: q["code_challenge"], Browser: cookieOf(r)}
+	if a := q["max_age"]; a != "" {
+		seconds, err := strconv.ParseUint(a, 10, 32)
+		if err != nil {
+			return s, broker.Refuse(broker.ReasonInvalidArgument, "max_age is no number of seconds", "send a number")
+		}
+		// 0 asks for a sign-in now (OpenID Connect Core, section 3.1.2.1), and
+		// must not pass for asking nothing.
+		s.Need.MaxAge = max(time.Duration(seconds)*time.Second, time.Second)
+	}
+	if a := q["acr_values"]; a != "" {
+		s.Need.ACR = strings.Split(a, " ")
+	}
+	return s, nil
+}
+
+func returnOf(r *http.Request) (signin.Return, error) {
+	q, err := once(r, "state", "code", "iss", "error")
+	if err != nil {
+		return signin.Return{}, err
+	}
+	if len(q["code"]) > maxCode {
+		return signin.Return{}, broker.Refuse(broker.ReasonInvalidArgument, "the code is too long to be one", "begin again with `mayfly login`")
+	}
+	return signin.Return{State: q["state"], Code: q["code"], Issuer: q["iss"], Error: q["error"], Browser: cookieOf(r)}, nil
+}
+
+// cookieOf is the browser's secret; empty if it has none, or more than one.
+func cookieOf(r *http.Request) string {
+	found := slices.DeleteFunc(r.Cookies(), func(c *http.Cookie) bool { return c.Name != browserCookie })
+	if len(found) != 1 {
+		return ""
+	}
+	return found[0].Value
+}
