@@ -20,15 +20,24 @@ import (
 
 // Identity is how the broker sees the caller.
 type Identity struct {
-	ID            spiffeid.ID
-	Roles         []string // of "agent", "operator", "opener", "resource_server"
-	Owner         string   // of an agent; empty for others, as are the next two
+	Principal     broker.Principal
+	ID            spiffeid.ID // of a workload; zero for a person
+	Roles         []string    // of "agent", "operator", "opener", "resource_server"
+	Owner         string      // of an agent; empty for others, as are the next two
 	Environment   string
 	Labels        map[string]string
 	SVIDExpiresAt time.Time
 	Broker        spiffeid.ID
 	Installation  broker.InstallationID
 	CatalogDigest string
+	PolicyDigest  string
+
+	// Of a person; zero for a workload.
+	Groups       []string
+	AuthTime     time.Time // when they last proved who they are
+	ACR          string    // how, as a class
+	Method       broker.SignInMethod
+	SessionUntil time.Time
 }
 
 // Tool is a tool as the broker tells it to one caller. Scope and Digest are
@@ -38,6 +47,9 @@ type Tool struct {
 	Survives     string        // what outlives a revocation; empty if nothing does
 	GrantedUntil time.Time     // the end of the caller's best grant; zero if none is good now
 	Refusal      broker.Reason // why none is good now; empty if one is
+	Requestable  bool          // we may ask for it
+	// The names of the approval rules; Tool.Approval and Tool.BreakGlass are not told.
+	ApprovalRule, BreakGlassRule string
 }
 
 // Lease is a lease as the broker tells it.
@@ -46,6 +58,8 @@ type Lease struct {
 	// PastEnd says that the lease is overdue by the broker's clock. Lease.Overdue
 	// would say it by ours.
 	PastEnd bool
+	// OnBehalfOf is the user for whom its agent acts; empty for nobody.
+	OnBehalfOf broker.Principal
 }
 
 // GetRequest asks for one credential.
@@ -75,10 +89,15 @@ func (c *Client) WhoAmI(ctx context.Context) (Identity, error) {
 	}
 	d := decoder{}
 	w := Identity{
-		ID: d.id("id", m.GetId()), Roles: m.GetRoles(),
-		Owner: m.GetOwner(), Environment: m.GetEnvironment(), Labels: m.GetLabels(),
-		SVIDExpiresAt: instant(m.GetSvidExpiresAt()), Broker: d.id("broker_id", m.GetBrokerId()),
-		Installation: broker.InstallationID(m.GetInstallationId()), CatalogDigest: m.GetCatalogDigest(),
+		Principal: broker.Principal(m.GetId()), Roles: m.GetRoles(),
+		Owner: m.GetOwner(), Environment: m.GetEnvironment(), Labels: m.GetLabels(), Broker: d.id("broker_id", m.GetBrokerId()),
+		Installation: broker.InstallationID(m.GetInstallationId()), CatalogDigest: m.GetCatalogDigest(), PolicyDigest: m.GetPolicyDigest(),
+		Groups: m.GetGroups(), AuthTime: instant(m.GetAuthTime()), ACR: m.GetAcr(), Method: broker.SignInMethod(m.GetSignInMethod()),
+	}
+	if _, person := w.Principal.Person(); person {
+		w.SessionUntil = instant(m.GetSvidExpiresAt())
+	} else {
+		w.ID, w.SVIDExpiresAt = d.id("id", m.GetId()), instant(m.GetSvidExpiresAt())
 	}
 	return w, d.err
 }
@@ -94,8 +113,9 @@ func (c *Client) Tools(ctx context.Context) ([]Tool, error) {
 		t := Tool{
 			Tool: broker.Tool{
 				Name: m.GetName(), Description: m.GetDescription(), Provider: m.GetProvider(),
-				MaxTTL: m.GetMaxTtl().AsDuration(), Env: m.GetEnv(),
+				MaxTTL: m.GetMaxTtl().AsDuration(), Env: m.GetEnv(), Labels: m.GetLabels(), Sensitivity: m.GetSensitivity(),
 			},
+			Requestable: m.GetRequestable(), ApprovalRule: m.GetApproval(), BreakGlassRule: m.GetBreakGlass(),
 			Survives: m.GetSurvives(), GrantedUntil: instant(m.GetGrantedUntil()), Refusal: broker.Reason(m.GetRefusal()),
 		}
 		for _, pm := range m.GetParameters() {

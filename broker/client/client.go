@@ -30,25 +30,39 @@ const (
 
 // Client asks one broker. Its methods may be called from many goroutines.
 type Client struct {
+	as        As
 	addr      string
 	timeout   time.Duration
-	source    Source
+	source    Source // nil for a person
 	id        spiffeid.ID
 	broker    spiffeid.ID
-	transport *transport
+	transport interface {
+		http.RoundTripper
+		close()
+	}
 
 	access    mayflyv1connect.AccessServiceClient
 	grants    mayflyv1connect.GrantServiceClient
 	incidents mayflyv1connect.IncidentServiceClient
 	audit     mayflyv1connect.AuditServiceClient
 	operator  mayflyv1connect.OperatorServiceClient
+	requests  mayflyv1connect.RequestServiceClient
+	policy    mayflyv1connect.PolicyServiceClient
+	signIn    mayflyv1connect.SignInServiceClient
 }
 
 // New opens our identity and returns a client of the broker. It returns once
 // there is an identity; it does not connect yet: the first call does.
 func New(ctx context.Context, cfg Config) (*Client, error) {
 	cfg = cfg.withDefaults()
-	addr, err := parseAddr(cfg.Addr)
+	switch as := cfg.ComesAs(); as {
+	case AsPerson:
+		return newPerson(cfg)
+	case AsWorkload:
+	default:
+		return nil, broker.Refusef(broker.ReasonInvalidArgument, "it is workload or person", "%q is no way to come to the broker", clean(broker.Shorten(string(as), 60)))
+	}
+	addr, err := parseAddr(cfg.Addr, EnvAddr)
 	if err != nil {
 		return nil, err
 	}
@@ -74,35 +88,49 @@ func with(cfg Config, addr string, source Source) (*Client, error) {
 			return nil, fmt.Errorf("making the broker's ID: %w", err)
 		}
 	}
-	t := &transport{source: source, broker: pinned}
+	c := &Client{
+		as: AsWorkload, addr: addr, timeout: cfg.Timeout, source: source, id: svid.ID, broker: pinned,
+		transport: &transport{source: source, broker: pinned},
+	}
+	c.serve()
+	return c, nil
+}
+
+// serve makes the services' clients.
+func (c *Client) serve() {
 	hc := &http.Client{
-		Transport:     t,
+		Transport:     c.transport,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }, // the broker sends nobody elsewhere
 	}
 	limit := connect.WithReadMaxBytes(maxAnswer)
-	return &Client{
-		addr: addr, timeout: cfg.Timeout, source: source, id: svid.ID, broker: pinned, transport: t,
-		access:    mayflyv1connect.NewAccessServiceClient(hc, addr, limit),
-		grants:    mayflyv1connect.NewGrantServiceClient(hc, addr, limit),
-		incidents: mayflyv1connect.NewIncidentServiceClient(hc, addr, limit),
-		audit:     mayflyv1connect.NewAuditServiceClient(hc, addr, limit),
-		operator:  mayflyv1connect.NewOperatorServiceClient(hc, addr, limit),
-	}, nil
+	c.access = mayflyv1connect.NewAccessServiceClient(hc, c.addr, limit)
+	c.grants = mayflyv1connect.NewGrantServiceClient(hc, c.addr, limit)
+	c.incidents = mayflyv1connect.NewIncidentServiceClient(hc, c.addr, limit)
+	c.audit = mayflyv1connect.NewAuditServiceClient(hc, c.addr, limit)
+	c.operator = mayflyv1connect.NewOperatorServiceClient(hc, c.addr, limit)
+	c.requests = mayflyv1connect.NewRequestServiceClient(hc, c.addr, limit)
+	c.policy = mayflyv1connect.NewPolicyServiceClient(hc, c.addr, limit)
+	c.signIn = mayflyv1connect.NewSignInServiceClient(hc, c.addr, limit)
 }
 
-func parseAddr(s string) (string, error) {
+// parseAddr reads an address; variable is where it goes.
+func parseAddr(s, variable string) (string, error) {
 	u, err := url.Parse(s)
 	if err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
-		return "", broker.Refusef(broker.ReasonInvalidArgument, fmt.Sprintf("give it as https://host:port in %s (or --addr)", EnvAddr),
+		return "", broker.Refusef(broker.ReasonInvalidArgument, fmt.Sprintf("give it as https://host:port in %s (or --addr)", variable),
 			"%q is no address of a broker", clean(broker.Shorten(s, 200)))
 	}
 	return strings.TrimRight(u.String(), "/"), nil
 }
 
-// ID is our own SPIFFE ID, as it was when the client was made.
+// As says how the client comes to the broker.
+func (c *Client) As() As { return c.as }
+
+// ID is our own SPIFFE ID, as it was when the client was made; zero for a person.
 func (c *Client) ID() spiffeid.ID { return c.id }
 
-// BrokerID is the SPIFFE ID that the broker must prove to have.
+// BrokerID is the SPIFFE ID that the broker must prove to have; zero for a
+// person, to whom the broker shows a certificate for its host.
 func (c *Client) BrokerID() spiffeid.ID { return c.broker }
 
 // Addr is the broker's address.
@@ -111,6 +139,9 @@ func (c *Client) Addr() string { return c.addr }
 // Close closes connections, and the identity unless it was given in Config.Source.
 func (c *Client) Close() error {
 	c.transport.close()
+	if c.source == nil {
+		return nil
+	}
 	return c.source.Close()
 }
 

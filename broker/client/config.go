@@ -16,6 +16,10 @@ const (
 	EnvKey      = "MAYFLY_KEY"             // Config.Files.Key
 	EnvBundle   = "MAYFLY_BUNDLE"          // Config.Files.Bundle
 	EnvWorkload = "SPIFFE_ENDPOINT_SOCKET" // Config.WorkloadAPI
+
+	EnvPeopleAddr = "MAYFLY_PEOPLE_ADDR" // Config.PeopleAddr
+	EnvPeopleCA   = "MAYFLY_PEOPLE_CA"   // Config.PeopleCA
+	EnvToken      = "MAYFLY_TOKEN"       // Config.Token
 )
 
 // DefaultAddr is where a broker is looked for unless told otherwise.
@@ -29,12 +33,32 @@ const (
 	defaultIdentityTimeout = 5 * time.Second
 )
 
+// As says how we come to the broker.
+type As string
+
+// The ways to come. The broker has a listener for each.
+const (
+	AsWorkload As = "workload" // with an SVID, to Config.Addr
+	AsPerson   As = "person"   // with a session's token, to Config.PeopleAddr
+)
+
 // Config says which broker to ask, and as whom. The zero Config asks the
 // broker on this machine, as whoever the Workload API at SPIFFE_ENDPOINT_SOCKET
 // says we are.
 type Config struct {
-	// Addr is the broker's address, "https://host:port". Empty means DefaultAddr.
+	// As says how we come. Empty means what ComesAs says.
+	As As
+	// Addr is the address of the broker's listener for workloads,
+	// "https://host:port". Empty means DefaultAddr.
 	Addr string
+	// PeopleAddr is the address of its listener for people. A person needs it.
+	PeopleAddr string
+	// PeopleCA is a PEM file with the authorities, and the only ones, that the
+	// people listener's certificate may be of. Empty means the system's.
+	PeopleCA string
+	// Token is a person's: of a session, or of the identity provider for the
+	// broker's audience. See NewToken. Without one, only signing in is possible.
+	Token broker.Secret
 	// BrokerID is the SPIFFE ID that the broker must prove to have; no other is
 	// spoken to. Zero means /mayfly in the trust domain of our own SVID.
 	BrokerID spiffeid.ID
@@ -60,6 +84,7 @@ func ConfigFromEnv(getenv func(string) string) (Config, error) {
 		Addr:        getenv(EnvAddr),
 		Files:       Files{Cert: getenv(EnvCert), Key: getenv(EnvKey), Bundle: getenv(EnvBundle)},
 		WorkloadAPI: getenv(EnvWorkload),
+		PeopleAddr:  getenv(EnvPeopleAddr), PeopleCA: getenv(EnvPeopleCA), Token: NewToken(getenv(EnvToken)),
 	}
 	if s := getenv(EnvBrokerID); s != "" {
 		id, err := spiffeid.FromString(s)
@@ -83,4 +108,19 @@ func (c Config) withDefaults() Config {
 		c.IdentityTimeout = defaultIdentityTimeout
 	}
 	return c
+}
+
+// ComesAs says how c comes to the broker: as As says, or else as a person
+// where PeopleAddr is set, unless a workload's identity is, too, and no Token.
+// Everything else is a workload.
+func (c Config) ComesAs() As {
+	switch {
+	case c.As != "":
+		return c.As
+	case c.PeopleAddr == "":
+		return AsWorkload
+	case c.Token.IsZero() && (c.WorkloadAPI != "" || c.Source != nil || c.Files != (Files{})):
+		return AsWorkload
+	}
+	return AsPerson
 }

@@ -91,21 +91,27 @@ func (d *decoder) lease(m *mayflyv1.Lease) Lease {
 			CreatedAt: instant(m.GetCreatedAt()), End: instant(m.GetEnd()), DiesAt: instant(m.GetDiesAt()), EndedAt: instant(m.GetEndedAt()),
 			Survives: m.GetSurvives(), Static: m.GetIsStatic(), Left: m.GetLeft(),
 		},
-		PastEnd: m.GetOverdue(),
+		PastEnd: m.GetOverdue(), OnBehalfOf: broker.Principal(m.GetOnBehalfOf()),
 	}
 }
 
 func (d *decoder) grant(m *mayflyv1.Grant) Grant {
-	return Grant{
+	g := Grant{
 		Grant: broker.Grant{
 			ID: broker.GrantID(m.GetId()), Agent: d.id("agent", m.GetAgent()), Tool: m.GetTool(), Params: m.GetParameters(),
 			NotBefore: instant(m.GetNotBefore()), NotAfter: instant(m.GetNotAfter()),
 			MaxUses: int(m.GetMaxUses()), Uses: int(m.GetUses()), Incident: broker.IncidentID(m.GetIncidentId()),
 			Reason: m.GetReason(), CreatedBy: broker.Principal(m.GetCreatedBy()), CreatedAt: instant(m.GetCreatedAt()),
 			State: broker.GrantState(m.GetState()), EndedAt: instant(m.GetEndedAt()), EndedBy: m.GetEndedBy(),
+			Request: broker.RequestID(m.GetRequestId()), OnBehalfOf: userOf(m.GetOnBehalfOf()), Rule: m.GetRule(), BreakGlass: m.GetBreakGlass(),
+			PolicyDigest: m.GetPolicyDigest(),
 		},
 		Suspended: m.GetSuspended(),
 	}
+	for _, v := range m.GetVoters() {
+		g.Voters = append(g.Voters, broker.Voter{Name: personName(v)})
+	}
+	return g
 }
 
 func (d *decoder) incident(m *mayflyv1.Incident) Incident {

@@ -13,10 +13,14 @@
 // from the SPIFFE Workload API and is renewed by it; the broker must have
 // exactly the SPIFFE ID that is pinned in Config.BrokerID.
 //
+// People come in by another listener (Config.PeopleAddr), whose certificate is
+// for its host, and with a session's token in place of an SVID: see StartBrowser
+// and StartDevice. Config.ComesAs says which of both it is.
+//
 // What the broker refuses is a *broker.Error, with a stable reason
 // (broker.ReasonOf), a message, what to do next, and the correlation ID. Where
 // the broker was not heard, the error is a *ConnectionError. Calls are tried
 // again for a moment where the broker cannot be reached or cannot write; Get,
-// CreateGrant and OpenIncident carry an idempotency key, so that a lost answer
-// never costs a second credential, grant or incident.
+// CreateGrant, CreateRequest and OpenIncident carry an idempotency key, so that
+// a lost answer never costs a second credential, grant, request or incident.
 package client

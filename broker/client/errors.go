@@ -5,9 +5,11 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/http"
 	"syscall"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -88,22 +90,37 @@ func refusalOf(err error) *broker.Error {
 			return &broker.Error{
 				Reason: broker.Reason(m.GetReason()), Message: e.Message(), Next: m.GetNext(),
 				Lease: broker.LeaseID(m.GetLeaseId()), Correlation: broker.CorrelationID(m.GetCorrelationId()),
+				StepUp: broker.StepUp{MaxAge: seconds(m.GetMaxAge()), ACR: m.GetAcrValues()},
 			}
 		}
 	}
 	return nil
 }
 
+// seconds is a whole number of them; what no clock can hold is the most that
+// there is, and what is negative is nothing.
+func seconds(n int64) time.Duration {
+	return time.Duration(min(max(n, 0), int64(math.MaxInt64/time.Second))) * time.Second
+}
+
 // explain says why no answer came.
 func (c *Client) explain(err error) *ConnectionError {
-	isRunning := fmt.Sprintf("is the broker running at %s? Another address goes into %s (or --addr)", c.addr, EnvAddr)
+	variable := EnvAddr
+	if c.as == AsPerson {
+		variable = EnvPeopleAddr
+	}
+	isRunning := fmt.Sprintf("is the broker running at %s? Another address goes into %s (or --addr)", c.addr, variable)
+	if cert, ok := asType[*tls.CertificateVerificationError](err); ok {
+		return identityError(err, fmt.Sprintf("if the certificate is of your own authority, name its PEM file in %s; if not, do not trust it", EnvPeopleCA),
+			"who answers at %s cannot prove to be it: %s", c.addr, clean(broker.Shorten(cert.Err.Error(), 300)))
+	}
 	if dns, ok := asType[*net.DNSError](err); ok {
-		return final(unreachable(err, fmt.Sprintf("correct the address in %s (or --addr)", EnvAddr),
+		return final(unreachable(err, fmt.Sprintf("correct the address in %s (or --addr)", variable),
 			"the broker's host %q has no address", clean(dns.Name)), dns.IsNotFound)
 	}
 	// Where the answer looks like plain HTTP, net/http has an error of its own.
 	if _, ok := asType[tls.RecordHeaderError](err); ok || errors.Is(err, http.ErrSchemeMismatch) {
-		return final(unreachable(err, fmt.Sprintf("correct the address in %s (or --addr); the broker speaks https", EnvAddr),
+		return final(unreachable(err, fmt.Sprintf("correct the address in %s (or --addr); the broker speaks https", variable),
 			"what answers at %s does not speak TLS", c.addr), true)
 	}
 	var code connect.Code
@@ -111,6 +128,9 @@ func (c *Client) explain(err error) *ConnectionError {
 		code = e.Code()
 	}
 	switch {
+	case alertOf(err) && c.as == AsPerson:
+		return identityError(err, fmt.Sprintf("see whether %s is the address of the broker's listener for people; workloads have another", c.addr),
+			"what answers at %s broke off the TLS handshake: %s", c.addr, clean(err.Error()))
 	case alertOf(err):
 		return identityError(err, "look at our SVID with `mayfly svid`: the broker's log says what it has against it",
 			"the broker at %s broke off the TLS handshake: %s", c.addr, clean(err.Error()))

@@ -21,8 +21,10 @@ type Event struct {
 	Lease       broker.LeaseID
 	Grant       broker.GrantID
 	Incident    broker.IncidentID
-	Reason      string // why, in the actor's words
-	Cause       string // why, as a stable word: a broker.Reason or broker.Cause
+	Request     broker.RequestID
+	OnBehalfOf  broker.Principal // the user for whom the agent acts
+	Reason      string           // why, in the actor's words
+	Cause       string           // why, as a stable word: a broker.Reason or broker.Cause
 	Correlation broker.CorrelationID
 	Details     map[string]string
 }
@@ -36,6 +38,7 @@ type EventFilter struct {
 	Lease    broker.LeaseID
 	Grant    broker.GrantID
 	Incident broker.IncidentID
+	Request  broker.RequestID
 	Type     string
 }
 
@@ -45,7 +48,7 @@ func (c *Client) Events(ctx context.Context, f EventFilter) iter.Seq2[Event, err
 	return func(yield func(Event, error) bool) {
 		req := &mayflyv1.ListEventsRequest{
 			After: f.After, Agent: f.Agent, Tool: f.Tool, LeaseId: string(f.Lease), GrantId: string(f.Grant),
-			IncidentId: string(f.Incident), Type: f.Type, PageSize: pageSize, Latest: f.Latest > 0,
+			IncidentId: string(f.Incident), RequestId: string(f.Request), Type: f.Type, PageSize: pageSize, Latest: f.Latest > 0,
 		}
 		if f.Latest > 0 {
 			req.PageSize = int32(min(f.Latest, pageSize))
@@ -76,6 +79,7 @@ func event(m *mayflyv1.Event) Event {
 		Sequence: m.GetSequence(), Time: instant(m.GetTime()), Type: m.GetType(), Actor: m.GetActor(),
 		Agent: m.GetAgent(), Tool: m.GetTool(), Provider: m.GetProvider(),
 		Lease: broker.LeaseID(m.GetLeaseId()), Grant: broker.GrantID(m.GetGrantId()), Incident: broker.IncidentID(m.GetIncidentId()),
+		Request: broker.RequestID(m.GetRequestId()), OnBehalfOf: broker.Principal(m.GetOnBehalfOf()),
 		Reason: m.GetReason(), Cause: m.GetCause(), Correlation: broker.CorrelationID(m.GetCorrelationId()), Details: m.GetDetails(),
 	}
 }

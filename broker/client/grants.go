@@ -13,7 +13,8 @@ import (
 	mayflyv1 "github.com/mayfly-security/mayfly/broker/api/mayfly/v1"
 )
 
-// Grant is a grant as the broker tells it. ToolDigest is not told and stays empty.
+// Grant is a grant as the broker tells it. ToolDigest and RuleDigest are not
+// told and stay empty; of voters and of the user, only the names are.
 type Grant struct {
 	broker.Grant
 	Suspended bool // the tool is not what it was when the grant was made

@@ -1,6 +1,7 @@
 package client
 
 import (
+	"crypto/tls"
 	"crypto/x509"
 	"fmt"
 	"net"
@@ -70,6 +71,11 @@ func (t *transport) make(svid *x509svid.SVID, bundle *x509bundle.Bundle) *http.T
 		return nil
 	}
 	config.ClientSessionCache = nil
+	return newHTTP(config)
+}
+
+// newHTTP is how we speak HTTP to every broker.
+func newHTTP(config *tls.Config) *http.Transport {
 	dialer := &net.Dialer{Timeout: 5 * time.Second, KeepAlive: 30 * time.Second}
 	return &http.Transport{
 		Proxy:               http.ProxyFromEnvironment, // TLS goes through it from end to end

@@ -23,7 +23,7 @@ func (p *program) auditCommand() *cobra.Command {
 
 func (p *program) auditListCommand() *cobra.Command {
 	var f client.EventFilter
-	var lease, grant, incident string
+	var lease, grant, incident, request string
 	var tail int
 	c := &cobra.Command{
 		Use:   "list",
@@ -41,12 +41,14 @@ sequence number, so that a program can go on where it stopped. Operators only.`,
 	c.Flags().StringVar(&lease, "lease", "", "only of this lease")
 	c.Flags().StringVar(&grant, "grant", "", "only of this grant")
 	c.Flags().StringVar(&incident, "incident", "", "only of this incident")
+	c.Flags().StringVar(&request, "request", "", "only of this request")
 	c.Flags().StringVar(&f.Type, "type", "", "only of this type, such as lease.active")
 	c.MarkFlagsMutuallyExclusive("tail", "after")
 	p.completeFlag(c, "tool", p.toolNames)
 	p.completeFlag(c, "lease", p.leaseIDs)
 	p.completeFlag(c, "grant", p.grantIDs)
 	p.completeFlag(c, "incident", p.incidentIDs(true))
+	p.completeFlag(c, "request", p.requestIDs(client.RequestFilter{All: true}))
 	return p.verb(c, func(ctx context.Context, _ []string) error {
 		if tail < 1 || tail > 1000 {
 			return usagef("--tail is %d, and it is from 1 to 1000", tail)
@@ -54,7 +56,7 @@ sequence number, so that a program can go on where it stopped. Operators only.`,
 		if !c.Flags().Changed("after") {
 			f.Latest = tail
 		}
-		f.Lease, f.Grant, f.Incident = broker.LeaseID(lease), broker.GrantID(grant), broker.IncidentID(incident)
+		f.Lease, f.Grant, f.Incident, f.Request = broker.LeaseID(lease), broker.GrantID(grant), broker.IncidentID(incident), broker.RequestID(request)
 		return p.with(ctx, func(c *client.Client) error { return p.listEvents(ctx, c, f) })
 	})
 }
@@ -70,7 +72,7 @@ func (p *program) listEvents(ctx context.Context, c *client.Client, f client.Eve
 		}
 		view.Events = append(view.Events, viewEvent(e))
 		rows = append(rows, []string{
-			strconv.FormatUint(e.Sequence, 10), e.Time.UTC().Format(time.RFC3339), e.Type, e.Actor, e.Tool, subject(e), e.Cause, e.Reason, details(e),
+			strconv.FormatUint(e.Sequence, 10), e.Time.UTC().Format(time.RFC3339), e.Type, e.Actor, e.OnBehalfOf.String(), e.Tool, subject(e), e.Cause, e.Reason, details(e),
 		})
 	}
 	return p.show(view, func(out *page) {
@@ -78,7 +80,7 @@ func (p *program) listEvents(ctx context.Context, c *client.Client, f client.Eve
 			out.line("No events.")
 			return
 		}
-		out.table([]string{"SEQ", "TIME", "TYPE", "ACTOR", "TOOL", "ABOUT", "CAUSE", "REASON", "DETAILS"}, rows)
+		out.table([]string{"SEQ", "TIME", "TYPE", "ACTOR", "ON BEHALF OF", "TOOL", "ABOUT", "CAUSE", "REASON", "DETAILS"}, rows)
 	})
 }
 
@@ -89,6 +91,8 @@ func subject(e client.Event) string {
 		return string(e.Lease)
 	case e.Grant != "":
 		return string(e.Grant)
+	case e.Request != "":
+		return string(e.Request)
 	}
 	return string(e.Incident)
 }

@@ -76,6 +76,14 @@ func (p *program) grantIDs(ctx context.Context, c *client.Client) []cobra.Comple
 	})
 }
 
+func (p *program) requestIDs(f client.RequestFilter) lister {
+	return func(ctx context.Context, c *client.Client) []cobra.Completion {
+		return offers(c.Requests(ctx, f), func(r client.Request) cobra.Completion {
+			return offer(string(r.ID), r.Tool+" "+paramText(r.Params)+" for "+r.Agent.String()+": "+r.Reason)
+		})
+	}
+}
+
 func (p *program) incidentIDs(all bool) lister {
 	return func(ctx context.Context, c *client.Client) []cobra.Completion {
 		return offers(c.Incidents(ctx, all), func(in client.Incident) cobra.Completion {

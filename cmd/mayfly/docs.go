@@ -33,7 +33,7 @@ func reference(root *cobra.Command) string {
 	b.WriteString(root.Long + "\n\n```sh\n" + unindent(root.Example) + "\n```\n\n")
 	b.WriteString("Every verb takes these flags:\n\n```\n" + strings.TrimRight(root.PersistentFlags().FlagUsages(), "\n") + "\n```\n\n")
 	b.WriteString("With `--output json` a result is one JSON object on standard output, and an error is one on\n" +
-		"standard error: `{\"error\": {\"reason\", \"message\", \"next\", \"correlationId\", \"leaseId\", \"exitCode\"}}`. Fields have the\n" +
+		"standard error: `{\"error\": {\"reason\", \"message\", \"next\", \"correlationId\", \"leaseId\", \"maxAge\", \"acrValues\", \"exitCode\"}}`. Fields have the\n" +
 		"names and meanings of the API (`broker/api/mayfly/v1/mayfly.proto`, in lowerCamelCase), times are RFC 3339, numbers\n" +
 		"are numbers, and fields that are not set are left out.\n\n" +
 		"Spans of time are written as `90s`, `5m`, `1h30m`, `1d` or `1d12h`.\n\n")
@@ -55,7 +55,7 @@ func reference(root *cobra.Command) string {
 	}
 	b.WriteString("\n## Shell completion\n\n" +
 		"`mayfly completion bash`, `zsh` and `fish` print a script; `mayfly completion bash --help` says where it\n" +
-		"goes. Names of tools and IDs of leases, grants and incidents are completed, too, by asking the broker.\n")
+		"goes. Names of tools and IDs of leases, grants, requests and incidents are completed, too, by asking the broker.\n")
 	return b.String()
 }
 

@@ -23,6 +23,8 @@ const (
 	exitNotFound    = 4
 	exitUnavailable = 5
 	exitIdentity    = 6
+	exitAlive       = 7
+	exitNo          = 8
 	exitExec        = 125
 	exitCannotRun   = 126
 	exitNoCommand   = 127
@@ -43,17 +45,23 @@ func exitCodes() []exitCode {
 		{"0", "It is done.", nil},
 		{"1", "Something unexpected happened.", []broker.Reason{broker.ReasonInternal}},
 		{"2", "It was asked in a way that cannot be right: a wrong flag, argument, parameter or TTL.", []broker.Reason{
-			broker.ReasonInvalidArgument, broker.ReasonParameter, broker.ReasonTTL, broker.ReasonTooLarge, broker.ReasonKeyReused}},
-		{"3", "Refused: no permission, no grant that is good now, or the present state excludes it.", []broker.Reason{
+			broker.ReasonInvalidArgument, broker.ReasonParameter, broker.ReasonTTL, broker.ReasonTooLarge, broker.ReasonKeyReused,
+			broker.ReasonPolicyInvalid}},
+		{"3", "Refused: no permission, no grant that is good now, or the present state excludes it. Of request: it was denied, withdrawn, or is expired or void.", []broker.Reason{
 			broker.ReasonPermissionDenied, broker.ReasonAgentUnknown, broker.ReasonAgentDisabled, broker.ReasonNoGrant,
 			broker.ReasonGrantSuspended, broker.ReasonGrantUsed, broker.ReasonIncidentClosed, broker.ReasonIncidentLimit,
-			broker.ReasonSelfService, broker.ReasonConflict, broker.ReasonSecretGone, broker.ReasonProviderRefused}},
+			broker.ReasonSelfService, broker.ReasonConflict, broker.ReasonSecretGone, broker.ReasonProviderRefused,
+			broker.ReasonPolicy, broker.ReasonRequestLimit, broker.ReasonRequestOver, broker.ReasonNotEligible,
+			broker.ReasonTokenReplayed, broker.ReasonSignInPending, broker.ReasonLockout}},
 		{"4", "There is no such thing, or it is not yours.", []broker.Reason{broker.ReasonNotFound, broker.ReasonToolUnknown}},
 		{"5", "The broker or a provider is not available, or you ask too fast: try again later.", []broker.Reason{
 			broker.ReasonProvider, broker.ReasonStore, broker.ReasonClock, broker.ReasonShuttingDown, broker.ReasonRateLimited}},
-		{"6", "An identity problem: no SVID to connect with, one that the broker does not accept, or a broker that is not the pinned one.", []broker.Reason{
+		{"6", "An identity problem: no SVID or session to come with, one that the broker does not accept, a sign-in that is too old, or a broker that is not the pinned one.", []broker.Reason{
 			broker.ReasonUnauthenticated, broker.ReasonSVIDExpired, broker.ReasonSVIDNotYetValid, broker.ReasonSVIDMalformed,
-			broker.ReasonUntrusted, broker.ReasonTrustDomain}},
+			broker.ReasonUntrusted, broker.ReasonTrustDomain, broker.ReasonStepUp, broker.ReasonSessionOver,
+			broker.ReasonTokenInvalid, broker.ReasonSignIn}},
+		{"7", "revoke --agent, --all and the like: not everything is known to be dead. What is alive is ended as soon as that is possible.", nil},
+		{"8", "The answer is no. policy explain: the access is not possible. policy test: a case failed. policy preview: grants would end, or decisions turn.", nil},
 		{"125", "exec: mayfly itself failed, for whatever reason of the above; the command was not started.", nil},
 		{"126", "exec: the command was found and could not be started.", nil},
 		{"127", "exec: the command was not found.", nil},
@@ -149,6 +157,11 @@ func environment() []struct{ name, meaning string } {
 		{client.EnvCert, "An X.509-SVID as a PEM file, in place of a Workload API; with the next two."},
 		{client.EnvKey, "Its private key as a PEM file (PKCS #8)."},
 		{client.EnvBundle, "The authorities of its trust domain as a PEM file."},
+		{client.EnvPeopleAddr, "The address of the broker's listener for people. If it is set, and no workload's identity is, you come as a person."},
+		{client.EnvPeopleCA, "A PEM file with the authorities of that listener's certificate, in place of the system's."},
+		{client.EnvToken, "A person's token, in place of the session that mayfly login keeps."},
+		{"XDG_CONFIG_HOME", "Sessions are kept in mayfly/ below it, each in a file with mode 0600. Default: ~/.config."},
+		{"BROWSER", "The command that opens a browser; %s in it stands for the address. Default: xdg-open, or open on macOS."},
 		{"HTTPS_PROXY, NO_PROXY", "As everywhere. TLS goes through the proxy from end to end."},
 	}
 }

@@ -62,8 +62,10 @@ func TestExitCodes(t *testing.T) {
 		broker.ReasonInternal: exitUnexpected, "a_reason_of_tomorrow": exitUnexpected,
 		broker.ReasonInvalidArgument: exitUsage, broker.ReasonParameter: exitUsage, broker.ReasonTTL: exitUsage,
 		broker.ReasonPermissionDenied: exitRefused, broker.ReasonNoGrant: exitRefused, broker.ReasonAgentDisabled: exitRefused,
-		broker.ReasonIncidentClosed: exitRefused,
-		broker.ReasonNotFound:       exitNotFound, broker.ReasonToolUnknown: exitNotFound,
+		broker.ReasonIncidentClosed: exitRefused, broker.ReasonPolicy: exitRefused, broker.ReasonRequestOver: exitRefused,
+		broker.ReasonNotEligible: exitRefused, broker.ReasonPolicyInvalid: exitUsage,
+		broker.ReasonStepUp: exitIdentity, broker.ReasonSessionOver: exitIdentity, broker.ReasonTokenInvalid: exitIdentity,
+		broker.ReasonNotFound: exitNotFound, broker.ReasonToolUnknown: exitNotFound,
 		broker.ReasonProvider: exitUnavailable, broker.ReasonShuttingDown: exitUnavailable,
 		broker.ReasonUnauthenticated: exitIdentity, broker.ReasonUntrusted: exitIdentity,
 	} {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"time"
 
@@ -26,16 +27,26 @@ func missingFlags(c *cobra.Command) string {
 	return strings.Join(missing, ", ")
 }
 
-// outputFlag is --output.
-type outputFlag struct{ value *string }
+// wordFlag is a flag whose value is one of a few words.
+type wordFlag struct {
+	value *string
+	words []string
+}
 
-func (o *outputFlag) String() string { return *o.value }
-func (o *outputFlag) Type() string   { return "text|json" }
-func (o *outputFlag) Set(s string) error {
-	if s != "text" && s != "json" {
-		return errors.New("it is text or json")
+func (w *wordFlag) String() string {
+	if w.value == nil {
+		return ""
 	}
-	*o.value = s
+	return *w.value
+}
+
+func (w *wordFlag) Type() string { return strings.Join(w.words, "|") }
+
+func (w *wordFlag) Set(s string) error {
+	if !slices.Contains(w.words, s) {
+		return errors.New("it is " + strings.Join(w.words, " or "))
+	}
+	*w.value = s
 	return nil
 }
 

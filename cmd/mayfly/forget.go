@@ -1,12 +1,8 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"fmt"
-	"io"
-	"os"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -66,35 +62,4 @@ On a terminal it asks whether you mean it; elsewhere it wants --yes.`,
 			})
 		})
 	})
-}
-
-// confirm asks a person on a terminal to type a word. Elsewhere it refuses.
-func (p *program) confirm(what, word string) error {
-	if !p.interactive() {
-		return usagef("it is asked of nobody here: say --yes if you mean it")
-	}
-	if _, err := fmt.Fprintf(p.stderr, "%s\nType %q to go on: ", clean(what), word); err != nil {
-		return err
-	}
-	line, err := bufio.NewReader(io.LimitReader(p.stdin, 100)).ReadString('\n')
-	if err != nil && err != io.EOF {
-		return err
-	}
-	if strings.TrimSpace(line) != word {
-		return &exitError{exitRefused, fmt.Errorf("not done: %q was not typed", word)}
-	}
-	return nil
-}
-
-// interactive reports whether a person can answer.
-func (p *program) interactive() bool {
-	if p.terminal != nil {
-		return p.terminal()
-	}
-	f, ok := p.stdin.(*os.File)
-	if !ok {
-		return false
-	}
-	info, err := f.Stat()
-	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }

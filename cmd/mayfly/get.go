@@ -212,12 +212,31 @@ func (p *program) obtain(ctx context.Context, c *client.Client, req client.GetRe
 	})()
 	cred, err := c.Get(asking, req)
 	if ctx.Err() == nil {
-		return cred, err
+		return cred, howToAsk(err, req)
 	}
 	if err == nil {
 		_ = p.giveBack(ctx, c, cred.Lease, "stopped before it was used") // it has told what went wrong
 	}
 	return nil, ctx.Err()
+}
+
+// howToAsk adds to a refusal for want of a grant how one is asked for.
+func howToAsk(err error, req client.GetRequest) error {
+	var refusal *broker.Error
+	if !errors.As(err, &refusal) {
+		return err
+	}
+	switch refusal.Reason {
+	case broker.ReasonNoGrant, broker.ReasonGrantSuspended, broker.ReasonGrantUsed:
+	default:
+		return err
+	}
+	told := *refusal
+	if told.Next != "" {
+		told.Next += "; "
+	}
+	told.Next += "to ask for access: mayfly request create " + req.Tool + paramFlags(req.Params) + " --reason …"
+	return &told
 }
 
 // giveBack ends a lease on the way out, also when the caller is being stopped.

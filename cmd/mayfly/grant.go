@@ -147,9 +147,9 @@ func (p *program) grantWithdrawCommand() *cobra.Command {
 func (p *page) grants(grants []client.Grant, now time.Time) {
 	var rows [][]string
 	for _, g := range grants {
-		rows = append(rows, []string{string(g.ID), g.Agent.String(), g.Tool, paramText(g.Params), grantState(g), grantSpan(g, now), usesText(g), string(g.Incident), g.Reason})
+		rows = append(rows, []string{string(g.ID), g.Agent.String(), g.Tool, paramText(g.Params), grantState(g), grantSpan(g, now), usesText(g), string(g.Incident), userText(g.OnBehalfOf), ruleText(g), g.Reason})
 	}
-	p.table([]string{"GRANT", "AGENT", "TOOL", "PARAMETERS", "STATE", "GOOD", "USES", "INCIDENT", "REASON"}, rows)
+	p.table([]string{"GRANT", "AGENT", "TOOL", "PARAMETERS", "STATE", "GOOD", "USES", "INCIDENT", "ON BEHALF OF", "APPROVED", "REASON"}, rows)
 }
 
 func grantFields(g client.Grant, now time.Time) []string {
@@ -157,8 +157,37 @@ func grantFields(g client.Grant, now time.Time) []string {
 		"grant", string(g.ID), "agent", g.Agent.String(), "tool", g.Tool, "fixed", paramText(g.Params),
 		"state", grantState(g), "begins", when(g.NotBefore, now), "ends", when(g.NotAfter, now), "uses", usesText(g),
 		"reason", g.Reason, "made by", g.CreatedBy.String(), "incident", string(g.Incident),
+		"request", string(g.Request), "on behalf of", userText(g.OnBehalfOf), "approved", ruleText(g), "policies", g.PolicyDigest,
 		"ended", strings.TrimSpace(when(g.EndedAt, now) + " " + g.EndedBy),
 	}
+}
+
+// userText names the user on whose behalf an agent acts.
+func userText(u *broker.User) string {
+	if u == nil {
+		return ""
+	}
+	return u.Principal().String()
+}
+
+// ruleText says who agreed to a grant, and under which rule; empty for one that
+// nobody had to agree to.
+func ruleText(g client.Grant) string {
+	if g.Rule == "" {
+		return ""
+	}
+	var voters []string
+	for _, v := range g.Voters {
+		voters = append(voters, v.Name)
+	}
+	s := "rule " + g.Rule
+	if len(voters) > 0 {
+		s = "by " + strings.Join(voters, ", ") + ", " + s
+	}
+	if g.BreakGlass {
+		s = "BREAK-GLASS " + s
+	}
+	return s
 }
 
 func grantState(g client.Grant) string {

@@ -61,6 +61,13 @@ func TestJSONHasTheNamesOfTheAPI(t *testing.T) {
 		{eventView{}, &mayflyv1.Event{}},
 		{strayView{}, &mayflyv1.Stray{}},
 		{strayEndView{}, &mayflyv1.EndStrayResponse{}},
+		{requestView{}, &mayflyv1.Request{}},
+		{approvalView{}, &mayflyv1.Approval{}},
+		{explanationView{}, &mayflyv1.ExplainResponse{}},
+		{previewView{}, &mayflyv1.PreviewResponse{}},
+		{previewGrantView{}, &mayflyv1.PreviewGrant{}},
+		{previewDecisionView{}, &mayflyv1.PreviewDecision{}},
+		{radiusView{}, &mayflyv1.EndAccessProgress{}},
 	} {
 		fields := tt.message.ProtoReflect().Descriptor().Fields()
 		view := reflect.TypeOf(tt.view)

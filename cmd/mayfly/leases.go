@@ -61,14 +61,14 @@ func (p *program) listLeases(ctx context.Context, c *client.Client, f client.Lea
 			return err
 		}
 		view.Leases = append(view.Leases, viewLease(l))
-		rows = append(rows, []string{string(l.ID), l.Agent.String(), l.Tool, paramText(l.Params), stateText(l), endText(l, now), string(l.Cause), l.Survives})
+		rows = append(rows, []string{string(l.ID), l.Agent.String(), l.Tool, paramText(l.Params), l.OnBehalfOf.String(), stateText(l), endText(l, now), string(l.Cause), l.Survives})
 	}
 	return p.show(view, func(out *page) {
 		if len(rows) == 0 {
 			out.line("No leases%s.", map[bool]string{false: "; those that have ended are shown with --all"}[f.All])
 			return
 		}
-		out.table([]string{"LEASE", "AGENT", "TOOL", "PARAMETERS", "STATE", "END", "CAUSE", "SURVIVES"}, rows)
+		out.table([]string{"LEASE", "AGENT", "TOOL", "PARAMETERS", "ON BEHALF OF", "STATE", "END", "CAUSE", "SURVIVES"}, rows)
 	})
 }
 
@@ -93,7 +93,7 @@ func leaseFields(l client.Lease, now time.Time) []string {
 		died, over = "", died
 	}
 	return []string{
-		"lease", string(l.ID), "tool", l.Tool, "parameters", paramText(l.Params), "agent", l.Agent.String(),
+		"lease", string(l.ID), "tool", l.Tool, "parameters", paramText(l.Params), "agent", l.Agent.String(), "on behalf of", l.OnBehalfOf.String(),
 		"state", stateText(l), "cause", string(l.Cause), "reason", l.Reason,
 		"given", when(l.CreatedAt, now), "must end", when(l.End, now),
 		"dies by itself", when(l.DiesAt, now), "confirmed dead", died, "given up on", over,
@@ -124,45 +124,6 @@ func endText(l client.Lease, now time.Time) string {
 		return "should be dead since " + span(now.Sub(l.End))
 	}
 	return relative(l.End, now)
-}
-
-func (p *program) revokeCommand() *cobra.Command {
-	var reason string
-	c := &cobra.Command{
-		Use:   "revoke LEASE",
-		Short: "End a lease: give a credential back",
-		Long: `Revoke ends one of your leases; an operator ends anybody's. It waits a moment for
-the credential's death and says how far it came. Revocation goes on until the
-provider confirms it, whether you wait or not.`,
-		Example: "  mayfly revoke l0mbp1x2q3w4e5r6t7y8u9i0o1\n  mayfly leases --output json | jq -r '.leases[].id' | xargs -n1 mayfly revoke",
-		Args:    exactly("LEASE"), ValidArgsFunction: p.completeArgs(p.leaseIDs),
-	}
-	c.Flags().StringVar(&reason, "reason", "", "why, for the evidence")
-	return p.verb(c, func(ctx context.Context, args []string) error {
-		id, err := broker.ParseLeaseID(args[0])
-		if err != nil {
-			return err
-		}
-		return p.with(ctx, func(c *client.Client) error {
-			l, err := c.Revoke(ctx, id, reason)
-			if err != nil {
-				return err
-			}
-			return p.show(viewLease(l), func(out *page) {
-				switch l.State {
-				case broker.LeaseRevoked, broker.LeaseExpired:
-					out.line("Lease %s is dead: %s%s.", l.ID, l.State, inBrackets(string(l.Cause)))
-				case broker.LeaseLapsed:
-					out.line("Lease %s is over; it is not known to be dead%s.", l.ID, inBrackets(string(l.Cause)))
-				default:
-					out.line("Lease %s is being revoked; its death is not confirmed yet%s.", l.ID, inBrackets(string(l.Progress)))
-				}
-				if l.Survives != "" {
-					out.line("What survives: %s", l.Survives)
-				}
-			})
-		})
-	})
 }
 
 // endedText says what became of the leases under what was ended.

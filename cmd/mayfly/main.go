@@ -69,12 +69,18 @@ type program struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
 	now            func() time.Time
-	terminal       func() bool // whether a person can answer on stdin; nil: looked up
+	terminal       func() bool   // whether a person can answer on stdin; nil: looked up
+	screen         func() bool   // whether standard error is a terminal, where a line can be written over; nil: looked up
+	signInLimit    time.Duration // how long a sign-in in the browser may take; 0: signInLimit
 
 	started bool // a verb's own code runs; what fails before it is a wrong use
 
+	// forPeople: the verb is one that only a person can do.
+	forPeople bool
+
 	// The global flags.
 	output   string
+	as       string
 	addr     string
 	brokerID string
 	timeout  durationFlag
@@ -127,10 +133,24 @@ func (p *program) config() (client.Config, error) {
 			return c, err
 		}
 	}
-	if p.addr != "" {
-		c.Addr = p.addr
-	}
 	c.Timeout = time.Duration(p.timeout)
+	switch {
+	case p.forPeople && p.as == string(client.AsWorkload):
+		return c, usagef("only a person can do that, and --as says workload")
+	case p.forPeople:
+		c.As = client.AsPerson
+	default:
+		c.As = client.As(p.as)
+	}
+	if c.As = c.ComesAs(); c.As == client.AsWorkload {
+		if p.addr != "" {
+			c.Addr = p.addr
+		}
+		return c, nil
+	}
+	if p.addr != "" {
+		c.PeopleAddr = p.addr
+	}
 	return c, nil
 }
 
@@ -139,6 +159,13 @@ func (p *program) connect(ctx context.Context) (*client.Client, error) {
 	c, err := p.config()
 	if err != nil {
 		return nil, err
+	}
+	if c.As == client.AsPerson && c.Token.IsZero() {
+		s, err := p.loadSession(c.PeopleAddr)
+		if err != nil {
+			return nil, err
+		}
+		c.Token = client.NewToken(s.Token)
 	}
 	return client.New(ctx, c)
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"os"
@@ -29,13 +30,20 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"mayfly": main, "child": child})
+	testscript.Main(m, map[string]func(){"mayfly": main, "child": child, "browser": browser})
 }
 
 // rig is a broker's stand-in in a trust domain of its own.
 type rig struct {
 	*clienttest.Broker
-	env []string // makes a process the agent
+	env []string // makes a process the agent; for the session, and for opening a browser, see the scripts
+
+	people string // the address of the listener for people
+	ca     string // the file with its authority
+	token  string // of the last session that was made by the test
+	typed  string // what a person types, on a terminal; empty: there is none
+	done   chan error
+	said   string // by what ran in the background
 }
 
 func newRig() (r *rig, stop func(), err error) {
@@ -80,6 +88,20 @@ func newRig() (r *rig, stop func(), err error) {
 		return nil, nil, err
 	}
 	stops = append(stops, stopServer)
+	pair, pem, err := selfMade()
+	if err != nil {
+		return nil, nil, err
+	}
+	r.ca = filepath.Join(dir, "ca.pem")
+	if err := os.WriteFile(r.ca, pem, 0o600); err != nil {
+		return nil, nil, err
+	}
+	peopleAddr, stopPeople, err := r.StartPeople(&tls.Config{Certificates: []tls.Certificate{pair}})
+	if err != nil {
+		return nil, nil, err
+	}
+	stops = append(stops, stopPeople)
+	r.people = peopleAddr
 	r.env = []string{"SPIFFE_ENDPOINT_SOCKET=" + agent, "MAYFLY_ADDR=" + addr,
 		"GORACE=atexit_sleep_ms=0"} // a process with the race detector lingers for a second otherwise
 	return r, stop, nil
@@ -104,6 +126,8 @@ func standIn() *clienttest.Broker {
 				},
 				GrantedUntil: timestamppb.New(now.Add(time.Hour + time.Minute)),
 			},
+			{Name: "payments.initiate", Provider: "sts", Description: "Pay", MaxTtl: durationpb.New(time.Minute), Sensitivity: "high", Approval: "finance", Requestable: true,
+				Survives: "the payment", Refusal: "no_grant"},
 			{Name: "raw.read", Provider: "sts", MaxTtl: durationpb.New(26 * time.Hour), Refusal: "no_grant"},
 			{Name: "bad.env", Provider: "sts", MaxTtl: durationpb.New(time.Minute), Env: map[string]string{"LD_PRELOAD": "user"}},
 		},
@@ -127,6 +151,8 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"run": runCommand, "code": codeCommand, "calls": callsCommand, "minted": mintedCommand, "allrevoked": allRevokedCommand,
 			"refuse": refuseCommand, "seed": seedCommand, "clean": cleanCommand, "mode": modeCommand, "firstword": firstWordCommand,
+			"person": personCommand, "workload": workloadCommand, "signedin": signedInCommand, "type": typeCommand, "decide": decideCommand,
+			"asked": askedCommand, "signin": signInCommand, "people": peopleCommand, "ends": endsCommand, "stepup": stepUpCommand, "background": backgroundCommand, "foreground": foregroundCommand,
 		},
 	})
 }
@@ -138,14 +164,24 @@ func rigOf(ts *testscript.TestScript) *rig { return ts.Value("rig").(*rig) }
 func runCommand(ts *testscript.TestScript, _ bool, args []string) {
 	want, err := strconv.Atoi(args[0])
 	ts.Check(err)
-	var environ []string
-	for _, name := range []string{"SPIFFE_ENDPOINT_SOCKET", "MAYFLY_ADDR", "MAYFLY_BROKER_ID"} {
-		environ = append(environ, name+"="+ts.Getenv(name))
-	}
-	p := &program{args: args[1:], environ: environ, stdin: strings.NewReader(""), stdout: ts.Stdout(), stderr: ts.Stderr(), now: time.Now}
+	p := programOf(ts, args[1:])
+	p.stdout, p.stderr = ts.Stdout(), ts.Stderr()
 	if got := p.run(context.Background()); got != want {
 		ts.Fatalf("exit code %d; %d was expected", got, want)
 	}
+}
+
+// programOf is mayfly in this process, in the script's environment.
+func programOf(ts *testscript.TestScript, args []string) *program {
+	var environ []string
+	for _, name := range []string{"SPIFFE_ENDPOINT_SOCKET", "MAYFLY_ADDR", "MAYFLY_BROKER_ID", "MAYFLY_PEOPLE_ADDR", "MAYFLY_PEOPLE_CA",
+		"MAYFLY_TOKEN", "XDG_CONFIG_HOME", "HOME", "BROWSER", "PATH"} {
+		environ = append(environ, name+"="+ts.Getenv(name))
+	}
+	r := rigOf(ts)
+	typed := r.typed
+	r.typed = ""
+	return &program{args: args, environ: environ, stdin: strings.NewReader(typed), terminal: func() bool { return typed != "" }, now: time.Now}
 }
 
 // code N COMMAND...: the command exits with N.
@@ -234,7 +270,7 @@ func seedCommand(ts *testscript.TestScript, _ bool, args []string) {
 		return &mayflyv1.Lease{
 			Id: "l0" + id + strings.Repeat("0", 24-len(id)), Agent: agent, Tool: "crm.read", Provider: text, Parameters: map[string]string{"customer": text},
 			GrantId: "g0grant", IncidentId: text, Reason: text, CorrelationId: text, State: state, Cause: cause,
-			CreatedAt: at(-time.Hour), End: at(end), Survives: text,
+			CreatedAt: at(-time.Hour), End: at(end), Survives: text, OnBehalfOf: "person:" + text,
 		}
 	}
 	active := lease("active", "active", "", 4*time.Minute+30*time.Second)
@@ -246,13 +282,28 @@ func seedCommand(ts *testscript.TestScript, _ bool, args []string) {
 	grant := &mayflyv1.Grant{
 		Id: "g0" + strings.Repeat("0", 24), Agent: agent, Tool: "crm.read", Parameters: map[string]string{"customer": text}, NotBefore: at(-time.Hour),
 		NotAfter: at(26*time.Hour + time.Minute), MaxUses: 3, Uses: 1, IncidentId: text, Reason: text, CreatedBy: agent, CreatedAt: at(-time.Hour),
-		State: "open", Suspended: true,
+		State: "open", Suspended: true, RequestId: text, OnBehalfOf: "person:" + text, Rule: text, Voters: []string{"person:" + text}, BreakGlass: true, PolicyDigest: text,
 	}
 	r.Grants = []*mayflyv1.Grant{grant}
 	r.Incidents = []*mayflyv1.Incident{{
 		Id: "i0" + strings.Repeat("0", 24), Title: text, Reference: text, OpenedBy: agent, OpenedAt: at(-time.Minute), EndsAt: at(time.Hour + time.Second),
 		Grants: []*mayflyv1.Grant{grant}, State: "open", ClosedBy: text, LeasesOpen: 2,
 	}}
+	r.Requests = []*mayflyv1.Request{{
+		Id: "r0" + strings.Repeat("0", 24), Agent: agent, Tool: "crm.read", Parameters: map[string]string{"customer": text, text: text},
+		Duration: durationpb.New(time.Hour), MaxUses: 3, Reason: text, Ticket: text, IncidentId: text, OnBehalfOf: "person:" + text, CreatedBy: "person:" + text,
+		CreatedAt: at(-time.Minute - time.Second), ExpiresAt: at(29*time.Minute + 30*time.Second), State: "pending", Rule: text, BreakGlass: true,
+		Digest: strings.Repeat("d", 64), Missing: []string{"1 of " + text}, ToolDescription: text, Sensitivity: text, Votable: true, Why: text,
+		Approvals: []*mayflyv1.Approval{{Person: "person:" + text, Approved: true, At: at(-time.Second), Comment: text, Duration: durationpb.New(time.Minute), Acr: text}},
+	}}
+	r.Explained = &mayflyv1.ExplainResponse{
+		Summary: text, Policies: []string{text}, Errors: []string{text}, WouldAllow: []string{text}, PolicyDigest: text, Grants: []string{text},
+	}
+	r.Previewed = &mayflyv1.PreviewResponse{
+		Digest: text, PresentDigest: text, Added: []string{text}, Removed: []string{text}, Changed: []string{text}, Grants: 4, Decisions: 9,
+		Ends:  []*mayflyv1.PreviewGrant{{GrantId: "g0grant", Agent: agent, Tool: text, Leases: 2, Why: text}},
+		Turns: []*mayflyv1.PreviewDecision{{At: at(0), Principal: text, Action: text, About: text, WasAllowed: true, Why: text}},
+	}
 	r.Strays = []*mayflyv1.Stray{
 		{Provider: "vault-main", Name: "mf_a", Kind: text, LeaseId: "l0stray" + strings.Repeat("0", 19), DiesAt: at(time.Hour + time.Second), FoundAt: at(-2*time.Minute - time.Second), Why: "lease_unknown"},
 		{Provider: "vault-main", Name: "mf_b", Kind: "stubborn", FoundAt: at(0), Why: "lease_unknown", EndedBy: "spiffe://acme.test/operator/sam", Reason: text},
@@ -262,17 +313,20 @@ func seedCommand(ts *testscript.TestScript, _ bool, args []string) {
 	}
 	r.Events = []*mayflyv1.Event{{
 		Sequence: 7, Time: at(0), Type: text, Actor: text, Agent: text, Tool: text, Provider: text, LeaseId: text, Reason: text, Cause: text,
-		CorrelationId: text, Details: map[string]string{text: text},
+		CorrelationId: text, Details: map[string]string{text: text}, RequestId: text, OnBehalfOf: text,
 	}}
 	for _, tool := range r.Tools {
 		tool.Description = text
 		tool.Survives = text
 		tool.Provider = text
+		tool.Approval, tool.BreakGlass, tool.Requestable, tool.Sensitivity = text, text, true, text
+		tool.Labels = map[string]string{text: text}
 		for _, p := range tool.Parameters {
 			p.Description = text
 		}
 	}
 	r.WhoAmI.Owner, r.WhoAmI.Environment, r.WhoAmI.Labels, r.WhoAmI.InstallationId = text, text, map[string]string{text: text}, text
+	r.WhoAmI.PolicyDigest = text
 	r.Refuse = nil
 	if len(args) > 1 && args[1] == "refusing" {
 		r.Refuse = func(string, int) error {
@@ -333,7 +387,7 @@ func TestHelp(t *testing.T) {
 	var all strings.Builder
 	root := p.root()
 	golden(t, "testdata/help.golden", func() string {
-		for _, args := range append([][]string{nil, {"exit-codes"}, {"environment"}, {"grant"}, {"incident"}}, verbs(root)...) {
+		for _, args := range append([][]string{nil, {"exit-codes"}, {"environment"}, {"grant"}, {"request"}, {"incident"}, {"policy"}}, verbs(root)...) {
 			var out strings.Builder
 			one := &program{args: append([]string{"help"}, args...), stdout: &out, stderr: &out, now: time.Now}
 			if code := one.run(t.Context()); code != 0 {

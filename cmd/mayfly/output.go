@@ -37,6 +37,16 @@ func writeJSON(w io.Writer, v any) error {
 	return err
 }
 
+// writeLine writes v as one line, for what comes bit by bit.
+func writeLine(w io.Writer, v any) error {
+	doc, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(append(escapeUnsafe(doc), '\n'))
+	return err
+}
+
 // escapeUnsafe escapes what a terminal could act on and JSON leaves as it is,
 // such as bidirectional overrides and the controls above ASCII. A document's
 // strings are the only place for such characters, and mean the same escaped.
@@ -103,12 +113,14 @@ func (p *page) fields(prefix string, pairs ...string) {
 }
 
 // paramText is parameters as people read them: "a=1 b=2".
-func paramText(params map[string]string) string {
-	var parts []string
+func paramText(params map[string]string) string { return strings.Join(pairs(params), " ") }
+
+// pairs are parameters as "name=value", in order.
+func pairs(params map[string]string) (all []string) {
 	for _, name := range slices.Sorted(maps.Keys(params)) {
-		parts = append(parts, name+"="+params[name])
+		all = append(all, name+"="+params[name])
 	}
-	return strings.Join(parts, " ")
+	return all
 }
 
 func count(n int, noun string) string {
@@ -129,7 +141,10 @@ type failureBody struct {
 	Next          string `json:"next,omitempty"`
 	CorrelationID string `json:"correlationId,omitempty"`
 	LeaseID       string `json:"leaseId,omitempty"`
-	ExitCode      int    `json:"exitCode"`
+	// What a new sign-in must be, with insufficient_user_authentication.
+	MaxAge    int64    `json:"maxAge,omitempty"`
+	ACRValues []string `json:"acrValues,omitempty"`
+	ExitCode  int      `json:"exitCode"`
 }
 
 func failureOf(err error) failureBody {
@@ -140,6 +155,7 @@ func failureOf(err error) failureBody {
 	case errors.As(err, &refusal):
 		f.Reason, f.Message, f.Next = string(refusal.Reason), refusal.Message, refusal.Next
 		f.CorrelationID, f.LeaseID = string(refusal.Correlation), string(refusal.Lease)
+		f.MaxAge, f.ACRValues = int64(refusal.StepUp.MaxAge.Seconds()), refusal.StepUp.ACR
 	case errors.As(err, &unheard):
 		f.Message, f.Next = unheard.Message, unheard.Next
 	case codeOf(err) == exitUsage, errors.As(err, new(*exitError)) && codeOf(err) == exitExec:
@@ -172,6 +188,13 @@ func (p *program) complain(err error) {
 	if f.CorrelationID != "" {
 		out.line("  correlation ID: %s", f.CorrelationID)
 	}
+	_, _ = io.WriteString(p.stderr, out.String()) // as above
+}
+
+// tell writes a page to a person, beside the result of the verb.
+func (p *program) tell(text func(*page)) {
+	var out page
+	text(&out)
 	_, _ = io.WriteString(p.stderr, out.String()) // as above
 }
 

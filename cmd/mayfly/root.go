@@ -6,6 +6,8 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+
+	"github.com/mayfly-security/mayfly/broker/client"
 )
 
 func (p *program) root() *cobra.Command {
@@ -15,9 +17,16 @@ func (p *program) root() *cobra.Command {
 		Long: `Mayfly asks a Mayfly broker for credentials: for one tool, for a short while, and
 only as long as a grant allows.
 
-Who you are is your SPIFFE SVID, from the Workload API at SPIFFE_ENDPOINT_SOCKET.
-The broker is at MAYFLY_ADDR. Begin with "mayfly whoami" and "mayfly tools".`,
-		Example:           "  mayfly tools\n  mayfly get crm.read --param customer=c-17 --ttl 5m\n  mayfly exec crm.read --param customer=c-17 -- ./report.sh",
+A workload is who its SPIFFE SVID says, from the Workload API at
+SPIFFE_ENDPOINT_SOCKET; the broker is at MAYFLY_ADDR. A person signs in with
+"mayfly login"; the broker's listener for people is at MAYFLY_PEOPLE_ADDR. You
+come as a person if MAYFLY_PEOPLE_ADDR is set and no workload's identity is (or
+MAYFLY_TOKEN is, too); --as says it outright. What only people can do (login,
+logout, approve, deny) you always do as a person.
+
+Begin with "mayfly whoami" and "mayfly tools".`,
+		Example: "  mayfly tools\n  mayfly request create crm.read --param customer=c-17 --reason OPS-12 --wait\n" +
+			"  mayfly get crm.read --param customer=c-17 --ttl 5m\n  mayfly exec crm.read --param customer=c-17 -- ./report.sh",
 		Version:           version,
 		SilenceErrors:     true,
 		SilenceUsage:      true,
@@ -29,15 +38,18 @@ The broker is at MAYFLY_ADDR. Begin with "mayfly whoami" and "mayfly tools".`,
 	p.output = "text"
 	flags := root.PersistentFlags()
 	flags.SortFlags = false
-	flags.VarP(&outputFlag{&p.output}, "output", "o", "text, for people, or json, for programs")
-	flags.StringVar(&p.addr, "addr", "", "the broker's address, https://host:port; default: MAYFLY_ADDR, or https://localhost:8443")
+	flags.VarP(&wordFlag{&p.output, []string{"text", "json"}}, "output", "o", "text, for people, or json, for programs")
+	flags.Var(&wordFlag{&p.as, []string{string(client.AsWorkload), string(client.AsPerson)}}, "as", "come as a workload or as a person; default: see above")
+	flags.StringVar(&p.addr, "addr", "", "the broker's address, https://host:port; default: MAYFLY_ADDR, or https://localhost:8443; for a person: MAYFLY_PEOPLE_ADDR")
 	flags.StringVar(&p.brokerID, "broker-id", "", "the SPIFFE ID that the broker must have; default: MAYFLY_BROKER_ID, or /mayfly in your own trust domain")
 	flags.Var(&p.timeout, "timeout", "how long one call may take, retries included; default: 1m")
-	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp)) // the flag is there: see above
+	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))   // the flag is there: see above
+	_ = root.RegisterFlagCompletionFunc("as", cobra.FixedCompletions([]string{"workload", "person"}, cobra.ShellCompDirectiveNoFileComp)) // as above
 	root.AddCommand(
-		p.whoamiCommand(), p.toolsCommand(), p.getCommand(), p.execCommand(),
+		p.loginCommand(), p.logoutCommand(), p.whoamiCommand(), p.toolsCommand(), p.getCommand(), p.execCommand(),
+		p.requestCommand(), p.approveCommand(), p.denyCommand(),
 		p.leasesCommand(), p.revokeCommand(), p.straysCommand(), p.grantCommand(), p.incidentCommand(),
-		p.auditCommand(), p.svidCommand(), p.vaultCommand(), p.versionCommand(), p.docsCommand(),
+		p.policyCommand(), p.auditCommand(), p.svidCommand(), p.vaultCommand(), p.versionCommand(), p.docsCommand(),
 		exitCodesTopic(), environmentTopic(),
 	)
 	return root
@@ -127,6 +139,22 @@ func none(cmd *cobra.Command, args []string) error {
 
 func tooMany(cmd *cobra.Command, arg string) error {
 	return fmt.Errorf("%s does not know what to do with %q", cmd.CommandPath(), arg)
+}
+
+// onlyForPeople makes a verb one that is always done as a person.
+func (p *program) onlyForPeople(c *cobra.Command) *cobra.Command {
+	run, complete := c.RunE, c.ValidArgsFunction
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		p.forPeople = true
+		return run(cmd, args)
+	}
+	if complete != nil {
+		c.ValidArgsFunction = func(cmd *cobra.Command, args []string, word string) ([]cobra.Completion, cobra.ShellCompDirective) {
+			p.forPeople = true
+			return complete(cmd, args, word)
+		}
+	}
+	return c
 }
 
 // need marks flags that a verb cannot do without. Cobra's own check would come

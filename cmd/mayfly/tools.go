@@ -17,9 +17,11 @@ func (p *program) toolsCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "tools [TOOL]",
 		Short: "List the tools that you can ask for",
-		Long: `Tools lists the tools that you have a grant for; for an operator, all tools. With
-a name, it shows one of them whole: its parameters, the environment variables
-that it sets, and what outlives a revocation.`,
+		Long: `Tools lists the tools that you have a grant for or may ask for; for an operator,
+all tools. ASK says whether you may ask for it with "mayfly request create", and
+under which approval rule the request would wait. With a name, it shows one of
+them whole: its parameters, the environment variables that it sets, its approval
+rules, and what outlives a revocation.`,
 		Example:           "  mayfly tools\n  mayfly tools crm.read",
 		Args:              atMostOne,
 		ValidArgsFunction: p.completeArgs(p.toolNames),
@@ -49,14 +51,14 @@ func (p *program) showTools(tools []client.Tool) error {
 		for _, q := range t.Params {
 			params = append(params, paramName(q))
 		}
-		rows = append(rows, []string{t.Name, strings.Join(params, " "), span(t.MaxTTL), p.granted(t), t.Description})
+		rows = append(rows, []string{t.Name, strings.Join(params, " "), span(t.MaxTTL), p.granted(t), askText(t), t.Sensitivity, t.Description})
 	}
 	return p.show(view, func(out *page) {
 		if len(rows) == 0 {
-			out.line("You have a grant for no tool. An operator makes grants, and an incident's opener opens windows.")
+			out.line("You have a grant for no tool, and may ask for none. Operators make grants, and policies say who may ask.")
 			return
 		}
-		out.table([]string{"TOOL", "PARAMETERS", "MAX TTL", "GRANTED", "DESCRIPTION"}, rows)
+		out.table([]string{"TOOL", "PARAMETERS", "MAX TTL", "GRANTED", "ASK", "SENSITIVITY", "DESCRIPTION"}, rows)
 	})
 }
 
@@ -69,11 +71,23 @@ func (p *program) showTool(tools []client.Tool, name string) error {
 	return p.show(viewTool(t), func(out *page) {
 		out.fields("", "tool", t.Name, "description", t.Description, "provider", t.Provider,
 			"max TTL", span(t.MaxTTL), "granted", p.granted(t),
+			"sensitivity", t.Sensitivity, "labels", paramText(t.Labels), "ask", askText(t), "break-glass", t.BreakGlassRule,
 			"sets", strings.Join(slices.Sorted(maps.Keys(t.Env)), " "), "survives", t.Survives)
 		for _, q := range t.Params {
 			out.line("  --param %s=…  %s", q.Name, paramHelp(q))
 		}
 	})
+}
+
+// askText says whether the caller may ask for a tool, and what follows then.
+func askText(t client.Tool) string {
+	switch {
+	case !t.Requestable:
+		return ""
+	case t.ApprovalRule == "":
+		return "yes: policy decides"
+	}
+	return "yes: approval by " + t.ApprovalRule
 }
 
 func (p *program) granted(t client.Tool) string {

@@ -23,6 +23,11 @@ type identityView struct {
 	BrokerID       string            `json:"brokerId"`
 	InstallationID string            `json:"installationId"`
 	CatalogDigest  string            `json:"catalogDigest"`
+	PolicyDigest   string            `json:"policyDigest,omitempty"`
+	Groups         []string          `json:"groups,omitempty"`
+	AuthTime       time.Time         `json:"authTime,omitzero"`
+	ACR            string            `json:"acr,omitempty"`
+	SignInMethod   string            `json:"signInMethod,omitempty"`
 }
 
 type toolView struct {
@@ -35,6 +40,11 @@ type toolView struct {
 	Survives     string            `json:"survives,omitempty"`
 	GrantedUntil time.Time         `json:"grantedUntil,omitzero"`
 	Refusal      string            `json:"refusal,omitempty"`
+	Labels       map[string]string `json:"labels,omitempty"`
+	Sensitivity  string            `json:"sensitivity,omitempty"`
+	Approval     string            `json:"approval,omitempty"`
+	BreakGlass   string            `json:"breakGlass,omitempty"`
+	Requestable  bool              `json:"requestable"`
 }
 
 type parameterView struct {
@@ -69,6 +79,7 @@ type leaseView struct {
 	Survives      string            `json:"survives,omitempty"`
 	IsStatic      bool              `json:"isStatic,omitempty"`
 	Left          string            `json:"left,omitempty"`
+	OnBehalfOf    string            `json:"onBehalfOf,omitempty"`
 }
 
 type strayView struct {
@@ -111,6 +122,13 @@ type grantView struct {
 	Suspended  bool              `json:"suspended"`
 	EndedAt    time.Time         `json:"endedAt,omitzero"`
 	EndedBy    string            `json:"endedBy,omitempty"`
+
+	RequestID    string   `json:"requestId,omitempty"`
+	OnBehalfOf   string   `json:"onBehalfOf,omitempty"`
+	Rule         string   `json:"rule,omitempty"`
+	Voters       []string `json:"voters,omitempty"`
+	BreakGlass   bool     `json:"breakGlass,omitempty"`
+	PolicyDigest string   `json:"policyDigest,omitempty"`
 }
 
 type withdrawalView struct {
@@ -156,20 +174,28 @@ type eventView struct {
 	Cause         string            `json:"cause,omitempty"`
 	CorrelationID string            `json:"correlationId,omitempty"`
 	Details       map[string]string `json:"details,omitempty"`
+	RequestID     string            `json:"requestId,omitempty"`
+	OnBehalfOf    string            `json:"onBehalfOf,omitempty"`
 }
 
 func viewIdentity(w client.Identity) identityView {
+	until := w.SVIDExpiresAt
+	if until.IsZero() {
+		until = w.SessionUntil
+	}
 	return identityView{
-		ID: w.ID.String(), Roles: w.Roles, Owner: w.Owner, Environment: w.Environment, Labels: w.Labels,
-		SVIDExpiresAt: w.SVIDExpiresAt, BrokerID: w.Broker.String(),
-		InstallationID: string(w.Installation), CatalogDigest: w.CatalogDigest,
+		ID: w.Principal.String(), Roles: w.Roles, Owner: w.Owner, Environment: w.Environment, Labels: w.Labels,
+		SVIDExpiresAt: until, BrokerID: w.Broker.String(),
+		InstallationID: string(w.Installation), CatalogDigest: w.CatalogDigest, PolicyDigest: w.PolicyDigest,
+		Groups: w.Groups, AuthTime: w.AuthTime, ACR: w.ACR, SignInMethod: string(w.Method),
 	}
 }
 
 func viewTool(t client.Tool) toolView {
 	v := toolView{
-		Name: t.Name, Description: t.Description, Provider: t.Provider, MaxTTL: fmt.Sprintf("%gs", t.MaxTTL.Seconds()),
+		Name: t.Name, Description: t.Description, Provider: t.Provider, MaxTTL: secondsText(t.MaxTTL),
 		Env: t.Env, Survives: t.Survives, GrantedUntil: t.GrantedUntil, Refusal: string(t.Refusal),
+		Labels: t.Labels, Sensitivity: t.Sensitivity, Approval: t.ApprovalRule, BreakGlass: t.BreakGlassRule, Requestable: t.Requestable,
 	}
 	for _, p := range t.Params {
 		v.Parameters = append(v.Parameters, viewParameter(p))
@@ -194,7 +220,7 @@ func viewLease(l client.Lease) leaseView {
 		GrantID: string(l.Grant), IncidentID: string(l.Incident), Reason: l.Reason, CorrelationID: string(l.Correlation),
 		State: string(l.State), Progress: string(l.Progress), Cause: string(l.Cause), Overdue: l.PastEnd,
 		CreatedAt: l.CreatedAt, End: l.End, DiesAt: l.DiesAt, EndedAt: l.EndedAt, Survives: l.Survives,
-		IsStatic: l.Static, Left: l.Left,
+		IsStatic: l.Static, Left: l.Left, OnBehalfOf: l.OnBehalfOf.String(),
 	}
 }
 
@@ -206,12 +232,17 @@ func viewStray(s client.Stray) strayView {
 }
 
 func viewGrant(g client.Grant) grantView {
-	return grantView{
+	v := grantView{
 		ID: string(g.ID), Agent: g.Agent.String(), Tool: g.Tool, Parameters: g.Params,
 		NotBefore: g.NotBefore, NotAfter: g.NotAfter, MaxUses: g.MaxUses, Uses: g.Uses,
 		IncidentID: string(g.Incident), Reason: g.Reason, CreatedBy: g.CreatedBy.String(), CreatedAt: g.CreatedAt,
 		State: string(g.State), Suspended: g.Suspended, EndedAt: g.EndedAt, EndedBy: g.EndedBy,
+		RequestID: string(g.Request), OnBehalfOf: userText(g.OnBehalfOf), Rule: g.Rule, BreakGlass: g.BreakGlass, PolicyDigest: g.PolicyDigest,
 	}
+	for _, w := range g.Voters {
+		v.Voters = append(v.Voters, broker.PersonPrincipal(w.Name).String())
+	}
+	return v
 }
 
 func viewIncident(in client.Incident) incidentView {
@@ -230,6 +261,14 @@ func viewEvent(e client.Event) eventView {
 	return eventView{
 		Sequence: e.Sequence, Time: e.Time, Type: e.Type, Actor: e.Actor, Agent: e.Agent, Tool: e.Tool, Provider: e.Provider,
 		LeaseID: string(e.Lease), GrantID: string(e.Grant), IncidentID: string(e.Incident), Reason: e.Reason, Cause: e.Cause,
-		CorrelationID: string(e.Correlation), Details: e.Details,
+		CorrelationID: string(e.Correlation), Details: e.Details, RequestID: string(e.Request), OnBehalfOf: e.OnBehalfOf.String(),
 	}
+}
+
+// secondsText is a span as the API's JSON has it: "900s". The zero span is empty.
+func secondsText(d time.Duration) string {
+	if d == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%gs", d.Seconds())
 }

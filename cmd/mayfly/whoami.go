@@ -5,6 +5,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -15,7 +16,7 @@ func (p *program) whoamiCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:     "whoami",
 		Short:   "Show who you are to the broker",
-		Long:    "Whoami shows how the broker sees you: your SPIFFE ID, what you may be here, and\nuntil when your SVID is valid. It is the first thing to try.",
+		Long:    "Whoami shows how the broker sees you: your SPIFFE ID or your name and groups,\nwhat you may be here, and until when your SVID or session is valid. It is the\nfirst thing to try.",
 		Example: "  mayfly whoami\n  mayfly whoami --output json",
 		Args:    none,
 	}
@@ -31,12 +32,31 @@ func (p *program) whoamiCommand() *cobra.Command {
 					labels = append(labels, name+"="+w.Labels[name])
 				}
 				out.fields("",
-					"you", w.ID.String(), "roles", strings.Join(w.Roles, ", "), "owner", w.Owner,
+					"you", w.Principal.String(), "roles", strings.Join(w.Roles, ", "), "groups", strings.Join(w.Groups, ", "), "owner", w.Owner,
 					"environment", w.Environment, "labels", strings.Join(labels, " "),
-					"SVID ends", when(w.SVIDExpiresAt, p.now()),
+					"SVID ends", when(w.SVIDExpiresAt, p.now()), "session ends", when(w.SessionUntil, p.now()),
+					"signed in", signedIn(w, p.now()),
 					"broker", w.Broker.String(), "address", c.Addr(),
-					"installation", string(w.Installation), "catalog", w.CatalogDigest)
+					"installation", string(w.Installation), "catalog", w.CatalogDigest, "policies", w.PolicyDigest)
 			})
 		})
 	})
+}
+
+// signedIn says when and how a person proved who they are; empty for a workload.
+func signedIn(w client.Identity, now time.Time) string {
+	if _, person := w.Principal.Person(); !person {
+		return ""
+	}
+	s := when(w.AuthTime, now)
+	if s == "" {
+		s = "the identity provider does not say when"
+	}
+	if w.Method != "" {
+		s += ", by " + string(w.Method)
+	}
+	if w.ACR != "" {
+		s += ", class " + w.ACR
+	}
+	return s
 }

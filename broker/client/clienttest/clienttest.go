@@ -36,9 +36,18 @@ type Broker struct {
 	Incidents []*mayflyv1.Incident
 	Events    []*mayflyv1.Event
 	Strays    []*mayflyv1.Stray
-	Secret    map[string]string // what every lease gives
-	TTL       time.Duration     // of leases that ask for none; zero means 5 minutes
-	PageSize  int               // how many items there are on a page at most; zero means as many as are asked for
+	Requests  []*mayflyv1.Request
+	// Explained and Previewed are what PolicyService answers.
+	Explained *mayflyv1.ExplainResponse
+	Previewed *mayflyv1.PreviewResponse
+	// Ends is what EndAccess sends, one after the other; for a dry run, only
+	// the first. After the last one that is not done, it stays silent.
+	Ends []*mayflyv1.EndAccessProgress
+	// People is how people sign in.
+	People   People
+	Secret   map[string]string // what every lease gives
+	TTL      time.Duration     // of leases that ask for none; zero means 5 minutes
+	PageSize int               // how many items there are on a page at most; zero means as many as are asked for
 
 	// Refuse says how a call is refused; nil lets it pass. n counts the calls
 	// of the procedure from 1. The procedure is without its package.
@@ -55,14 +64,27 @@ type Broker struct {
 	minted map[string]*mayflyv1.IssueLeaseResponse // by idempotency key
 	peers  []string
 	resume bool
+	// changed is closed when a request changed, and made anew.
+	changed chan struct{}
+	asked   map[string]any // the last message of a procedure
 }
 
 // Refusal is an error as the broker sends it.
 func Refusal(code connect.Code, reason broker.Reason, message, next string) error {
-	e := connect.NewError(code, errors.New(message))
-	d, err := connect.NewErrorDetail(&mayflyv1.ErrorDetail{
-		Reason: string(reason), Next: next, CorrelationId: "c0correlation", LeaseId: "",
+	return detailed(code, message, &mayflyv1.ErrorDetail{Reason: string(reason), Next: next, CorrelationId: "c0correlation"})
+}
+
+// NeedsStepUp is the refusal of a sign-in that is too old or too weak (RFC 9470).
+func NeedsStepUp(maxAge time.Duration, acr ...string) error {
+	return detailed(connect.CodeUnauthenticated, "the sign-in is too old", &mayflyv1.ErrorDetail{
+		Reason: string(broker.ReasonStepUp), Next: "sign in again", CorrelationId: "c0correlation",
+		MaxAge: int64(maxAge / time.Second), AcrValues: acr,
 	})
+}
+
+func detailed(code connect.Code, message string, detail *mayflyv1.ErrorDetail) error {
+	e := connect.NewError(code, errors.New(message))
+	d, err := connect.NewErrorDetail(detail)
 	if err != nil {
 		panic(err) // it can always be encoded
 	}
@@ -70,23 +92,35 @@ func Refusal(code connect.Code, reason broker.Reason, message, next string) erro
 	return e
 }
 
-// Start serves on a port of loopback and returns the address and what stops it.
+// Start serves workloads on a port of loopback and returns the address and what
+// stops it.
 func (b *Broker) Start(config *tls.Config) (addr string, stop func(), err error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", nil, err
-	}
 	mux := http.NewServeMux()
+	b.services(mux)
+	return b.listen(config, b.around(mux))
+}
+
+func (b *Broker) services(mux *http.ServeMux) {
 	mux.Handle(mayflyv1connect.NewAccessServiceHandler(access{Broker: b}))
 	mux.Handle(mayflyv1connect.NewGrantServiceHandler(grants{Broker: b}))
 	mux.Handle(mayflyv1connect.NewIncidentServiceHandler(incidents{Broker: b}))
 	mux.Handle(mayflyv1connect.NewAuditServiceHandler(audit{Broker: b}))
 	mux.Handle(mayflyv1connect.NewOperatorServiceHandler(operator{Broker: b}))
+	mux.Handle(mayflyv1connect.NewRequestServiceHandler(requests{Broker: b}))
+	mux.Handle(mayflyv1connect.NewPolicyServiceHandler(policy{Broker: b}))
+}
+
+func (b *Broker) listen(config *tls.Config, handler http.Handler) (addr string, stop func(), err error) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", nil, err
+	}
 	protocols := new(http.Protocols)
 	protocols.SetHTTP2(true)
-	srv := &http.Server{Handler: b.around(mux), Protocols: protocols, TLSConfig: config, ReadHeaderTimeout: 10 * time.Second,
+	protocols.SetHTTP1(true) // for the browser's part
+	srv := &http.Server{Handler: handler, Protocols: protocols, TLSConfig: config, ReadHeaderTimeout: 10 * time.Second,
 		ErrorLog: log.New(io.Discard, "", 0)} // clients that break off are part of the tests
-	config.NextProtos = []string{"h2"}
+	config.NextProtos = []string{"h2", "http/1.1"}
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
@@ -121,6 +155,10 @@ func (b *Broker) around(next http.Handler) http.Handler {
 				return
 			}
 		}
+		if procedure == "WatchRequest" || procedure == "EndAccess" { // they last
+			next.ServeHTTP(w, r)
+			return
+		}
 		b.serial.Lock()
 		defer b.serial.Unlock()
 		if drop != nil && drop(procedure, n) {
@@ -152,6 +190,22 @@ func (b *Broker) Calls(procedure string) int {
 	b.Lock()
 	defer b.Unlock()
 	return b.calls[procedure]
+}
+
+// Asked is the last message that a procedure was called with; nil for none. It
+// is kept for requests, policies, sign-ins and EndAccess.
+func (b *Broker) Asked(procedure string) any {
+	b.Lock()
+	defer b.Unlock()
+	return b.asked[procedure]
+}
+
+// keep remembers a message. The caller holds the lock.
+func (b *Broker) keep(procedure string, m any) {
+	if b.asked == nil {
+		b.asked = map[string]any{}
+	}
+	b.asked[procedure] = m
 }
 
 // Minted says how many leases were made.
@@ -219,9 +273,16 @@ type access struct {
 	mayflyv1connect.UnimplementedAccessServiceHandler
 }
 
-func (a access) WhoAmI(context.Context, *connect.Request[mayflyv1.WhoAmIRequest]) (*connect.Response[mayflyv1.WhoAmIResponse], error) {
+func (a access) WhoAmI(_ context.Context, r *connect.Request[mayflyv1.WhoAmIRequest]) (*connect.Response[mayflyv1.WhoAmIResponse], error) {
 	a.Lock()
 	defer a.Unlock()
+	if r.Header().Get("Authorization") != "" {
+		return connect.NewResponse(&mayflyv1.WhoAmIResponse{
+			Id: "person:" + a.People.name(), Roles: []string{"operator"}, Groups: a.People.Groups, BrokerId: "spiffe://acme.test/mayfly",
+			SvidExpiresAt: timestamppb.New(a.now().Add(time.Hour + 30*time.Second)), AuthTime: timestamppb.New(a.now().Add(-2*time.Minute - time.Second)),
+			Acr: "urn:acme:mfa", SignInMethod: string(broker.SignInBrowser),
+		}), nil
+	}
 	return connect.NewResponse(a.Broker.WhoAmI), nil
 }
 
