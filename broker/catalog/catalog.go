@@ -32,6 +32,10 @@ type Snapshot struct {
 	digest    string
 	agents    map[spiffeid.ID]broker.Agent
 	groups    map[string]map[spiffeid.ID]bool
+	people    map[string]map[string]bool // group -> names of people that the catalog puts into it
+	operating map[string]bool            // groups whose members are operators
+	rules     map[string]broker.ApprovalRule
+	policies  *policy.Set
 	operators map[spiffeid.ID]bool
 	providers map[string]Provider
 	tools     map[string]broker.Tool
@@ -139,18 +143,3 @@ func (s *Snapshot) Identities() []spiffeid.ID {
 }
 
 func compareIDs(a, b spiffeid.ID) int { return strings.Compare(a.String(), b.String()) }
-
-// Policies is the policy set; policy.Builtin if the catalog has none.
-func (s *Snapshot) Policies() *policy.Set { return policy.Builtin() }
-
-// Subject is a caller as policies see it: an agent of the catalog, a person,
-// or another workload; with all its groups.
-func (s *Snapshot) Subject(c broker.Caller) policy.Subject {
-	if c.Person != nil {
-		return policy.Subject{Person: c.Person, Groups: c.Person.Groups}
-	}
-	if a, ok := s.agents[c.ID]; ok {
-		return policy.Subject{Agent: &a}
-	}
-	return policy.Subject{Service: c.ID, Operator: s.operators[c.ID]}
-}

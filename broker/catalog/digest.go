@@ -39,15 +39,22 @@ func (s *Snapshot) entries() map[string]map[string]string {
 			"labels": text(a.Labels), "disabled": fmt.Sprint(a.Disabled)}
 	}
 	for name, members := range s.groups {
-		all["group "+name] = map[string]string{"members": joinIDs(members)}
+		all["group "+name] = map[string]string{"members": joinIDs(members), "people": strings.Join(slices.Sorted(maps.Keys(s.people[name])), ", ")}
 	}
-	all["operators"] = map[string]string{"members": joinIDs(s.operators)}
+	all["operators"] = map[string]string{"members": joinIDs(s.operators), "groups": strings.Join(slices.Sorted(maps.Keys(s.operating)), ", ")}
+	for name, r := range s.rules {
+		all["rule "+name] = ruleEntry(r)
+	}
+	for _, id := range s.policies.IDs() {
+		all["policy "+id] = map[string]string{"text": s.policies.Text(id)}
+	}
 	for name, p := range s.providers {
 		all["provider "+name] = map[string]string{"driver": p.Driver, "config": text(orEmpty(p.Config))}
 	}
 	for name, t := range s.tools {
 		all["tool "+name] = map[string]string{"provider": t.Provider, "description": t.Description,
-			"max_ttl": t.MaxTTL.String(), "scope": text(orEmpty(t.Scope)), "params": text(paramsForDigest(t.Params)), "env": text(t.Env)}
+			"max_ttl": t.MaxTTL.String(), "scope": text(orEmpty(t.Scope)), "params": text(paramsForDigest(t.Params)), "env": text(t.Env),
+			"labels": text(t.Labels), "sensitivity": t.Sensitivity, "approval": ruleName(t.Approval), "break_glass": ruleName(t.BreakGlass)}
 	}
 	for id, o := range s.openers {
 		agents := map[spiffeid.ID]bool{}
@@ -58,6 +65,31 @@ func (s *Snapshot) entries() map[string]map[string]string {
 			"agents": joinIDs(agents), "max_duration": o.MaxDuration.String(), "max_open": fmt.Sprint(o.MaxOpen), "closers": o.Closers}
 	}
 	return all
+}
+
+func ruleEntry(r broker.ApprovalRule) map[string]string {
+	var need, never []string
+	for _, n := range r.Need {
+		need = append(need, fmt.Sprintf("%d of %s", n.Count, n.Group))
+	}
+	for who, not := range map[string]bool{"requester": r.NotRequester, "owner": r.NotOwner, "user": r.NotUser} {
+		if not {
+			never = append(never, who)
+		}
+	}
+	slices.Sort(never)
+	return map[string]string{"need": strings.Join(need, ", "), "never": strings.Join(never, ", "),
+		"reauthenticate_within": r.StepUp.MaxAge.String(), "acr": strings.Join(r.StepUp.ACR, ", "),
+		"user_reauthenticate_within": r.UserStepUp.MaxAge.String(), "user_acr": strings.Join(r.UserStepUp.ACR, ", "),
+		"max_duration": r.MaxDuration.String(), "expires": r.Expires.String(), "single_use": fmt.Sprint(r.SingleUse),
+		"standing": fmt.Sprint(r.Standing), "break_glass": fmt.Sprint(r.BreakGlass)}
+}
+
+func ruleName(r *broker.ApprovalRule) string {
+	if r == nil {
+		return ""
+	}
+	return r.Name
 }
 
 func text(v any) string {
@@ -121,7 +153,7 @@ func Diff(old, next *Snapshot) []string {
 // weight orders kinds of entries by how much a change of one can give.
 func weight(name string) int {
 	kind, _, _ := strings.Cut(name, " ")
-	return slices.Index([]string{"operators", "opener", "group", "provider", "tool", "agent"}, kind)
+	return slices.Index([]string{"operators", "policy", "rule", "opener", "group", "provider", "tool", "agent"}, kind)
 }
 
 func short(s string) string {

@@ -44,10 +44,20 @@ func Load(files []string, drivers map[string]providers.Driver) (*Snapshot, error
 		agents: map[spiffeid.ID]broker.Agent{}, groups: map[string]map[spiffeid.ID]bool{},
 		operators: map[spiffeid.ID]bool{}, providers: map[string]Provider{},
 		tools: map[string]broker.Tool{}, scopes: map[string]providers.ScopeInfo{},
-		openers: map[spiffeid.ID]policy.Opener{},
+		openers: map[spiffeid.ID]policy.Opener{}, people: map[string]map[string]bool{},
+		operating: map[string]bool{}, rules: map[string]broker.ApprovalRule{},
 	}, at: map[string]strictyaml.Position{}}
 	var sources []source
+	var policies []policy.Source
 	for _, name := range files {
+		if isPolicies(name) {
+			text, err := strictyaml.ReadRegular(name)
+			if err != nil {
+				return nil, fmt.Errorf("loading the catalog: %w", err)
+			}
+			policies = append(policies, policy.Source{Name: name, Text: string(text)})
+			continue
+		}
 		var s source
 		var errs strictyaml.Errors
 		var err error
@@ -62,12 +72,13 @@ func Load(files []string, drivers map[string]providers.Driver) (*Snapshot, error
 		return nil, err // what could not be read would only cause more errors
 	}
 	// What is named comes before what names it.
-	for _, step := range []func(source){l.agents, l.groups, l.operators, l.providers, l.tools, l.openers} {
+	for _, step := range []func(source){l.agents, l.groups, l.operators, l.rules, l.providers, l.tools, l.openers} {
 		for _, s := range sources {
 			step(s)
 		}
 	}
 	l.separation(sources)
+	l.policies(policies)
 	if err := l.wrong(); err != nil {
 		return nil, err
 	}
@@ -175,16 +186,20 @@ func (l *loader) agents(s source) {
 		id, ok := l.id(s, path+".id", e.ID)
 		l.text(s, path+".owner", "owner", e.Owner, true)
 		l.text(s, path+".environment", "environment", e.Environment, true)
-		if len(e.Labels) > maxLabels {
-			l.fail(s, path+".labels", "there are %d labels; at most %d are taken", len(e.Labels), maxLabels)
-		}
-		for k, v := range e.Labels {
-			l.name(s, path+".labels."+k, k)
-			l.text(s, path+".labels."+k, "label "+show(k), v, false)
-		}
+		l.labels(s, path+".labels", e.Labels)
 		if ok && l.define(s, path+".id", "agent", id.String()) {
 			l.snapshot.agents[id] = broker.Agent{ID: id, Owner: e.Owner, Environment: e.Environment, Labels: e.Labels, Disabled: e.Disabled}
 		}
+	}
+}
+
+func (l *loader) labels(s source, path string, labels map[string]string) {
+	if len(labels) > maxLabels {
+		l.fail(s, path, "there are %d labels; at most %d are taken", len(labels), maxLabels)
+	}
+	for k, v := range labels {
+		l.name(s, path+"."+k, k)
+		l.text(s, path+"."+k, "label "+show(k), v, false)
 	}
 }
 
@@ -200,7 +215,16 @@ func (l *loader) groups(s source) {
 				members[id] = true
 			}
 		}
-		l.snapshot.groups[e.Name] = members
+		people := map[string]bool{}
+		for j, name := range e.People {
+			at := fmt.Sprintf("%s.people[%d]", path, j)
+			l.person(s, at, name)
+			if people[name] {
+				l.fail(s, at, "%s is listed twice", show(name))
+			}
+			people[name] = true
+		}
+		l.snapshot.groups[e.Name], l.snapshot.people[e.Name] = members, people
 	}
 }
 
@@ -218,6 +242,7 @@ func (l *loader) operators(s source) {
 			for id := range l.group(s, path+".group", e.Group) {
 				l.snapshot.operators[id] = true
 			}
+			l.snapshot.operating[e.Group] = true
 		}
 	}
 }

@@ -52,6 +52,9 @@ func (l *loader) tools(s source) {
 		l.text(s, path+".description", "description", e.Description, true)
 		l.span(s, path+".max_ttl", "max_ttl", e.MaxTTL)
 		t := broker.Tool{Name: e.Name, Description: e.Description, Provider: e.Provider, Scope: e.Scope, MaxTTL: e.MaxTTL, Env: e.Env}
+		t.Labels, t.Sensitivity = e.Labels, l.sensitivity(s, path+".sensitivity", e.Sensitivity)
+		l.labels(s, path+".labels", e.Labels)
+		l.approval(s, path, e, &t)
 		t.Params = l.params(s, path+".params", e.Params)
 		p, ok := l.snapshot.providers[e.Provider]
 		if !ok {
@@ -169,7 +172,8 @@ func dangerous(name string) bool {
 
 // toolDigest is what a grant is bound to: everything that decides what a lease
 // of the tool can do. The description is not part of it, nor are the names of
-// environment variables.
+// environment variables, labels and sensitivity; and an approval rule has a
+// digest of its own.
 func toolDigest(t broker.Tool, p Provider, meaning json.RawMessage) string {
 	return digest(map[string]any{
 		"name": t.Name, "provider": p.Name, "driver": p.Driver, "config": orEmpty(meaning),

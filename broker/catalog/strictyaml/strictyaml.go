@@ -34,6 +34,16 @@ type Document struct {
 // ReadFile reads and decodes one regular file; see Decode. An error that has
 // no place in the file (it does not exist) is no Errors.
 func ReadFile(path string, into any) (*Document, error) {
+	data, err := ReadRegular(path)
+	if err != nil {
+		return nil, err
+	}
+	return Decode(path, data, into)
+}
+
+// ReadRegular reads one regular file, of which it takes one byte more than
+// MaxSize at most: whoever reads the content refuses what is too large.
+func ReadRegular(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("reading configuration: %w", err)
@@ -50,7 +60,7 @@ func ReadFile(path string, into any) (*Document, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading configuration %s: %w", path, err)
 	}
-	return Decode(path, data, into)
+	return data, nil
 }
 
 // Decode decodes data into the struct that into points to; file is its name in
