@@ -29,6 +29,7 @@ type Grant struct {
 	// What a grant that was asked for came from; zero for one that an operator
 	// or an incident's window made.
 	Request      RequestID `json:",omitempty"`
+	Ticket       string    `json:",omitempty"`
 	OnBehalfOf   *User     `json:",omitempty"`
 	Rule         string    `json:",omitempty"` // the approval rule; empty if policy granted it
 	RuleDigest   string    `json:",omitempty"`
@@ -69,7 +70,7 @@ type Incident struct {
 	OpenedBy  Principal
 	OpenedAt  time.Time
 	EndsAt    time.Time // the hard end: it closes by itself then
-	Grants    []GrantID // made with it; an incident never gains grants later
+	Grants    []GrantID // made with it, or asked for under it while it was open; a closed incident gains none
 	State     IncidentState
 	ClosedBy  string    // who or what closed it; empty while open
 	ClosedAt  time.Time // zero while open

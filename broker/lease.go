@@ -48,9 +48,12 @@ const (
 	CauseIncidentExpired Cause = "incident_expired" // the incident's hard end came
 	CauseGrantWithdrawn  Cause = "grant_withdrawn"
 	CauseGrantExpired    Cause = "grant_expired"
-	CauseAgentDisabled   Cause = "agent_disabled" // or removed from the catalog
-	CauseToolChanged     Cause = "tool_changed"   // or removed from the catalog
-	CauseMintFailed      Cause = "mint_failed"    // the provider failed, or did not answer: what it may have made is ended
+	CauseAgentDisabled   Cause = "agent_disabled"     // or removed from the catalog
+	CauseToolChanged     Cause = "tool_changed"       // or removed from the catalog
+	CausePolicy          Cause = "policy_changed"     // the policy set does not allow it any more
+	CauseRuleChanged     Cause = "rule_changed"       // the approval rule that its grant came by, or removed from the tool
+	CauseVoterLost       Cause = "voter_not_eligible" // a person whose vote its grant needed left the group that made the vote count
+	CauseMintFailed      Cause = "mint_failed"        // the provider failed, or did not answer: what it may have made is ended
 	CauseRestarted       Cause = "broker_restarted"
 	CauseClockSetBack    Cause = "clock_set_back" // it was made while the clock ran ahead, and would live too long
 	CauseSecretGone      Cause = "secret_gone"    // its agent asked for the secret again, which cannot be handed out any more

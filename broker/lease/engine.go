@@ -83,7 +83,10 @@ type Engine struct {
 	replays    *replays
 	keys       keyLocks
 	refusals   *refusals
+	decisions  decisions
 	watch      *broadcast // signalled when leases end
+	asks       *broadcast // signalled when requests change
+	ending     endings    // kill switches under way in this process
 
 	mintMu  sync.Mutex
 	minting map[broker.LeaseID]struct{} // attempts under way in this process
@@ -142,6 +145,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		cfg: cfg, store: cfg.Store, log: cfg.Log,
 		deliveries:  newDeliveries(),
 		watch:       newBroadcast(),
+		asks:        newBroadcast(),
 		minting:     map[broker.LeaseID]struct{}{},
 		workers:     map[string]*worker{},
 		limbo:       newLimbo(),

@@ -27,6 +27,7 @@ type epoch struct {
 	generation uint64
 	catalog    *catalog.Snapshot
 	providers  map[string]*openProvider
+	tried      *policy.Set // a set that is tried and not loaded; nil but in previews
 }
 
 // openProvider is a provider in use. It is closed when the epoch that holds it
@@ -112,14 +113,6 @@ func (e *Engine) settled() *epoch {
 	e.loadMu.RLock()
 	defer e.loadMu.RUnlock()
 	return e.current.Load()
-}
-
-// facts are what policy needs of one grant, by this epoch's catalog.
-func (ep *epoch) facts(g broker.Grant, in broker.Incident) policy.GrantFacts {
-	f := policy.GrantFacts{Grant: g, Incident: in}
-	f.Agent, f.AgentKnown = ep.catalog.Agent(g.Agent)
-	f.Tool, f.ToolKnown = ep.catalog.Tool(g.Tool)
-	return f
 }
 
 // agent returns a refusal unless the caller is a known and enabled agent.

@@ -28,7 +28,7 @@ func (e *Engine) ForgetLease(ctx context.Context, caller broker.Caller, id broke
 }
 
 func (e *Engine) forgetLease(ctx context.Context, caller broker.Caller, id broker.LeaseID, reason string) (broker.Lease, error) {
-	if err := policy.Administer(caller.ID, e.Catalog().Operator(caller.ID), "have leases forgotten").Err(); err != nil {
+	if _, err := e.administer(ctx, e.current.Load(), caller, policy.VerbForgetLease); err != nil {
 		return broker.Lease{}, err
 	}
 	if err := requireReason(reason, "forgetting a lease"); err != nil {

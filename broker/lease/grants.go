@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -44,11 +45,12 @@ func (e *Engine) createGrant(ctx context.Context, caller broker.Caller, req Gran
 		return broker.Grant{}, err
 	}
 	ep := e.settled()
-	if err := policy.Administer(caller.ID, ep.catalog.Operator(caller.ID), "make grants").Err(); err != nil {
+	verdict, err := e.administer(ctx, ep, caller, policy.VerbMakeGrant)
+	if err != nil {
 		return broker.Grant{}, err
 	}
 	now := e.clock.now()
-	g, err := ep.newGrant(req, caller.ID, now)
+	g, err := ep.newGrant(req, caller.Principal(), now)
 	if err != nil {
 		return broker.Grant{}, err
 	}
@@ -71,7 +73,7 @@ func (e *Engine) createGrant(ctx context.Context, caller broker.Caller, req Gran
 			made, _, err = get[broker.Grant](t, keyGrant(broker.GrantID(id)))
 			return err
 		}
-		return openGrant(t, g, caller)
+		return openGrant(t, g, caller, verdict)
 	})
 	if err != nil {
 		return broker.Grant{}, again(err)
@@ -81,7 +83,7 @@ func (e *Engine) createGrant(ctx context.Context, caller broker.Caller, req Gran
 }
 
 // newGrant checks a request and makes the grant that it asks for.
-func (ep *epoch) newGrant(req GrantRequest, by spiffeid.ID, now time.Time) (broker.Grant, error) {
+func (ep *epoch) newGrant(req GrantRequest, by broker.Principal, now time.Time) (broker.Grant, error) {
 	if err := broker.CheckText("reason", req.Reason, broker.MaxReason); err != nil {
 		return broker.Grant{}, err
 	}
@@ -92,7 +94,7 @@ func (ep *epoch) newGrant(req GrantRequest, by spiffeid.ID, now time.Time) (brok
 	if !known || agent.Disabled {
 		return broker.Grant{}, policy.AgentRefusal(req.Agent.String(), known)
 	}
-	if req.Agent == by {
+	if broker.WorkloadPrincipal(req.Agent) == by {
 		return broker.Grant{}, broker.Refuse(broker.ReasonSelfService, "nobody makes a grant for itself", "let another operator make it")
 	}
 	tool, ok := ep.catalog.Tool(req.Tool)
@@ -127,7 +129,8 @@ func (ep *epoch) newGrant(req GrantRequest, by spiffeid.ID, now time.Time) (brok
 	return broker.Grant{
 		ID: broker.NewGrantID(now), Agent: req.Agent, Tool: tool.Name, ToolDigest: tool.Digest,
 		Params: maps.Clone(req.Params), NotBefore: from.UTC(), NotAfter: req.NotAfter.UTC(), MaxUses: req.MaxUses,
-		Reason: req.Reason, CreatedBy: broker.WorkloadPrincipal(by), CreatedAt: now, State: broker.GrantOpen,
+		Reason: req.Reason, CreatedBy: by, CreatedAt: now, State: broker.GrantOpen,
+		PolicyDigest: ep.policies().Digest(),
 	}, nil
 }
 
@@ -160,8 +163,9 @@ func again(err error) error {
 	return err
 }
 
-// openGrant writes a new grant, its indexes and its evidence.
-func openGrant(t store.Txn, g broker.Grant, caller broker.Caller) error {
+// openGrant writes a new grant, its indexes and its evidence. caller is whose
+// act made it, and verdict what allowed that.
+func openGrant(t store.Txn, g broker.Grant, caller broker.Caller, verdict policy.Verdict) error {
 	if err := put(t, keyGrant(g.ID), g); err != nil {
 		return err
 	}
@@ -171,12 +175,17 @@ func openGrant(t store.Txn, g broker.Grant, caller broker.Caller) error {
 	if err := t.Put(keyHouse(g.NotAfter, houseGrant, string(g.ID)), nil); err != nil {
 		return err
 	}
+	if err := indexVotes(g, func(key string) error { return t.Put(key, nil) }); err != nil {
+		return err
+	}
 	ev := grantEvent(g, g.CreatedAt, audit.GrantCreated)
-	ev.Actor, ev.Reason, ev.Correlation = g.CreatedBy.String(), g.Reason, caller.Correlation
+	ev.Actor, ev.Reason, ev.Correlation = caller.Principal().String(), g.Reason, caller.Correlation
 	ev.Details = map[string]string{
 		"not_before": g.NotBefore.Format(time.RFC3339), "not_after": g.NotAfter.Format(time.RFC3339),
 		"max_uses": fmt.Sprint(g.MaxUses), "tool_digest": g.ToolDigest,
 	}
+	tellVerdict(ev.Details, verdict)
+	tellOrigin(ev.Details, g)
 	for k, v := range g.Params {
 		ev.Details["param."+k] = v
 	}
@@ -184,7 +193,32 @@ func openGrant(t store.Txn, g broker.Grant, caller broker.Caller) error {
 }
 
 func grantEvent(g broker.Grant, now time.Time, what audit.Type) audit.Event {
-	return audit.Event{Time: now, Type: what, Agent: g.Agent.String(), Tool: g.Tool, Grant: g.ID, Incident: g.Incident}
+	ev := audit.Event{Time: now, Type: what, Agent: g.Agent.String(), Tool: g.Tool, Grant: g.ID, Incident: g.Incident, Request: g.Request}
+	if g.OnBehalfOf != nil {
+		ev.OnBehalfOf = g.OnBehalfOf.Principal()
+	}
+	return ev
+}
+
+// tellOrigin puts into the details of a piece of evidence what a grant that
+// was asked for came from.
+func tellOrigin(details map[string]string, g broker.Grant) {
+	if g.Ticket != "" {
+		details["ticket"] = g.Ticket
+	}
+	if g.Rule != "" {
+		details["rule"], details["rule_digest"] = g.Rule, g.RuleDigest
+	}
+	if g.BreakGlass {
+		details["break_glass"] = "true"
+	}
+	if len(g.Voters) > 0 {
+		names := make([]string, len(g.Voters))
+		for i, v := range g.Voters {
+			names[i] = v.Name + " (" + v.Group + ")"
+		}
+		details["voters"] = broker.Shorten(strings.Join(names, ", "), 2000)
+	}
 }
 
 // endGrant ends a grant that is open; one that is not stays as it is.
@@ -195,6 +229,9 @@ func endGrant(t store.Txn, id broker.GrantID, now time.Time, state broker.GrantS
 	}
 	g.State, g.EndedAt, g.EndedBy = state, now, why.Actor
 	if err := t.Delete(keyGrantOf(g)); err != nil {
+		return err
+	}
+	if err := indexVotes(g, t.Delete); err != nil {
 		return err
 	}
 	if err := put(t, keyGrant(id), g); err != nil {
@@ -239,7 +276,7 @@ func (e *Engine) withdrawGrant(ctx context.Context, caller broker.Caller, id bro
 	if err := broker.CheckText("reason", reason, broker.MaxReason); err != nil {
 		return broker.Grant{}, Ended{}, err
 	}
-	if err := policy.Administer(caller.ID, e.Catalog().Operator(caller.ID), "withdraw grants").Err(); err != nil {
+	if _, err := e.administer(ctx, e.current.Load(), caller, policy.VerbWithdrawGrant); err != nil {
 		return broker.Grant{}, Ended{}, err
 	}
 	why := sweepRecord{Cause: broker.CauseGrantWithdrawn, Actor: caller.Principal().String(), Reason: reason, Correlation: caller.Correlation}

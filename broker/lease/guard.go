@@ -2,6 +2,7 @@ package lease
 
 import (
 	"errors"
+	"time"
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/policy"
@@ -13,10 +14,12 @@ import (
 var errStale = errors.New("the catalog was exchanged meanwhile")
 
 // guard reads, in the transaction that it guards, everything that a lease of
-// the grant lives on: the catalog's generation, the grant and its incident
-// (I5). A reload, a withdrawal and a close each write one of these keys, so
-// that a commit which read them before cannot stand beside one of those.
-func (ep *epoch) guard(r getter, grant broker.GrantID) (policy.GrantFacts, error) {
+// the grant lives on: the catalog's generation, the grant, its incident, and
+// what is known of those on whose votes it stands (I5). A reload, a withdrawal,
+// a close and a group lost each write one of these keys, so that a commit which
+// read them before cannot stand beside one of those. params are the lease's,
+// for the policies; nil means those of the grant.
+func (ep *epoch) guard(r getter, grant broker.GrantID, params map[string]string, now time.Time) (policy.GrantFacts, error) {
 	cat, _, err := get[catalogRecord](r, keyCatalog)
 	if err != nil {
 		return policy.GrantFacts{}, err
@@ -24,12 +27,12 @@ func (ep *epoch) guard(r getter, grant broker.GrantID) (policy.GrantFacts, error
 	if cat.Generation != ep.generation {
 		return policy.GrantFacts{}, errStale
 	}
-	return ep.read(r, grant)
+	return ep.read(r, grant, params, now)
 }
 
 // read is guard without the generation: for readers, who decide nothing that
 // a commit makes last.
-func (ep *epoch) read(r getter, grant broker.GrantID) (policy.GrantFacts, error) {
+func (ep *epoch) read(r getter, grant broker.GrantID, params map[string]string, now time.Time) (policy.GrantFacts, error) {
 	g, ok, err := get[broker.Grant](r, keyGrant(grant))
 	if err != nil {
 		return policy.GrantFacts{}, err
@@ -44,14 +47,28 @@ func (ep *epoch) read(r getter, grant broker.GrantID) (policy.GrantFacts, error)
 			return policy.GrantFacts{}, err
 		}
 	}
-	return ep.facts(g, in), nil
+	return ep.weigh(r, g, in, params, now)
+}
+
+// weigh is read for a grant and an incident that were read.
+func (ep *epoch) weigh(r getter, g broker.Grant, in broker.Incident, params map[string]string, now time.Time) (f policy.GrantFacts, err error) {
+	f = policy.GrantFacts{Grant: g, Incident: in}
+	f.Agent, f.AgentKnown = ep.catalog.Agent(g.Agent)
+	f.Tool, f.ToolKnown = ep.catalog.Tool(g.Tool)
+	if f.Lost, err = ep.lost(r, g); err != nil {
+		return policy.GrantFacts{}, err
+	}
+	if f.AgentKnown && f.ToolKnown { // of what is not known nothing is allowed
+		f.Policy = ep.decide(ep.aboutGrant(f, params, now))
+	}
+	return f, nil
 }
 
 // asked is a request that may carry an idempotency key.
 type asked struct {
 	caller broker.Principal
 	key    string // empty: the request stands alone
-	kind   string // of what it makes: "lease", "grant" or "incident"
+	kind   string // of what it makes: "lease", "grant", "incident" or "request"
 	digest string // of the request, so that a key is not used for two
 }
 

@@ -18,6 +18,10 @@ const (
 	houseGrant    = "grant"    // a grant's NotAfter has come
 	houseIncident = "incident" // an incident's hard end has come
 	houseLease    = "lease"    // an ended lease's record has been kept long enough
+	houseRequest  = "request"  // a request that is pending has expired
+	// A user's token has expired, and need be bound to nobody any more.
+	houseUserToken = "usertoken"
+	houseRecovery  = "recovery" // the end of a recovery has come
 )
 
 // houseEvery is how often the housekeeper looks when nothing tells it to: it
@@ -187,7 +191,8 @@ func (h *housekeeper) forget(ctx context.Context, keys []string) error {
 
 // due lists keys whose time has come. What is to be forgotten is judged by the
 // earlier clock: a jump forward must not cost records, and with them the
-// idempotency keys that keep a second lease from being made.
+// idempotency keys that keep a second lease from being made, nor the binding
+// of a user's token.
 func (h *housekeeper) due(ctx context.Context) (keys []string, err error) {
 	early := h.e.clock.early()
 	err = h.e.store.View(ctx, func(r store.Reader) error {
@@ -196,7 +201,7 @@ func (h *housekeeper) due(ctx context.Context) (keys []string, err error) {
 			if err != nil {
 				return err
 			}
-			if strings.Contains(entry.Key, "|"+houseLease+"|") {
+			if strings.Contains(entry.Key, "|"+houseLease+"|") || strings.Contains(entry.Key, "|"+houseUserToken+"|") {
 				if at, err := timeOfKey(entry.Key, 1); err != nil || at.After(early) {
 					if err != nil {
 						return err
@@ -261,6 +266,17 @@ func (h *housekeeper) one(ctx context.Context, key string) error {
 		}
 		_, err = e.sweepIncident(ctx, broker.IncidentID(id), why)
 		return err
+	case houseRequest:
+		return e.expireRequest(ctx, key, broker.RequestID(id), now)
+	case houseUserToken:
+		return e.update(ctx, now, func(t store.Txn) error {
+			if err := t.Delete(key); err != nil {
+				return err
+			}
+			return t.Delete(keyUserToken(id))
+		})
+	case houseRecovery:
+		return e.endRecovery(ctx, key, now)
 	default:
 		return fmt.Errorf("there is no housekeeping of kind %q", kind)
 	}

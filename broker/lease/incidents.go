@@ -2,6 +2,7 @@ package lease
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -62,10 +63,14 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 		OpenedBy: caller.Principal(), OpenedAt: now, EndsAt: now.Add(duration), State: broker.IncidentOpen,
 	}
 	var grants []broker.Grant
+	var verdict policy.Verdict // of the last; each allowed it
 	for _, agent := range req.Agents {
 		for _, tool := range req.Tools {
-			g, err := ep.newGrant(GrantRequest{Agent: agent, Tool: tool, NotAfter: in.EndsAt, Reason: in.Title}, caller.ID, now)
+			g, err := ep.newGrant(GrantRequest{Agent: agent, Tool: tool, NotAfter: in.EndsAt, Reason: in.Title}, caller.Principal(), now)
 			if err != nil {
+				return broker.Incident{}, err
+			}
+			if verdict, err = e.mayOpen(ep, caller, g, in); err != nil {
 				return broker.Incident{}, err
 			}
 			g.Incident = in.ID
@@ -106,7 +111,7 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 			return err
 		}
 		for _, g := range grants {
-			if err := openGrant(t, g, caller); err != nil {
+			if err := openGrant(t, g, caller, verdict); err != nil {
 				return err
 			}
 		}
@@ -114,7 +119,7 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 			Time: now, Type: audit.IncidentOpened, Actor: caller.Principal().String(), Incident: in.ID,
 			Tool: strings.Join(req.Tools, ","), Agent: joinIDs(req.Agents),
 			Reason: in.Title, Correlation: caller.Correlation,
-			Details: map[string]string{"reference": in.Reference, "ends_at": in.EndsAt.Format(time.RFC3339)},
+			Details: tellVerdict(map[string]string{"reference": in.Reference, "ends_at": in.EndsAt.Format(time.RFC3339)}, verdict),
 		})
 	})
 	if err != nil {
@@ -122,6 +127,20 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 	}
 	e.house.dueAt(made.EndsAt)
 	return made, nil
+}
+
+// mayOpen asks the policy set whether a window may be opened for one grant.
+func (e *Engine) mayOpen(ep *epoch, caller broker.Caller, g broker.Grant, in broker.Incident) (policy.Verdict, error) {
+	agent, _ := ep.catalog.Agent(g.Agent)
+	tool, _ := ep.catalog.Tool(g.Tool)
+	v := e.decide(ep, policy.Query{
+		Action: policy.ActionOpenIncident, Subject: ep.catalog.Subject(caller), Tool: &tool, Agent: &agent,
+		Duration: in.EndsAt.Sub(in.OpenedAt), Reason: in.Title, Incident: in, Requester: caller.Principal(), Now: in.OpenedAt,
+	})
+	if !v.Allowed {
+		return v, v.Refusal(callerName(caller), fmt.Sprintf("open a window with %s for %s", g.Tool, g.Agent))
+	}
+	return v, nil
 }
 
 func checkIncident(req *IncidentRequest) error {
@@ -178,6 +197,7 @@ func (e *Engine) closeIncident(ctx context.Context, caller broker.Caller, id bro
 		return broker.Incident{}, Ended{}, err
 	}
 	ep := e.current.Load() // ending does not wait for a reload
+	sees := e.seesAll(ctx, ep, caller)
 	why := sweepRecord{Cause: broker.CauseIncidentClosed, Actor: caller.Principal().String(), Reason: reason, Correlation: caller.Correlation}
 	var in broker.Incident
 	now := e.clock.now()
@@ -189,14 +209,14 @@ func (e *Engine) closeIncident(ctx context.Context, caller broker.Caller, id bro
 		if !ok {
 			return policy.NotFound("incident", string(id))
 		}
-		if err := policy.CloseIncident(caller.ID, was, ep.isCloser(caller.ID, was), ep.sees(caller.ID, was)).Err(); err != nil {
+		if err := policy.CloseIncident(caller.ID, was, ep.isCloser(caller.ID, was), sees || ep.sees(caller, was)).Err(); err != nil {
 			return err
 		}
 		in, err = closeIncident(t, id, now, why)
 		return err
 	})
 	if untellable(err) {
-		err = e.closeAnyway(ctx, caller, ep, id, why, err)
+		err = e.closeAnyway(ctx, caller, ep, sees, id, why, err)
 	}
 	if err != nil {
 		return broker.Incident{}, Ended{}, err

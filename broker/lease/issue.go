@@ -76,6 +76,10 @@ func (e *Engine) issue(ctx context.Context, caller broker.Caller, req IssueReque
 	if err := checkKey(req.Key); err != nil {
 		return nil, err
 	}
+	if caller.Person != nil {
+		return nil, broker.Refuse(broker.ReasonPermissionDenied,
+			"a person draws no credentials: those of a grant are its agent's alone", "let the agent ask with its own identity")
+	}
 	ep := e.settled()
 	if err := ep.agent(caller.ID); err != nil {
 		return nil, err
@@ -154,11 +158,11 @@ func (e *Engine) attempt(ctx context.Context, ep *epoch, caller broker.Caller, r
 	if err := ep.agent(caller.ID); err != nil {
 		return nil, err
 	}
-	candidates, err := e.candidates(ctx, ep, caller.ID, req.Tool)
+	now := e.clock.now()
+	candidates, err := e.candidates(ctx, ep, caller.ID, req, now)
 	if err != nil {
 		return nil, err
 	}
-	now := e.clock.now()
 	tool, ask, err := ep.ask(req)
 	switch {
 	case broker.ReasonOf(err) == broker.ReasonToolUnknown:
@@ -167,6 +171,10 @@ func (e *Engine) attempt(ctx context.Context, ep *epoch, caller broker.Caller, r
 		return nil, err // without a grant, what the tool takes is not told
 	}
 	i, end, d := policy.Pick(tool.Name, candidates, ask, now)
+	if len(candidates) > 0 {
+		f := candidates[max(i, 0)] // the one that was chosen, or the first
+		e.decisions.add(ep.aboutGrant(f, req.Params, now), f.Policy)
+	}
 	if err := d.Err(); err != nil {
 		return nil, err
 	}
@@ -196,7 +204,7 @@ func (e *Engine) attempt(ctx context.Context, ep *epoch, caller broker.Caller, r
 			return nil, err
 		}
 	}
-	m := &minter{e: e, ep: ep, p: p, tool: tool, caller: caller, ask: ask, l: l, asked: req.asked(caller.Principal()), place: place}
+	m := &minter{e: e, ep: ep, p: p, tool: tool, caller: caller, ask: ask, l: l, facts: candidates[i], asked: req.asked(caller.Principal()), place: place}
 	defer m.done()
 	if p.traits.Inert {
 		return m.inert(ctx)
@@ -205,7 +213,8 @@ func (e *Engine) attempt(ctx context.Context, ep *epoch, caller broker.Caller, r
 }
 
 // candidates are the open grants of an agent for a tool.
-func (e *Engine) candidates(ctx context.Context, ep *epoch, agent spiffeid.ID, tool string) (candidates []policy.GrantFacts, err error) {
+func (e *Engine) candidates(ctx context.Context, ep *epoch, agent spiffeid.ID, req IssueRequest, now time.Time) (candidates []policy.GrantFacts, err error) {
+	tool := req.Tool
 	if strings.Contains(tool, "|") {
 		return nil, nil // there is no such tool, and it would divide the key
 	}
@@ -216,7 +225,7 @@ func (e *Engine) candidates(ctx context.Context, ep *epoch, agent spiffeid.ID, t
 			if err != nil {
 				return err
 			}
-			f, err := ep.read(r, broker.GrantID(lastPart(entry.Key)))
+			f, err := ep.read(r, broker.GrantID(lastPart(entry.Key)), req.Params, now)
 			if err != nil {
 				return err
 			}
@@ -337,7 +346,7 @@ func (e *Engine) held(ctx context.Context, id broker.LeaseID) (l leaseRecord, ok
 		if !l.Usable(e.clock.late()) || e.doomed(&l) {
 			return nil
 		}
-		f, err := ep.read(r, l.Grant)
+		f, err := ep.read(r, l.Grant, l.Params, e.clock.late())
 		if err != nil {
 			return err
 		}

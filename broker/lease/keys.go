@@ -30,6 +30,14 @@ import (
 //	house|time|kind|ID             when a grant, an incident or an ended lease is next looked at
 //	revoking|time|ID               the leases in state revoking, by their end
 //	sweep|kind|ID                  a change whose leases may not all have been told
+//	request|ID                     the request                            (guard)
+//	requests|agent|ID              the requests of an agent
+//	waiting|ID                     the requests that are pending; the value is their incident
+//	asking|agent                   how many requests of an agent are pending (guard)
+//	person|digest                  what the identity provider said last of a person (guard)
+//	votes|digest|grant             the open grants that stand on a person's vote
+//	usertoken|digest               the agent that a user's token is bound to (guard)
+//	meta|recovery                  who may administer for a while whatever the policies say
 //	meta|restored                  the mark of a backup that was put in place: the restore is not done
 //	stray|provider|name            something at a provider that nobody here answers for
 const (
@@ -37,6 +45,7 @@ const (
 	keyClock        = "meta|clock"
 	keyCatalog      = "meta|catalog"
 	keyBackup       = "meta|restored"
+	keyRecovery     = "meta|recovery"
 
 	prefixLease    = "lease|"
 	prefixGrant    = "grant|"
@@ -47,6 +56,8 @@ const (
 	prefixHouse    = "house|"
 	prefixDue      = "due|"
 	prefixStray    = "stray|"
+	prefixRequest  = "request|"
+	prefixWaiting  = "waiting|"
 )
 
 func keyLease(id broker.LeaseID) string       { return prefixLease + string(id) }
@@ -100,6 +111,27 @@ func prefixStraysOf(provider string) string { return prefixStray + provider + "|
 
 // The name of a stray is another system's, and may hold a "|".
 func keyStray(provider, name string) string { return prefixStraysOf(provider) + name }
+
+func keyRequest(id broker.RequestID) string { return prefixRequest + string(id) }
+func keyWaiting(id broker.RequestID) string { return prefixWaiting + string(id) }
+func keyAsking(agent spiffeid.ID) string    { return "asking|" + agent.String() }
+
+func prefixRequestsOf(agent spiffeid.ID) string { return "requests|" + agent.String() + "|" }
+
+func keyRequestOf(agent spiffeid.ID, id broker.RequestID) string {
+	return prefixRequestsOf(agent) + string(id)
+}
+
+// A person is named by personDigest: what the identity provider calls them may
+// hold anything.
+func keyPerson(digest string) string     { return "person|" + digest }
+func prefixVotesOf(digest string) string { return "votes|" + digest + "|" }
+
+func keyVote(digest string, grant broker.GrantID) string {
+	return prefixVotesOf(digest) + string(grant)
+}
+
+func keyUserToken(digest string) string { return "usertoken|" + digest }
 
 // keyTime writes an instant so that the order of keys is the order of time.
 // Instants before 1970 count as 1970.

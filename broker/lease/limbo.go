@@ -76,7 +76,7 @@ func underWay(err error) error {
 }
 
 // closeAnyway closes an incident that the store could not be told of.
-func (e *Engine) closeAnyway(ctx context.Context, caller broker.Caller, ep *epoch, id broker.IncidentID, why sweepRecord, cause error) error {
+func (e *Engine) closeAnyway(ctx context.Context, caller broker.Caller, ep *epoch, sees bool, id broker.IncidentID, why sweepRecord, cause error) error {
 	var in broker.Incident
 	err := e.store.View(context.WithoutCancel(ctx), func(r store.Reader) error {
 		var ok bool
@@ -87,7 +87,7 @@ func (e *Engine) closeAnyway(ctx context.Context, caller broker.Caller, ep *epoc
 		if !ok {
 			return policy.NotFound("incident", string(id))
 		}
-		return policy.CloseIncident(caller.ID, in, ep.isCloser(caller.ID, in), ep.sees(caller.ID, in)).Err()
+		return policy.CloseIncident(caller.ID, in, ep.isCloser(caller.ID, in), sees || ep.sees(caller, in)).Err()
 	})
 	if err != nil {
 		return storeRefusal(err)

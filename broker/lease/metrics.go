@@ -22,6 +22,9 @@ type metrics struct {
 	end       *prometheus.HistogramVec
 	lateDeath *prometheus.HistogramVec
 	left      *prometheus.CounterVec
+
+	requests   *prometheus.CounterVec
+	breakGlass *prometheus.CounterVec
 }
 
 func newMetrics(reg prometheus.Registerer, e *Engine) *metrics {
@@ -40,8 +43,12 @@ func newMetrics(reg prometheus.Registerer, e *Engine) *metrics {
 		left: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "mayfly_provider_calls_left_behind_total", Help: "Calls that a provider did not answer in its time nor soon after, by provider and call."}, []string{"provider", "call"}),
 	}
+	m.requests = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "mayfly_requests_total", Help: "Requests that were made or decided, by what became of them: pending, granted, denied, expired, withdrawn or void."}, []string{"outcome"})
+	m.breakGlass = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "mayfly_break_glass_requests_total", Help: "Requests made under a rule for emergencies, by tool."}, []string{"tool"})
 	if reg != nil {
-		reg.MustRegister(m.issued, m.refused, m.mint, m.end, m.lateDeath, m.left, leaseCollector{e}, gateCollector{e})
+		reg.MustRegister(m.requests, m.breakGlass, m.issued, m.refused, m.mint, m.end, m.lateDeath, m.left, accessCollector{e}, leaseCollector{e}, gateCollector{e})
 	}
 	return m
 }

@@ -25,6 +25,7 @@ type minter struct {
 	caller broker.Caller
 	ask    policy.Ask
 	l      *leaseRecord
+	facts  policy.GrantFacts // that decided last
 	asked  asked
 	place  *place // at the provider's gate; nil where none is needed
 
@@ -221,10 +222,11 @@ func (m *minter) settle(minted providers.Minted) {
 // admit decides again, inside the transaction, whether the lease may be made,
 // counts its use, and takes its idempotency key.
 func (m *minter) admit(t store.Txn, now time.Time) error {
-	f, err := m.ep.guard(t, m.l.Grant)
+	f, err := m.ep.guard(t, m.l.Grant, m.l.Params, now)
 	if err != nil {
 		return err
 	}
+	m.facts = f
 	if _, d := f.Issue(m.ask, now); d.Err() != nil {
 		return d.Err()
 	}
@@ -266,6 +268,11 @@ func (m *minter) event(l *leaseRecord, now time.Time, what audit.Type) audit.Eve
 	if ev.Details == nil {
 		ev.Details = map[string]string{}
 	}
+	ev.Request = m.facts.Grant.Request
+	if user := m.facts.Grant.OnBehalfOf; user != nil {
+		ev.OnBehalfOf = user.Principal()
+	}
+	tellVerdict(ev.Details, m.facts.Policy)
 	ev.Details["end"] = l.End.Format(time.RFC3339)
 	for k, v := range l.Params {
 		ev.Details["param."+k] = v
@@ -337,10 +344,11 @@ func (m *minter) activate(ctx context.Context, h providers.Handle) (refusal *bro
 			if l, err = mustLease(t, m.l.ID); err != nil {
 				return err
 			}
-			f, err := m.ep.guard(t, m.l.Grant)
+			f, err := m.ep.guard(t, m.l.Grant, l.Params, now)
 			if err != nil {
 				return err
 			}
+			m.facts = f
 			l.Handle, l.MintDone = h, true
 			l.DiesAt, l.Survives, l.Static = m.l.DiesAt, m.l.Survives, m.l.Static
 			if l.State == broker.LeaseMinting {
@@ -392,8 +400,10 @@ func lateRefusal(cause broker.Cause, id broker.LeaseID) *broker.Error {
 		reason = broker.ReasonIncidentClosed
 	case broker.CauseAgentDisabled:
 		reason = broker.ReasonAgentDisabled
-	case broker.CauseToolChanged:
+	case broker.CauseToolChanged, broker.CauseRuleChanged:
 		reason = broker.ReasonGrantSuspended
+	case broker.CausePolicy:
+		reason = broker.ReasonPolicy
 	case broker.CauseTTL, broker.CauseMintFailed:
 		reason = broker.ReasonProvider
 	}

@@ -2,6 +2,7 @@ package lease
 
 import (
 	"context"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -64,8 +65,9 @@ func (e *Engine) Leases(ctx context.Context, f LeaseFilter, after string, size i
 	})
 }
 
-// Lease returns one lease. owner, if not zero, is the agent that asks: a lease
-// of another agent is not found, like one that does not exist.
+// Lease returns one lease. owner, as of Owner, is the agent whose leases are
+// seen: a lease of another agent is not found, like one that does not exist.
+// The zero ID sees them all.
 func (e *Engine) Lease(ctx context.Context, id broker.LeaseID, owner spiffeid.ID) (broker.Lease, error) {
 	var l leaseRecord
 	err := e.store.View(ctx, func(r store.Reader) error {
@@ -84,7 +86,7 @@ func (e *Engine) Lease(ctx context.Context, id broker.LeaseID, owner spiffeid.ID
 }
 
 // RevokeLease ends one lease, and waits a moment for its death. The caller is
-// its agent, or an operator; to anybody else it does not exist. Ending what
+// its agent, or may end leases; to whoever does not see it it does not exist. Ending what
 // has ended changes nothing.
 func (e *Engine) RevokeLease(ctx context.Context, caller broker.Caller, id broker.LeaseID, reason string) (broker.Lease, error) {
 	l, err := e.revokeLease(ctx, caller, id, reason)
@@ -98,13 +100,21 @@ func (e *Engine) revokeLease(ctx context.Context, caller broker.Caller, id broke
 	if err := broker.CheckText("reason", reason, broker.MaxReason); err != nil {
 		return broker.Lease{}, err
 	}
-	owner := caller.ID
-	if e.Catalog().Operator(caller.ID) {
-		owner = spiffeid.ID{}
+	l, err := e.Lease(ctx, id, spiffeid.ID{})
+	if err != nil {
+		return broker.Lease{}, err
 	}
-	l, err := e.Lease(ctx, id, owner)
-	if err != nil || l.State.Ended() {
-		return l, err
+	if caller.ID != l.Agent {
+		ep := e.current.Load()
+		if _, err := e.administer(ctx, ep, caller, policy.VerbRevokeLease); err != nil {
+			if !e.seesAll(ctx, ep, caller) {
+				err = policy.NotFound("lease", string(id))
+			}
+			return broker.Lease{}, err
+		}
+	}
+	if l.State.Ended() {
+		return l, nil
 	}
 	cause := broker.CauseRevoked
 	if caller.ID == l.Agent {
@@ -119,7 +129,7 @@ func (e *Engine) revokeLease(ctx context.Context, caller broker.Caller, id broke
 	if _, err := e.awaitEnd(ctx, []broker.LeaseID{id}); err != nil {
 		return broker.Lease{}, err
 	}
-	return e.Lease(context.WithoutCancel(ctx), id, owner)
+	return e.Lease(context.WithoutCancel(ctx), id, spiffeid.ID{})
 }
 
 // GrantFilter says which grants to list. Zero fields match everything.
@@ -146,6 +156,7 @@ func (e *Engine) Grants(ctx context.Context, f GrantFilter, after string, size i
 		}
 	}
 	ep := e.current.Load()
+	now := e.clock.now()
 	return page(ctx, e.store, prefix, after, size, func(r store.Reader, key string) (GrantView, bool, error) {
 		g, ok, err := get[broker.Grant](r, keyGrant(broker.GrantID(lastPart(key))))
 		if err != nil || !ok {
@@ -154,8 +165,23 @@ func (e *Engine) Grants(ctx context.Context, f GrantFilter, after string, size i
 		match := (f.Agent.IsZero() || g.Agent == f.Agent) &&
 			(f.Tool == "" || g.Tool == f.Tool) &&
 			(f.Incident == "" || g.Incident == f.Incident)
-		return GrantView{Grant: g, Suspended: g.State == broker.GrantOpen && ep.facts(g, broker.Incident{}).Suspended()}, match, nil
+		if !match {
+			return GrantView{}, false, nil
+		}
+		v, err := ep.grantView(r, g, now)
+		return v, true, err
 	})
+}
+
+// grantView is a grant by this epoch's catalog.
+func (ep *epoch) grantView(r getter, g broker.Grant, now time.Time) (GrantView, error) {
+	v := GrantView{Grant: g}
+	if g.State != broker.GrantOpen {
+		return v, nil
+	}
+	f, err := ep.read(r, g.ID, nil, now)
+	v.Suspended = f.Suspended()
+	return v, err
 }
 
 // IncidentView is an incident with its grants and how many of its leases have
@@ -167,19 +193,20 @@ type IncidentView struct {
 }
 
 // Incident returns one incident to whoever may see it: its opener, its closers
-// and operators. To anybody else it does not exist.
+// and those who see all. To anybody else it does not exist.
 func (e *Engine) Incident(ctx context.Context, caller broker.Caller, id broker.IncidentID) (IncidentView, error) {
 	ep := e.current.Load()
+	all, now := e.seesAll(ctx, ep, caller), e.clock.now()
 	var v IncidentView
 	err := e.store.View(ctx, func(r store.Reader) error {
 		in, ok, err := get[broker.Incident](r, keyIncident(id))
 		if err != nil {
 			return err
 		}
-		if !ok || !ep.sees(caller.ID, in) {
+		if !ok || !all && !ep.sees(caller, in) {
 			return policy.NotFound("incident", string(id))
 		}
-		v, err = ep.view(r, in)
+		v, err = ep.view(r, in, now)
 		return err
 	})
 	return v, storeRefusal(err)
@@ -189,28 +216,34 @@ func (e *Engine) Incident(ctx context.Context, caller broker.Caller, id broker.I
 // opening; all says whether closed ones are among them.
 func (e *Engine) Incidents(ctx context.Context, caller broker.Caller, all bool, after string, size int) (Page[IncidentView], error) {
 	ep := e.current.Load()
+	seesAll, now := e.seesAll(ctx, ep, caller), e.clock.now()
 	return page(ctx, e.store, prefixIncident, after, size, func(r store.Reader, key string) (IncidentView, bool, error) {
 		in, ok, err := get[broker.Incident](r, key)
-		if err != nil || !ok || !ep.sees(caller.ID, in) || !all && in.State != broker.IncidentOpen {
+		if err != nil || !ok || !seesAll && !ep.sees(caller, in) || !all && in.State != broker.IncidentOpen {
 			return IncidentView{}, false, err
 		}
-		v, err := ep.view(r, in)
+		v, err := ep.view(r, in, now)
 		return v, true, err
 	})
 }
 
-func (ep *epoch) sees(id spiffeid.ID, in broker.Incident) bool {
-	return in.OpenedBy == broker.WorkloadPrincipal(id) || ep.catalog.Operator(id) || ep.isCloser(id, in)
+// sees reports whether an incident is the caller's to see, other than by seeing all.
+func (ep *epoch) sees(caller broker.Caller, in broker.Incident) bool {
+	return in.OpenedBy == caller.Principal() || ep.isCloser(caller.ID, in)
 }
 
-func (ep *epoch) view(r store.Reader, in broker.Incident) (IncidentView, error) {
+func (ep *epoch) view(r store.Reader, in broker.Incident, now time.Time) (IncidentView, error) {
 	v := IncidentView{Incident: in}
 	for _, id := range in.Grants {
 		g, _, err := get[broker.Grant](r, keyGrant(id))
 		if err != nil {
 			return v, err
 		}
-		v.Grants = append(v.Grants, GrantView{Grant: g, Suspended: g.State == broker.GrantOpen && ep.facts(g, in).Suspended()})
+		gv, err := ep.grantView(r, g, now)
+		if err != nil {
+			return v, err
+		}
+		v.Grants = append(v.Grants, gv)
 		from, to := store.Prefix(prefixOpen(id))
 		for _, err := range r.Scan(from, to) {
 			if err != nil {
@@ -228,13 +261,16 @@ type ToolView struct {
 	Survives string
 	Granted  *broker.Grant // the grant that would be used now; nil if there is none
 	Refusal  broker.Reason // why there is none
+	// Requestable: the policy set lets the caller ask for it, as far as that
+	// can be told without the parameters.
+	Requestable bool
 }
 
-// Tools lists the tools that an agent has an open grant for and, for an
-// operator, all tools.
+// Tools lists the tools that an agent has an open grant for, those that it
+// may ask for, and, for whoever sees all, all tools.
 func (e *Engine) Tools(ctx context.Context, caller broker.Caller) ([]ToolView, error) {
 	ep := e.current.Load()
-	operator := ep.catalog.Operator(caller.ID)
+	all := e.seesAll(ctx, ep, caller)
 	now := e.clock.now()
 	facts := map[string][]policy.GrantFacts{}
 	err := e.store.View(ctx, func(r store.Reader) error {
@@ -244,7 +280,7 @@ func (e *Engine) Tools(ctx context.Context, caller broker.Caller) ([]ToolView, e
 			if err != nil {
 				return err
 			}
-			f, err := ep.read(r, broker.GrantID(lastPart(entry.Key)))
+			f, err := ep.read(r, broker.GrantID(lastPart(entry.Key)), nil, now)
 			if err != nil {
 				return err
 			}
@@ -258,10 +294,10 @@ func (e *Engine) Tools(ctx context.Context, caller broker.Caller) ([]ToolView, e
 	var views []ToolView
 	for _, tool := range ep.catalog.Tools() {
 		candidates, has := facts[tool.Name]
-		if !has && !operator {
+		v := ToolView{Tool: tool, Survives: ep.catalog.ScopeInfo(tool.Name).Survives, Requestable: ep.mayAsk(caller, tool, now)}
+		if !has && !all && !v.Requestable {
 			continue
 		}
-		v := ToolView{Tool: tool, Survives: ep.catalog.ScopeInfo(tool.Name).Survives}
 		best := broker.Grant{}
 		for _, f := range candidates {
 			f.Grant.Params = nil // which values will be asked for is not known here
@@ -301,7 +337,7 @@ func (f EventFilter) match(e audit.Event) bool {
 // latest means the last events that match instead. looked is how far it
 // looked: the after of the next call.
 func (e *Engine) Events(ctx context.Context, caller broker.Caller, f EventFilter, after uint64, size int, latest bool) (events []audit.Event, looked uint64, err error) {
-	if err := policy.Administer(caller.ID, e.Catalog().Operator(caller.ID), "read the evidence").Err(); err != nil {
+	if _, err := e.administer(ctx, e.current.Load(), caller, policy.VerbReadEvidence); err != nil {
 		e.Refused(ctx, caller, "list_events", "", err)
 		return nil, 0, err
 	}

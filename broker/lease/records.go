@@ -131,7 +131,7 @@ type catalogRecord struct {
 
 // idemRecord is what an idempotency key made.
 type idemRecord struct {
-	Kind   string // "lease", "grant" or "incident"
+	Kind   string // "lease", "grant", "incident" or "request"
 	ID     string
 	Digest string // of the request, so that a key is not used for two
 }

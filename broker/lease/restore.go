@@ -96,6 +96,12 @@ func (e *Engine) restore(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("withdrawing grants: %w", err)
 	}
+	requests, err := e.forAll(ctx, prefixWaiting, every, func(t store.Txn, id string) error {
+		return endPending(t, broker.RequestID(id), now, broker.RequestVoid, brokerCaller, why.Reason)
+	})
+	if err != nil {
+		return fmt.Errorf("ending requests: %w", err)
+	}
 	leases, err := e.forAll(ctx, prefixDue, isAlive, func(t store.Txn, id string) error {
 		l, err := mustLease(t, broker.LeaseID(id))
 		if err != nil {
@@ -110,7 +116,7 @@ func (e *Engine) restore(ctx context.Context) error {
 	if err := e.update(ctx, now, func(t store.Txn) error { return t.Delete(keyBackup) }); err != nil {
 		return fmt.Errorf("taking the mark away: %w", err)
 	}
-	e.log.Warn("the store is restored", "incidents", incidents, "grants", grants, "leases", leases)
+	e.log.Warn("the store is restored", "incidents", incidents, "grants", grants, "requests", requests, "leases", leases)
 	return nil
 }
 
@@ -178,7 +184,10 @@ func isAlive(entry store.Entry) (bool, error) {
 // of the prefix that pick wants, and returns how many there were. What do does
 // must take the key away or make pick pass over it.
 func (e *Engine) forAll(ctx context.Context, prefix string, pick func(store.Entry) (bool, error), do func(t store.Txn, id string) error) (int, error) {
-	const atOnce = 5000 // IDs that are held in memory
+	const (
+		atOnce = 5000 // IDs that are held in memory
+		each   = 8    // in one transaction
+	)
 	from, to := store.Prefix(prefix)
 	var done atomic.Int64
 	for {
@@ -209,7 +218,7 @@ func (e *Engine) forAll(ctx context.Context, prefix string, pick func(store.Entr
 		}
 		g, gctx := errgroup.WithContext(ctx)
 		g.SetLimit(16) // they share commits
-		for part := range slices.Chunk(ids, chunk) {
+		for part := range slices.Chunk(ids, each) {
 			g.Go(func() error {
 				err := e.update(gctx, e.clock.now(), func(t store.Txn) error {
 					for _, id := range part {

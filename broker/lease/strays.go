@@ -101,7 +101,7 @@ func (s Stray) listable() bool {
 
 // Strays lists the strays that are known of, by provider and name, to operators.
 func (e *Engine) Strays(ctx context.Context, caller broker.Caller, after string, size int) (Page[Stray], error) {
-	if err := policy.Administer(caller.ID, e.Catalog().Operator(caller.ID), "see strays").Err(); err != nil {
+	if _, err := e.administer(ctx, e.current.Load(), caller, policy.VerbStrays); err != nil {
 		e.Refused(ctx, caller, "list_strays", "", err)
 		return Page[Stray]{}, err
 	}
@@ -122,7 +122,7 @@ func (e *Engine) EndStray(ctx context.Context, caller broker.Caller, provider, n
 }
 
 func (e *Engine) endStray(ctx context.Context, caller broker.Caller, provider, name, reason string) (s Stray, removed bool, err error) {
-	if err := policy.Administer(caller.ID, e.Catalog().Operator(caller.ID), "end strays").Err(); err != nil {
+	if _, err := e.administer(ctx, e.current.Load(), caller, policy.VerbStrays); err != nil {
 		return s, false, err
 	}
 	if err := requireReason(reason, "ending a stray"); err != nil {

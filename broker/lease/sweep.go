@@ -11,6 +11,7 @@ import (
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/audit"
 	"github.com/mayfly-security/mayfly/broker/failpoint"
+	"github.com/mayfly-security/mayfly/broker/policy"
 	"github.com/mayfly-security/mayfly/store"
 )
 
@@ -26,12 +27,15 @@ type sweepRecord struct {
 	Actor       string
 	Reason      string
 	Correlation broker.CorrelationID
+	Access      *accessEnding `json:",omitempty"` // of a sweep of kind access
 }
 
 const (
 	sweepIncident = "incident"
 	sweepGrants   = "grant"
 	sweepCatalog  = "catalog"
+	sweepPerson   = "person" // by personDigest
+	sweepAccess   = "access" // the kill switch, by an ID of its own
 )
 
 func (s sweepRecord) ending() ending {
@@ -72,6 +76,10 @@ func (e *Engine) resumeSweeps(ctx context.Context) error {
 			_, err = e.sweepGrant(ctx, broker.GrantID(p.id), p.rec)
 		case sweepCatalog:
 			_, err = e.sweepCatalog(ctx)
+		case sweepPerson:
+			_, err = e.sweepPerson(ctx, p.id, p.rec)
+		case sweepAccess:
+			err = e.resumeAccess(ctx, p.id, p.rec)
 		default:
 			err = fmt.Errorf("there is no sweep of kind %q", p.kind)
 		}
@@ -109,9 +117,12 @@ func (e *Engine) sweepIncident(ctx context.Context, id broker.IncidentID, why sw
 		}
 		all = append(all, ids...)
 	}
+	if err := e.sweepRequests(ctx, id); err != nil {
+		return nil, err
+	}
 	failpoint.At("lease.sweep.told")
 	now := e.clock.now()
-	for part := range slices.Chunk(in.Grants, chunk) {
+	for part := range slices.Chunk(in.Grants, grantChunk) {
 		err := e.update(ctx, now, func(t store.Txn) error {
 			for _, g := range part {
 				if err := endGrant(t, g, now, broker.GrantClosed, why); err != nil {
@@ -137,43 +148,118 @@ func (e *Engine) sweepGrant(ctx context.Context, id broker.GrantID, why sweepRec
 	return ids, e.swept(ctx, sweepGrants, string(id))
 }
 
-// sweepCatalog ends the leases of every grant that does not hold by the
-// catalog as it is now, and returns those grants. They stay: they hold again if
-// what changed is changed back.
-func (e *Engine) sweepCatalog(ctx context.Context) ([]broker.GrantID, error) {
-	ep := e.settled()
-	type over struct {
-		id    broker.GrantID
-		cause broker.Cause
+// over is what does not hold of an open grant.
+type over struct {
+	grant   broker.Grant
+	cause   broker.Cause
+	verdict policy.Verdict
+	leases  []broker.LeaseID // that have not ended, and are over
+}
+
+// over finds what of an open grant does not hold by this epoch; is reports
+// whether there is any. Policies may decide by values that the grant leaves to
+// its leases: then each lease is judged by its own.
+func (ep *epoch) over(r store.Reader, id broker.GrantID, now time.Time) (o over, is bool, err error) {
+	f, err := ep.read(r, id, nil, now)
+	if err != nil {
+		return o, false, err
 	}
-	var gone []over
-	err := e.store.View(ctx, func(r store.Reader) error {
-		gone = gone[:0]
-		from, to := store.Prefix(prefixGrants)
-		for entry, err := range r.Scan(from, to) {
+	cause, holds := f.Holds(now)
+	o = over{grant: f.Grant, cause: cause, verdict: f.Policy}
+	each := f.AgentKnown && f.ToolKnown && free(f) && (holds || cause == broker.CausePolicy)
+	if holds && !each {
+		return o, false, nil
+	}
+	n := 0
+	for entry, err := range r.Scan(store.Prefix(prefixOpen(id))) {
+		if err != nil {
+			return o, false, err
+		}
+		n++
+		lease := broker.LeaseID(lastPart(entry.Key))
+		if each {
+			l, err := mustLease(r, lease)
+			if err != nil {
+				return o, false, err
+			}
+			v := ep.decide(ep.aboutGrant(f, l.Params, now))
+			if v.Allowed {
+				continue
+			}
+			o.cause, o.verdict = broker.CausePolicy, v
+		}
+		o.leases = append(o.leases, lease)
+	}
+	return o, len(o.leases) > 0 || n == 0 && !holds, nil
+}
+
+// free reports whether the grant leaves values of parameters to its leases.
+func free(f policy.GrantFacts) bool {
+	if f.Grant.Request != "" {
+		return false
+	}
+	for _, p := range f.Tool.Params {
+		if _, fixed := f.Grant.Params[p.Name]; !fixed {
+			return true
+		}
+	}
+	return false
+}
+
+// overAll finds what does not hold of all open grants.
+func (e *Engine) overAll(ctx context.Context, ep *epoch, each func(r store.Reader, o over) error) error {
+	now := e.clock.now()
+	return e.view(ctx, func(r store.Reader) error {
+		for entry, err := range r.Scan(store.Prefix(prefixGrants)) {
 			if err != nil {
 				return err
 			}
-			id := broker.GrantID(lastPart(entry.Key))
-			f, err := ep.read(r, id)
+			o, is, err := ep.over(r, broker.GrantID(lastPart(entry.Key)), now)
 			if err != nil {
 				return err
 			}
-			if cause, ok := f.Holds(e.clock.now()); !ok {
-				gone = append(gone, over{id, cause})
+			if !is {
+				continue
+			}
+			if err := each(r, o); err != nil {
+				return err
 			}
 		}
 		return nil
 	})
-	if err != nil {
+}
+
+// sweepCatalog ends the leases of every grant that does not hold by the
+// catalog as it is now, and makes void the requests that cannot be decided any
+// more. It returns those grants. They stay: they hold again if what changed is
+// changed back. One whose voter has lost the group that it stood on is over for
+// good.
+func (e *Engine) sweepCatalog(ctx context.Context) ([]broker.GrantID, error) {
+	ep := e.settled()
+	var gone []over
+	if err := e.overAll(ctx, ep, func(_ store.Reader, o over) error { gone = append(gone, o); return nil }); err != nil {
 		return nil, err
 	}
-	grants := make([]broker.GrantID, len(gone))
-	for i, g := range gone {
-		grants[i] = g.id
-		if _, err := e.endGrantLeases(ctx, g.id, ending{cause: g.cause, actor: audit.Broker}); err != nil {
+	var grants, lost []broker.GrantID
+	causes := map[broker.Cause][]broker.LeaseID{}
+	for _, o := range gone {
+		grants = append(grants, o.grant.ID)
+		if o.cause == broker.CauseVoterLost {
+			lost = append(lost, o.grant.ID)
+		} else {
+			causes[o.cause] = append(causes[o.cause], o.leases...)
+		}
+	}
+	for cause, ids := range causes {
+		if _, err := e.endLeases(ctx, ids, ending{cause: cause, actor: audit.Broker, reason: becauseOf(cause, ep)}); err != nil {
 			return nil, err
 		}
+	}
+	if err := e.endForGood(ctx, lost, sweepRecord{Cause: broker.CauseVoterLost, Actor: audit.Broker}); err != nil {
+		return nil, err
+	}
+	if err := e.sweepRequests(ctx, ""); err != nil {
+		return nil, err
 	}
 	// A reload that came meanwhile has a sweep of its own to do.
 	return grants, e.update(ctx, e.clock.now(), func(t store.Txn) error {
@@ -183,6 +269,14 @@ func (e *Engine) sweepCatalog(ctx context.Context) ([]broker.GrantID, error) {
 		}
 		return t.Delete(keySweep(sweepCatalog, "all"))
 	})
+}
+
+// becauseOf says for people which policy set ended what it does not allow.
+func becauseOf(cause broker.Cause, ep *epoch) string {
+	if cause != broker.CausePolicy {
+		return ""
+	}
+	return "policy set " + ep.policies().Digest() + " does not allow it"
 }
 
 // awaitDeliveries returns when every delivery under the grants that had begun

@@ -15,6 +15,10 @@ import (
 // operations of the store's store.MaxOps.
 const chunk = 12
 
+// grantChunk is how many grants one transaction ends: an end takes up to eight
+// operations, and one more for each person on whose vote the grant stands.
+const grantChunk = 4
+
 // ending says why leases are ended.
 type ending struct {
 	cause       broker.Cause

@@ -14,6 +14,12 @@ type GrantFacts struct {
 	AgentKnown bool
 	Tool       broker.Tool // as in the catalog now
 	ToolKnown  bool
+	// Lost is a person whose vote the grant needs and who is not in the group
+	// any more that made the vote count; zero if there is none.
+	Lost broker.Voter
+	// Policy is what the policy set says now to an issue under the grant. The
+	// zero Verdict allows nothing.
+	Policy Verdict
 }
 
 // Holds decides whether what a lease of this grant lives on still stands. It
@@ -37,16 +43,44 @@ func (f GrantFacts) Holds(now time.Time) (cause broker.Cause, ok bool) {
 		return broker.CauseIncidentClosed, false
 	case f.Grant.State != broker.GrantOpen, !now.Before(f.Grant.NotAfter):
 		return broker.CauseGrantExpired, false
-	case f.Suspended():
+	case f.toolChanged():
 		return broker.CauseToolChanged, false
+	case f.ruleChanged():
+		return broker.CauseRuleChanged, false
+	case f.Lost != broker.Voter{}:
+		return broker.CauseVoterLost, false
+	case !f.Policy.Allowed:
+		return broker.CausePolicy, false
 	}
 	return "", true
 }
 
-// Suspended reports whether the tool is not what it was when the grant was
-// made: what would be given now is not what was agreed to.
+// Suspended reports whether the grant gives nothing for a reason that may go
+// away again: its tool or its approval rule is not what it was when the grant
+// was made, so that what would be given now is not what was agreed to, or the
+// policy set does not allow it.
 func (f GrantFacts) Suspended() bool {
+	return f.toolChanged() || f.ruleChanged() || !f.Policy.Allowed
+}
+
+func (f GrantFacts) toolChanged() bool {
 	return !f.ToolKnown || f.Tool.Name != f.Grant.Tool || f.Tool.Digest != f.Grant.ToolDigest
+}
+
+// ruleChanged compares the approval rule with the one that a grant that was
+// asked for came by. Other grants came by none.
+func (f GrantFacts) ruleChanged() bool {
+	if f.Grant.Request == "" {
+		return false
+	}
+	rule := f.Tool.Approval
+	if f.Grant.BreakGlass {
+		rule = f.Tool.BreakGlass
+	}
+	if rule == nil {
+		return f.Grant.Rule != ""
+	}
+	return rule.Name != f.Grant.Rule || rule.Digest != f.Grant.RuleDigest
 }
 
 // Ask is what a lease is asked for.
@@ -79,6 +113,16 @@ func (f GrantFacts) Issue(ask Ask, now time.Time) (end time.Time, d Decision) {
 				"grant %s for %s holds only for %s=%s", f.Grant.ID, f.Grant.Tool, name, value))
 		}
 	}
+	if f.Grant.Request != "" {
+		for name := range ask.Params {
+			// Exactly the values that were agreed to, and none beside them.
+			if _, agreed := f.Grant.Params[name]; !agreed {
+				return time.Time{}, Deny(broker.Refusef(broker.ReasonNoGrant,
+					"ask for exactly what was granted, or make another request",
+					"grant %s for %s was asked for without %s", f.Grant.ID, f.Grant.Tool, name))
+			}
+		}
+	}
 	end = now.Add(min(ask.TTL, f.Tool.MaxTTL))
 	end = earliest(end, f.Grant.NotAfter)
 	if f.Grant.Incident != "" {
@@ -102,6 +146,14 @@ func (f GrantFacts) refusal(cause broker.Cause) *broker.Error {
 	case broker.CauseToolChanged:
 		return broker.Refusef(broker.ReasonGrantSuspended, "ask for a new grant",
 			"tool %s was changed after grant %s was made", f.Grant.Tool, f.Grant.ID)
+	case broker.CauseRuleChanged:
+		return broker.Refusef(broker.ReasonGrantSuspended, "make a new request",
+			"the approval rule of tool %s was changed after grant %s was made", f.Grant.Tool, f.Grant.ID)
+	case broker.CauseVoterLost:
+		return broker.Refusef(broker.ReasonNoGrant, "make a new request",
+			"grant %s for %s stood on the vote of %s, who is not in %s any more", f.Grant.ID, f.Grant.Tool, f.Lost.Name, f.Lost.Group)
+	case broker.CausePolicy:
+		return f.Policy.Refusal(f.Grant.Agent.String(), "be given "+f.Grant.Tool)
 	case broker.CauseGrantWithdrawn:
 		return broker.Refusef(broker.ReasonNoGrant, "ask an operator for a new grant",
 			"grant %s for %s was withdrawn", f.Grant.ID, f.Grant.Tool)
@@ -157,7 +209,7 @@ func nearness(r broker.Reason) int {
 	switch r {
 	case broker.ReasonTTL:
 		return 5
-	case broker.ReasonGrantSuspended:
+	case broker.ReasonGrantSuspended, broker.ReasonPolicy:
 		return 4
 	case broker.ReasonGrantUsed:
 		return 3

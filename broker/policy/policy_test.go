@@ -27,6 +27,7 @@ func good() policy.GrantFacts {
 		AgentKnown: true,
 		Tool:       broker.Tool{Name: "crm.read", Digest: "d", MaxTTL: 15 * time.Minute},
 		ToolKnown:  true,
+		Policy:     policy.Verdict{Allowed: true},
 	}
 }
 
@@ -38,20 +39,32 @@ func TestEachConditionEndsAGrant(t *testing.T) {
 		spoil func(*policy.GrantFacts)
 		cause broker.Cause
 	}{
-		"agent unknown":       {func(f *policy.GrantFacts) { f.AgentKnown = false }, broker.CauseAgentDisabled},
-		"agent disabled":      {func(f *policy.GrantFacts) { f.Agent.Disabled = true }, broker.CauseAgentDisabled},
-		"another agent":       {func(f *policy.GrantFacts) { f.Agent.ID = bot }, broker.CauseAgentDisabled},
-		"incident closed":     {func(f *policy.GrantFacts) { f.Incident.State = broker.IncidentClosed }, broker.CauseIncidentClosed},
-		"incident missing":    {func(f *policy.GrantFacts) { f.Incident = broker.Incident{} }, broker.CauseIncidentClosed},
-		"another incident":    {func(f *policy.GrantFacts) { f.Incident.ID = "i2" }, broker.CauseIncidentClosed},
-		"incident's end":      {func(f *policy.GrantFacts) { f.Incident.EndsAt = now }, broker.CauseIncidentExpired},
-		"withdrawn":           {func(f *policy.GrantFacts) { f.Grant.State = broker.GrantWithdrawn }, broker.CauseGrantWithdrawn},
-		"closed":              {func(f *policy.GrantFacts) { f.Grant.State = broker.GrantClosed }, broker.CauseIncidentClosed},
-		"expired":             {func(f *policy.GrantFacts) { f.Grant.State = broker.GrantExpired }, broker.CauseGrantExpired},
-		"no state":            {func(f *policy.GrantFacts) { f.Grant.State = "" }, broker.CauseGrantExpired},
-		"at its very end":     {func(f *policy.GrantFacts) { f.Grant.NotAfter = now }, broker.CauseGrantExpired},
-		"tool gone":           {func(f *policy.GrantFacts) { f.ToolKnown = false }, broker.CauseToolChanged},
-		"tool changed":        {func(f *policy.GrantFacts) { f.Tool.Digest = "e" }, broker.CauseToolChanged},
+		"agent unknown":    {func(f *policy.GrantFacts) { f.AgentKnown = false }, broker.CauseAgentDisabled},
+		"agent disabled":   {func(f *policy.GrantFacts) { f.Agent.Disabled = true }, broker.CauseAgentDisabled},
+		"another agent":    {func(f *policy.GrantFacts) { f.Agent.ID = bot }, broker.CauseAgentDisabled},
+		"incident closed":  {func(f *policy.GrantFacts) { f.Incident.State = broker.IncidentClosed }, broker.CauseIncidentClosed},
+		"incident missing": {func(f *policy.GrantFacts) { f.Incident = broker.Incident{} }, broker.CauseIncidentClosed},
+		"another incident": {func(f *policy.GrantFacts) { f.Incident.ID = "i2" }, broker.CauseIncidentClosed},
+		"incident's end":   {func(f *policy.GrantFacts) { f.Incident.EndsAt = now }, broker.CauseIncidentExpired},
+		"withdrawn":        {func(f *policy.GrantFacts) { f.Grant.State = broker.GrantWithdrawn }, broker.CauseGrantWithdrawn},
+		"closed":           {func(f *policy.GrantFacts) { f.Grant.State = broker.GrantClosed }, broker.CauseIncidentClosed},
+		"expired":          {func(f *policy.GrantFacts) { f.Grant.State = broker.GrantExpired }, broker.CauseGrantExpired},
+		"no state":         {func(f *policy.GrantFacts) { f.Grant.State = "" }, broker.CauseGrantExpired},
+		"at its very end":  {func(f *policy.GrantFacts) { f.Grant.NotAfter = now }, broker.CauseGrantExpired},
+		"tool gone":        {func(f *policy.GrantFacts) { f.ToolKnown = false }, broker.CauseToolChanged},
+		"tool changed":     {func(f *policy.GrantFacts) { f.Tool.Digest = "e" }, broker.CauseToolChanged},
+		"rule made":        {func(f *policy.GrantFacts) { f.Grant.Request, f.Tool.Approval = "r1", &broker.ApprovalRule{Name: "two"} }, broker.CauseRuleChanged},
+		"rule gone":        {func(f *policy.GrantFacts) { f.Grant.Request, f.Grant.Rule = "r1", "two" }, broker.CauseRuleChanged},
+		"rule changed": {func(f *policy.GrantFacts) {
+			f.Grant.Request, f.Grant.Rule, f.Grant.RuleDigest = "r1", "two", "old"
+			f.Tool.Approval = &broker.ApprovalRule{Name: "two", Digest: "new"}
+		}, broker.CauseRuleChanged},
+		"the other rule": {func(f *policy.GrantFacts) {
+			f.Grant.Request, f.Grant.Rule, f.Grant.RuleDigest, f.Grant.BreakGlass = "r1", "two", "old", true
+			f.Tool.Approval = &broker.ApprovalRule{Name: "two", Digest: "old"}
+		}, broker.CauseRuleChanged},
+		"voter lost":          {func(f *policy.GrantFacts) { f.Lost = broker.Voter{Name: "ann", Group: "finance"} }, broker.CauseVoterLost},
+		"policy denies":       {func(f *policy.GrantFacts) { f.Policy = policy.Verdict{Policies: []string{"no"}} }, broker.CausePolicy},
 		"another tool's name": {func(f *policy.GrantFacts) { f.Tool.Name = "crm.write" }, broker.CauseToolChanged},
 	} {
 		t.Run(name, func(t *testing.T) {
