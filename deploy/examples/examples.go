@@ -9,7 +9,7 @@ import _ "embed"
 // Catalog is the sample catalog. KeysPath stands in it where the directory of
 // the signing keys belongs.
 //
-//go:embed catalog/acme.yaml
+//go:embed acme/catalog.yaml
 var Catalog string
 
 // Policies is the sample policy set, in Cedar.
@@ -42,10 +42,11 @@ func People() []Person {
 		{"lena@acme.test", []string{"support-leads"}, "leads support"},
 		{"leo@acme.test", []string{"support-leads"}, "leads support, owner of the support agent"},
 		{"max@acme.test", []string{"finance", "security"}, "in two groups, and still one person"},
-		{"olga@acme.test", []string{"admins", "security"}, "security engineer, administers Mayfly"},
+		{"olga@acme.test", []string{"security"}, "security engineer, administers Mayfly: the catalog says so"},
 		{"pat@acme.test", []string{"platform-leads"}, "leads the platform team"},
-		{"rose@acme.test", []string{"research-leads"}, "leads research, owner of the research agent"},
 		{"rob@acme.test", []string{"research-leads"}, "leads research"},
+		{"rose@acme.test", []string{"research-leads"}, "leads research, owner of the research agent"},
+		{"ruth@acme.test", []string{"research-leads"}, "leads research"},
 		{"sam@acme.test", []string{"sre"}, "on call"},
 		{"sid@acme.test", []string{"security"}, "security engineer"},
 		{"zoe@acme.test", nil, "works at Acme, and is in no group"},
