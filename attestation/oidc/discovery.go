@@ -158,8 +158,8 @@ func (p *Provider) read(doc document) (*found, error) {
 		if e.url == "" && !e.required {
 			continue
 		}
-		if err := p.checkEndpoint(e.url); err != nil {
-			return nil, fmt.Errorf("its %s is missing or not taken: %w", e.name, err)
+		if p.checkEndpoint(e.url) != nil { // which quotes it; it is not ours to repeat
+			return nil, fmt.Errorf("its %s is missing, or is no URL of https (http is for loopback only)", e.name)
 		}
 	}
 	// A provider that lists no method may still know S256: the list is optional.

@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/cookiejar"
 	"net/url"
@@ -126,14 +127,21 @@ func (b *Browser) Send(ctx context.Context, from *Page, f Form, answers map[stri
 }
 
 // Walk goes to a URL and sends each first form that it comes to, with answers,
-// until it stops or there is none.
+// until it stops, there is none, or it is one that was sent before.
 func (b *Browser) Walk(ctx context.Context, start string, answers map[string]string) (*Page, error) {
 	page, err := b.Get(ctx, start)
+	sent := map[string]bool{}
 	for range maxSteps {
 		if err != nil || page.Stopped || len(page.Forms) == 0 || page.Status >= 400 {
 			return page, err
 		}
-		page, err = b.Send(ctx, page, page.Forms[0], answers)
+		form := page.Forms[0]
+		same := fmt.Sprint(form.Method, form.Action, slices.Sorted(maps.Keys(form.Fields)))
+		if sent[same] {
+			return page, nil
+		}
+		sent[same] = true
+		page, err = b.Send(ctx, page, form, answers)
 	}
 	return nil, fmt.Errorf("%s: still a form after %d", start, maxSteps)
 }

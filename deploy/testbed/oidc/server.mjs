@@ -32,7 +32,7 @@ function provider(issuer) {
       client_id: c.id,
       ...(c.secret
         ? { client_secret: c.secret, token_endpoint_auth_method: 'client_secret_basic' }
-        : { token_endpoint_auth_method: 'none', application_type: 'native' }),
+        : { token_endpoint_auth_method: 'none' }),
       redirect_uris: c.redirect_uris ?? [],
       response_types: c.redirect_uris?.length ? ['code'] : [],
       grant_types: [...(c.redirect_uris?.length ? ['authorization_code'] : []), 'urn:ietf:params:oauth:grant-type:device_code'],
