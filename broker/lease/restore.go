@@ -48,6 +48,16 @@ func MarkBackup(ctx context.Context, s store.Store, at time.Time, by string) err
 	return nil
 }
 
+// IsBackup reports whether the store has the mark of a backup: an Engine that
+// opens it restores, and takes the mark away when it has.
+func IsBackup(ctx context.Context, s store.Store) (marked bool, err error) {
+	err = s.View(ctx, func(r store.Reader) error {
+		_, marked, err = get[backupRecord](r, keyBackup)
+		return err
+	})
+	return marked, err
+}
+
 // BackedUp records that a copy of the store leaves it. actor is who asked.
 func (e *Engine) BackedUp(ctx context.Context, actor string) error {
 	now := e.clock.now()

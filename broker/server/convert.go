@@ -119,7 +119,7 @@ func toolMessage(v lease.ToolView) *mayflyv1.Tool {
 		Name: v.Name, Description: v.Description, Provider: v.Provider,
 		MaxTtl: durationpb.New(v.MaxTTL), Env: v.Env,
 		Survives: v.Survives, Refusal: string(v.Refusal),
-		Labels: v.Labels, Sensitivity: string(v.Sensitivity), Approval: ruleName(v.Approval), BreakGlass: ruleName(v.BreakGlass),
+		Labels: v.Labels, Sensitivity: string(v.Sensitivity), Approval: ruleName(v.Approval), BreakGlass: ruleName(v.BreakGlass), Requestable: v.Requestable,
 	}
 	if v.Granted != nil {
 		m.GrantedUntil = stamp(v.Granted.NotAfter)

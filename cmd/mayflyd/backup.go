@@ -23,7 +23,7 @@ import (
 )
 
 func backupCommand() *cobra.Command {
-	var config, dir, file string
+	var which storeFlags
 	cmd := &cobra.Command{
 		Use:   "backup OUT",
 		Short: "Copy the store, while the broker runs or not",
@@ -45,25 +45,14 @@ each other's leases.`,
 			"  mayflyd backup --store snapshot/mayfly.db /var/backups/mayfly-snapshot.db",
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			path := file
-			switch {
-			case config != "":
-				s, err := readConfig(config)
-				if err != nil {
-					return err
-				}
-				path = s.store
-			case dir != "":
-				path = filepath.Join(dir, devStore)
+			path, err := which.path()
+			if err != nil {
+				return err
 			}
 			return backup{store: path, out: args[0], say: cmd.OutOrStdout(), warn: cmd.ErrOrStderr()}.run(cmd.Context())
 		},
 	}
-	cmd.Flags().StringVar(&config, "config", "", "the broker's configuration file")
-	cmd.Flags().StringVar(&dir, "dir", "", "the state directory of mayflyd dev")
-	cmd.Flags().StringVar(&file, "store", "", "the store's file itself")
-	cmd.MarkFlagsMutuallyExclusive("config", "dir", "store")
-	cmd.MarkFlagsOneRequired("config", "dir", "store")
+	which.add(cmd)
 	return cmd
 }
 

@@ -24,6 +24,7 @@ import (
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/mayfly-security/mayfly/broker"
 	mayflyv1 "github.com/mayfly-security/mayfly/broker/api/mayfly/v1"
 	"github.com/mayfly-security/mayfly/broker/api/mayfly/v1/mayflyv1connect"
 	"github.com/mayfly-security/mayfly/broker/lease"
@@ -353,6 +354,9 @@ type broken struct{ noted error }
 
 func (broken) Now() time.Time                           { return time.Now() }
 func (b broken) BackedUp(context.Context, string) error { return b.noted }
+func (broken) Recover(context.Context, broker.Principal, time.Duration, string, string) error {
+	return errors.New("not used here")
+}
 
 // TestBackupThatIsCutOff is no backup.
 func TestBackupThatIsCutOff(t *testing.T) {

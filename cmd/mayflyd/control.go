@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/net/netutil"
+
+	"github.com/mayfly-security/mayfly/broker"
 )
 
 // The control socket is how other mayflyd commands talk to the broker that has
@@ -38,25 +40,27 @@ const (
 
 func controlPath(store string) string { return store + controlSuffix }
 
-// snapshotter is what a control socket needs of a broker.
-type snapshotter interface {
+// controlled is what a control socket needs of a broker.
+type controlled interface {
 	Now() time.Time
 	BackedUp(ctx context.Context, actor string) error
+	Recover(ctx context.Context, p broker.Principal, d time.Duration, reason, who string) error
 }
 
 // control serves the control socket of one broker.
 type control struct {
 	http   *http.Server
 	ln     net.Listener
-	engine snapshotter
+	engine controlled
 	copy   func(io.Writer) (int64, error)
+	token  func(person string) (string, error) // of a sample person's; nil but in dev; set before serve
 	log    *slog.Logger
 	one    chan struct{} // one backup at a time
 }
 
 // openControl takes the socket beside the store. Whoever has the store's lock
 // calls it, so that a socket which is there is one that a crash left.
-func openControl(store string, engine snapshotter, copy func(io.Writer) (int64, error), log *slog.Logger) (*control, error) {
+func openControl(store string, engine controlled, copy func(io.Writer) (int64, error), log *slog.Logger) (*control, error) {
 	path := controlPath(store)
 	if info, err := os.Lstat(path); err == nil && info.Mode().Type() != fs.ModeSocket {
 		return nil, fmt.Errorf("opening the control socket: %s is there and is no socket: move it away", path)
@@ -79,8 +83,10 @@ func openControl(store string, engine snapshotter, copy func(io.Writer) (int64, 
 	c := &control{ln: netutil.LimitListener(&peerListener{ln, log}, 8), engine: engine, copy: copy, log: log, one: make(chan struct{}, 1)}
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /v1/backup", c.backup)
+	mux.HandleFunc("POST /v1/recover", c.recover)
+	mux.HandleFunc("POST /v1/sample-token", c.sampleToken)
 	c.http = &http.Server{
-		Handler:           http.MaxBytesHandler(mux, 1<<10),
+		Handler:           http.MaxBytesHandler(mux, 4<<10),
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       5 * time.Second,
 		IdleTimeout:       10 * time.Second,

@@ -19,6 +19,7 @@ import (
 	"github.com/mayfly-security/mayfly/broker/catalog"
 	"github.com/mayfly-security/mayfly/broker/lease"
 	"github.com/mayfly-security/mayfly/broker/server"
+	"github.com/mayfly-security/mayfly/broker/signin"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/token"
 	"github.com/mayfly-security/mayfly/providers/vault"
@@ -47,8 +48,11 @@ type settings struct {
 	opsListen    string // empty: no ops listener
 	workload     string // empty: SPIFFE_ENDPOINT_SOCKET
 	trustDomains []spiffeid.TrustDomain
-	catalog      []string // files
+	catalog      []string        // files
+	people       *peopleSettings // nil: people do not come in
 	log          *slog.Logger
+	// sampleToken makes a token of a sample person's; nil but in dev.
+	sampleToken func(person string) (string, error)
 
 	drivers   map[string]providers.Driver   // nil: drivers(), with the broker's identity
 	wrapStore func(store.Store) store.Store // nil: the store as it is; tests crash in it
@@ -64,9 +68,11 @@ type daemon struct {
 	engine   *lease.Engine
 	server   *server.Server
 	ops      *server.Ops
-	control  *control // nil where there can be none
+	control  *control        // nil where there can be none
+	signIn   *signin.Manager // nil where people do not come in
 	ln       net.Listener
 	opsLn    net.Listener
+	peopleLn net.Listener
 
 	reloading sync.Mutex
 	closing   sync.Once
@@ -78,7 +84,7 @@ type daemon struct {
 // start brings the broker up; when it has returned, agents are served. What
 // was opened before a failure is closed.
 func start(ctx context.Context, s settings) (_ *daemon, err error) {
-	d := &daemon{settings: s, log: s.log, failed: make(chan error, 3)}
+	d := &daemon{settings: s, log: s.log, failed: make(chan error, 4)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.close(ctx))
@@ -118,11 +124,19 @@ func start(ctx context.Context, s settings) (_ *daemon, err error) {
 	if s.tune != nil {
 		s.tune(&config)
 	}
+	if err := endRestoredSessions(ctx, d.store, d.log); err != nil {
+		return nil, err
+	}
 	if d.engine, err = lease.New(ctx, config); err != nil {
 		return nil, err
 	}
-	d.server, err = server.New(server.Config{Engine: d.engine, Attestor: d.identity, Identity: d.identity, Log: d.log})
-	if err != nil {
+	face := server.Config{Engine: d.engine, Attestor: d.identity, Identity: d.identity, Log: d.log}
+	if s.people != nil {
+		if face.People, err = d.openPeople(s.people, metrics); err != nil {
+			return nil, err
+		}
+	}
+	if d.server, err = server.New(face); err != nil {
 		return nil, err
 	}
 	d.ops, err = server.NewOps(server.OpsConfig{
@@ -140,6 +154,7 @@ func start(ctx context.Context, s settings) (_ *daemon, err error) {
 	} else if d.control, err = openControl(s.store, d.engine, db.WriteTo, d.log); err != nil {
 		return nil, err
 	} else {
+		d.control.token = s.sampleToken
 		d.serving.Go(func() { d.served("the control socket", d.control.serve()) })
 	}
 	d.log.Info("serving", "id", d.identity.ID().String(), "listen", d.ln.Addr().String(),
@@ -147,11 +162,47 @@ func start(ctx context.Context, s settings) (_ *daemon, err error) {
 	return d, nil
 }
 
+// openPeople makes what the listener for people needs.
+func (d *daemon) openPeople(p *peopleSettings, metrics prometheus.Registerer) (_ *server.People, err error) {
+	d.signIn, err = signin.New(signin.Config{
+		Store: d.store, Provider: p.provider, Log: d.log, Now: d.engine.Now, Late: d.engine.Late,
+		PersonSeen: d.engine.PersonSeen, SessionTTL: p.sessionTTL, Metrics: metrics,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &server.People{SignIn: d.signIn, Certificate: p.certificate, URL: p.url}, nil
+}
+
+// endRestoredSessions ends the sessions of a store that came back from a
+// backup, before the engine takes the backup's mark away: some of them were
+// signed out since.
+func endRestoredSessions(ctx context.Context, db store.Store, log *slog.Logger) error {
+	backup, err := lease.IsBackup(ctx, db)
+	if err != nil || !backup {
+		return err
+	}
+	n, err := signin.EndAll(ctx, db, time.Now())
+	if err == nil && n > 0 {
+		log.Warn("the sessions that the backup holds are ended", "sessions", n)
+	}
+	return err
+}
+
 func (d *daemon) listen() (err error) {
 	if d.ln, err = net.Listen("tcp", d.settings.listen); err != nil {
 		return fmt.Errorf("listening for agents: %w", err)
 	}
 	d.serving.Go(func() { d.served("agents", d.server.Serve(d.ln)) })
+	if p := d.settings.people; p != nil {
+		if d.peopleLn = p.ln; d.peopleLn == nil {
+			if d.peopleLn, err = net.Listen("tcp", p.listen); err != nil {
+				return fmt.Errorf("listening for people: %w", err)
+			}
+		}
+		d.serving.Go(func() { d.served("people", d.server.ServePeople(d.peopleLn)) })
+		d.log.Info("serving people", "url", p.url, "listen", d.peopleLn.Addr().String(), "issuer", p.provider.Issuer())
+	}
 	if d.settings.opsListen == "" {
 		return nil
 	}
@@ -224,6 +275,9 @@ func (d *daemon) close(ctx context.Context) error {
 			errs = append(errs, d.control.shutdown(ctx))
 		}
 		d.serving.Wait()
+		if d.signIn != nil {
+			d.signIn.Close()
+		}
 		if d.engine != nil {
 			d.engine.Close()
 		}

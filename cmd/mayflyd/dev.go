@@ -28,12 +28,9 @@ const brokerPath = "/mayfly"
 // devStore is the store's name in the state directory.
 const devStore = "mayfly.db"
 
-// devIdentities are who one can be in dev besides the agents, openers and
-// group members of the catalog.
-var devIdentities = []string{"/service/crm"}
-
 type devFlags struct {
 	dir, listen, ops string
+	people, idp      string
 	trustDomain      string
 	svidTTL          time.Duration
 	identities       []string
@@ -46,14 +43,17 @@ func devCommand() *cobra.Command {
 		Use:   "dev",
 		Short: "Run a broker, a trust domain and a sample catalog on this machine",
 		Long: `Dev starts everything that Mayfly needs, on loopback: a SPIFFE trust domain with
-its certificate authority in memory, a Workload API socket for each identity, a
-sample catalog, and the broker. It prints how to be each identity.
+its certificate authority in memory, a Workload API socket for each identity, an
+identity provider with sample people, a sample catalog, and the broker. It prints
+how to be each of them.
 
 It is for one machine and for trying things out: whoever can open an identity's
-socket is that identity.
+socket is that identity, and whoever reaches the identity provider is any of its
+people, without a password.
 
-The catalog is a file in the state directory. Change it and send SIGHUP to the
-process; the broker takes it over, or says what is wrong and keeps the old one.`,
+The catalog and its policies are files in the state directory. Change them and
+send SIGHUP to the process; the broker takes them over, or says what is wrong and
+keeps the old ones.`,
 		Example: "  mayflyd dev\n  mayflyd dev --dir ./state --listen 127.0.0.1:9443",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -63,10 +63,13 @@ process; the broker takes it over, or says what is wrong and keeps the old one.`
 	cmd.Flags().StringVar(&f.dir, "dir", "", "state directory; default: mayfly-dev-<uid> in the temporary directory")
 	cmd.Flags().StringVar(&f.listen, "listen", "127.0.0.1:8443", "where agents connect")
 	cmd.Flags().StringVar(&f.ops, "ops-listen", "127.0.0.1:8444", "metrics and health; empty for none")
+	cmd.Flags().StringVar(&f.people, "people-listen", "127.0.0.1:8446", "where people connect; empty for none")
+	cmd.Flags().StringVar(&f.idp, "idp-listen", "127.0.0.1:8447", "where the identity provider of the sample people listens, on loopback")
 	cmd.Flags().StringVar(&f.trustDomain, "trust-domain", "acme.test", "the trust domain; the sample catalog is for acme.test")
 	cmd.Flags().DurationVar(&f.svidTTL, "svid-ttl", 10*time.Minute, "how long an SVID is valid; it rotates at half of it")
 	cmd.Flags().StringArrayVar(&f.identities, "identity", nil, "another SPIFFE ID that one can be; may be repeated")
 	cmd.Flags().BoolVarP(&f.verbose, "verbose", "v", false, "log to standard error what the broker does")
+	cmd.AddCommand(sampleTokenCommand())
 	return cmd
 }
 
@@ -81,16 +84,16 @@ func runDev(ctx context.Context, f devFlags, out, errOut io.Writer) (err error) 
 		return fmt.Errorf("reading --trust-domain: %w", err)
 	}
 	if f.dir == "" {
-		f.dir = filepath.Join(os.TempDir(), fmt.Sprintf("mayfly-dev-%d", os.Getuid()))
+		f.dir = defaultDevDir()
 	}
 	if f.dir, err = filepath.Abs(f.dir); err != nil {
 		return err
 	}
-	catalogFile, err := prepareDev(f.dir)
+	catalogFiles, err := prepareDev(f.dir)
 	if err != nil {
 		return err
 	}
-	snapshot, err := catalog.Load([]string{catalogFile}, drivers(nil))
+	snapshot, err := catalog.Load(catalogFiles, drivers(nil))
 	if err != nil {
 		return err
 	}
@@ -115,46 +118,61 @@ func runDev(ctx context.Context, f devFlags, out, errOut io.Writer) (err error) 
 	if err != nil {
 		return err
 	}
-	d, err := start(ctx, settings{
+	conf := settings{
 		store: filepath.Join(f.dir, devStore), listen: f.listen, opsListen: f.ops,
-		workload: brokerSocket, catalog: []string{catalogFile}, log: log,
-	})
+		workload: brokerSocket, catalog: catalogFiles, log: log,
+	}
+	var sample *devPeople
+	if f.people != "" {
+		if sample, err = openDevPeople(f); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, sample.close()) }()
+		conf.people, conf.sampleToken = sample.settings, sample.token
+	}
+	d, err := start(ctx, conf)
 	if err != nil {
 		return err
 	}
-	printDev(out, d, f.dir, catalogFile, bundleFile, people)
+	printDev(out, d, f.dir, catalogFiles, bundleFile, people, sample)
 	return d.run(ctx, onHangup(ctx))
 }
 
 // prepareDev makes the state directory, a signing key and the sample catalog,
-// where they are not there yet.
-func prepareDev(dir string) (catalogFile string, err error) {
+// where they are not there yet. A catalog that is there may have no policies.
+func prepareDev(dir string) (catalogFiles []string, err error) {
 	keys := filepath.Join(dir, "keys")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", fmt.Errorf("making the state directory: %w", err)
+		return nil, fmt.Errorf("making the state directory: %w", err)
 	}
 	if err := ownAlone(dir); err != nil { // before anything is put into it
-		return "", err
+		return nil, err
 	}
 	for _, d := range []string{keys, filepath.Join(dir, "sockets")} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
-			return "", fmt.Errorf("making the state directory: %w", err)
+			return nil, fmt.Errorf("making the state directory: %w", err)
 		}
 	}
 	if found, err := filepath.Glob(filepath.Join(keys, "*.pem")); err != nil || len(found) == 0 {
 		if _, err := token.NewKey(keys, time.Now()); err != nil {
-			return "", fmt.Errorf("making a signing key: %w", err)
+			return nil, fmt.Errorf("making a signing key: %w", err)
 		}
 	}
-	catalogFile = filepath.Join(dir, "catalog.yaml")
-	if _, err := os.Stat(catalogFile); err == nil {
-		return catalogFile, nil
+	catalogFile, policies := filepath.Join(dir, "catalog.yaml"), filepath.Join(dir, "policies.cedar")
+	if _, err := os.Stat(catalogFile); err != nil {
+		if err := os.WriteFile(policies, []byte(examples.Policies), 0o600); err != nil { // first: a catalog is whole when it is there
+			return nil, fmt.Errorf("writing the sample policies: %w", err)
+		}
+		sample := strings.ReplaceAll(examples.Catalog, examples.KeysPath, keys)
+		if err := os.WriteFile(catalogFile, []byte(sample), 0o600); err != nil {
+			return nil, fmt.Errorf("writing the sample catalog: %w", err)
+		}
 	}
-	sample := strings.ReplaceAll(examples.Catalog, examples.KeysPath, keys)
-	if err := os.WriteFile(catalogFile, []byte(sample), 0o600); err != nil {
-		return "", fmt.Errorf("writing the sample catalog: %w", err)
+	catalogFiles = []string{catalogFile}
+	if _, err := os.Stat(policies); err == nil {
+		catalogFiles = append(catalogFiles, policies)
 	}
-	return catalogFile, nil
+	return catalogFiles, nil
 }
 
 // ownAlone refuses a state directory that somebody else could have laid out:
@@ -170,16 +188,16 @@ func ownAlone(dir string) error {
 	return nil
 }
 
-// devPerson is one identity and the socket that makes one it.
-type devPerson struct {
+// devIdentity is one identity and the socket that makes one it.
+type devIdentity struct {
 	id     spiffeid.ID
 	roles  string
 	socket string
 }
 
-func addDevIdentities(trust *devtrust.Server, td spiffeid.TrustDomain, snapshot *catalog.Snapshot, more []string) ([]devPerson, error) {
+func addDevIdentities(trust *devtrust.Server, td spiffeid.TrustDomain, snapshot *catalog.Snapshot, more []string) ([]devIdentity, error) {
 	var ids []spiffeid.ID
-	for _, path := range devIdentities {
+	for _, path := range examples.Services() { // besides the agents, openers and group members of the catalog
 		id, err := spiffeid.FromPath(td, path)
 		if err != nil {
 			return nil, err
@@ -195,7 +213,7 @@ func addDevIdentities(trust *devtrust.Server, td spiffeid.TrustDomain, snapshot 
 	}
 	ids = append(snapshot.Identities(), ids...)
 	seen := map[spiffeid.ID]bool{}
-	var people []devPerson
+	var people []devIdentity
 	for _, id := range ids {
 		if seen[id] || !id.MemberOf(td) {
 			continue
@@ -209,7 +227,7 @@ func addDevIdentities(trust *devtrust.Server, td spiffeid.TrustDomain, snapshot 
 		if roles == "" {
 			roles = "not in the catalog"
 		}
-		people = append(people, devPerson{id: id, roles: roles, socket: socket})
+		people = append(people, devIdentity{id: id, roles: roles, socket: socket})
 	}
 	return people, nil
 }
@@ -228,7 +246,7 @@ func writeBundle(path string, trust *devtrust.Server) error {
 	return nil
 }
 
-func printDev(out io.Writer, d *daemon, dir, catalogFile, bundleFile string, people []devPerson) {
+func printDev(out io.Writer, d *daemon, dir string, catalogFiles []string, bundleFile string, people []devIdentity, sample *devPeople) {
 	port := d.ln.Addr().String()[strings.LastIndexByte(d.ln.Addr().String(), ':'):]
 	fmt.Fprintf(out, "Mayfly dev: a broker for this machine alone. Not for production: whoever can open\nan identity's socket is that identity.\n\n")
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
@@ -236,13 +254,26 @@ func printDev(out io.Writer, d *daemon, dir, catalogFile, bundleFile string, peo
 	if d.opsLn != nil {
 		fmt.Fprintf(w, "  metrics\thttp://%s/metrics\n", d.opsLn.Addr())
 	}
-	fmt.Fprintf(w, "  catalog\t%s\tchange it, then: kill -HUP %d\n", catalogFile, os.Getpid())
+	fmt.Fprintf(w, "  catalog\t%s\tchange it, then: kill -HUP %d\n", strings.Join(catalogFiles, " "), os.Getpid())
 	fmt.Fprintf(w, "  state\t%s\n", dir)
 	fmt.Fprintf(w, "  bundle\t%s\tthe trust domain's public keys, for systems that the broker logs in to\n", bundleFile)
+	if sample != nil {
+		fmt.Fprintf(w, "  people\t%s\tsigned in by %s, which is for sample people alone\n", sample.settings.url, sample.provider.Issuer())
+	}
 	w.Flush()
 	fmt.Fprintf(out, "\nIn another shell:\n\n  export MAYFLY_ADDR=https://localhost%s\n\nand, to be one of these, paste the line below it:\n", port)
 	for _, p := range people {
 		fmt.Fprintf(out, "\n  # %s (%s)\n  export SPIFFE_ENDPOINT_SOCKET=%s\n", p.id, p.roles, p.socket)
+	}
+	if sample != nil {
+		fmt.Fprintf(out, "\nOr, to come as one of the sample people:\n\n  export MAYFLY_PEOPLE_ADDR=%s\n  export MAYFLY_PEOPLE_CA=%s\n  mayfly login\n\n"+
+			"Your browser will ask whether to trust this machine's broker, and then who to be:\n\n", sample.settings.url, sample.caFile)
+		w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+		for _, p := range sample.people {
+			fmt.Fprintf(w, "  %s\t%s\n", p.Name, strings.Join(p.Groups, ", "))
+		}
+		w.Flush()
+		fmt.Fprintf(out, "\nWithout a browser: MAYFLY_TOKEN=$(mayflyd dev token --dir %s --person %s)\n", dir, sample.people[0].Name)
 	}
 	fmt.Fprintf(out, "\nThen: mayfly whoami\n\nReady. Ctrl-C stops it.\n")
 }

@@ -44,7 +44,7 @@ machine, for trying things out.`,
 		DisableAutoGenTag: true,
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(devCommand(), serverCommand(), checkCommand(), keyCommand(), clockCommand(), backupCommand(), docsCommand())
+	root.AddCommand(devCommand(), serverCommand(), checkCommand(), keyCommand(), clockCommand(), backupCommand(), recoverCommand(), docsCommand())
 	return root
 }
 

@@ -15,13 +15,14 @@ import (
 // configFile is the broker's own configuration. Paths in it are relative to
 // its directory. Every field says what leaving it out means.
 type configFile struct {
-	Store        string   `yaml:"store"`         // path of the store's file, in a directory that exists; required
-	Catalog      []string `yaml:"catalog"`       // the catalog's files; required
-	Listen       string   `yaml:"listen"`        // where agents connect; 127.0.0.1:8443
-	OpsListen    string   `yaml:"ops_listen"`    // metrics and health, plain HTTP; none
-	WorkloadAPI  string   `yaml:"workload_api"`  // address of the SPIFFE Workload API; SPIFFE_ENDPOINT_SOCKET
-	TrustDomains []string `yaml:"trust_domains"` // federated trust domains whose identities may call; none but our own
-	LogLevel     string   `yaml:"log_level"`     // debug, info, warn or error; info
+	Store        string         `yaml:"store"`         // path of the store's file, in a directory that exists; required
+	Catalog      []string       `yaml:"catalog"`       // the catalog's files; required
+	Listen       string         `yaml:"listen"`        // where agents connect; 127.0.0.1:8443
+	OpsListen    string         `yaml:"ops_listen"`    // metrics and health, plain HTTP; none
+	WorkloadAPI  string         `yaml:"workload_api"`  // address of the SPIFFE Workload API; SPIFFE_ENDPOINT_SOCKET
+	TrustDomains []string       `yaml:"trust_domains"` // federated trust domains whose identities may call; none but our own
+	LogLevel     string         `yaml:"log_level"`     // debug, info, warn or error; info
+	People       *peopleSection `yaml:"people"`        // the listener for people; none: nobody signs in, and no agent acts on behalf of a user
 }
 
 // readConfig reads and checks the configuration and turns it into settings.
@@ -67,11 +68,14 @@ func readConfig(path string) (settings, error) {
 			fail("log_level", "log_level is %q; it is debug, info, warn or error", c.LogLevel)
 		}
 	}
+	s.log = newLog(os.Stderr, level)
+	if c.People != nil {
+		s.people = c.People.check(relative, s.log, fail)
+	}
 	if len(errs) > 0 {
 		errs.Sort()
 		return settings{}, errs
 	}
-	s.log = newLog(os.Stderr, level)
 	return s, nil
 }
 

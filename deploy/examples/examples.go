@@ -26,32 +26,10 @@ const KeysPath = "/var/lib/mayfly/keys"
 //go:embed catalog/vault.yaml
 var VaultCatalog string
 
-// Person is one of the sample people of `mayflyd dev`.
-type Person struct {
-	Name   string   // also the identity provider's own name for them (sub)
-	Groups []string // sorted
-	About  string   // for the page that lists them
-}
-
-// People are those who can sign in at the identity provider of `mayflyd dev`.
-func People() []Person {
-	return []Person{
-		{"dora@acme.test", []string{"developers"}, "developer, owner of the developer and intern agents"},
-		{"faye@acme.test", []string{"finance"}, "accountant, owner of the finance agent"},
-		{"finn@acme.test", []string{"finance"}, "accountant"},
-		{"lena@acme.test", []string{"support-leads"}, "leads support"},
-		{"leo@acme.test", []string{"support-leads"}, "leads support, owner of the support agent"},
-		{"max@acme.test", []string{"finance", "security"}, "in two groups, and still one person"},
-		{"olga@acme.test", []string{"security"}, "security engineer, administers Mayfly: the catalog says so"},
-		{"pat@acme.test", []string{"platform-leads"}, "leads the platform team"},
-		{"rob@acme.test", []string{"research-leads"}, "leads research"},
-		{"rose@acme.test", []string{"research-leads"}, "leads research, owner of the research agent"},
-		{"ruth@acme.test", []string{"research-leads"}, "leads research"},
-		{"sam@acme.test", []string{"sre"}, "on call"},
-		{"sid@acme.test", []string{"security"}, "security engineer"},
-		{"zoe@acme.test", nil, "works at Acme, and is in no group"},
-	}
-}
+// People are the sample people of `mayflyd dev`.
+//
+//go:embed acme/people.yaml
+var People string
 
 // Services are the resource servers that Catalog knows, by the paths of their
 // SPIFFE IDs. They are in it as introspectors alone.
