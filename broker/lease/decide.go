@@ -87,6 +87,15 @@ func (e *Engine) administers(ctx context.Context, ep *epoch, caller broker.Calle
 		return policy.Verdict{}, nil // nobody
 	}
 	q := policy.Query{Action: policy.ActionAdminister, Subject: ep.catalog.Subject(caller), Verb: verb, Now: e.clock.now()}
+	if caller.Person != nil {
+		err := e.view(ctx, func(r store.Reader) (err error) {
+			q.Subject, err = ep.subject(r, caller)
+			return err
+		})
+		if err != nil {
+			return policy.Verdict{}, err
+		}
+	}
 	v := ep.decide(q)
 	if verb != policy.VerbSeeAll { // each listing asks that
 		e.decisions.add(q, v)

@@ -157,6 +157,10 @@ func (e *Engine) load(ctx context.Context, next *catalog.Snapshot, actor string,
 	if e.closed.Load() {
 		return broker.Refuse(broker.ReasonShuttingDown, "the broker is stopping", "try again")
 	}
+	if err := e.keepsAdministrators(next, first); err != nil {
+		e.loadRefused(ctx, err, actor)
+		return err
+	}
 	opened, err := e.exchange(ctx, next, actor)
 	if err != nil {
 		for _, p := range opened {
@@ -180,6 +184,18 @@ func (e *Engine) load(ctx context.Context, next *catalog.Snapshot, actor string,
 		}
 	}
 	return nil
+}
+
+// keepsAdministrators refuses a catalog that would let nobody administer. One
+// that the broker begins with is taken all the same, and said aloud: a broker
+// that does not start lets nobody recover, and ends nothing.
+func (e *Engine) keepsAdministrators(next *catalog.Snapshot, first bool) error {
+	err := policy.Lockout(next.Policies(), next.Administrators(e.clock.now()), e.clock.now())
+	if err != nil && first {
+		e.log.Error("NOBODY may administer this broker by its policies; `mayflyd recover` lets somebody for a while", "error", err)
+		return nil
+	}
+	return err
 }
 
 // exchange commits the new generation and puts the new epoch in place. The

@@ -12,6 +12,7 @@ import (
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/audit"
 	"github.com/mayfly-security/mayfly/broker/failpoint"
+	"github.com/mayfly-security/mayfly/broker/policy"
 	"github.com/mayfly-security/mayfly/store"
 )
 
@@ -36,18 +37,29 @@ func newPersonRecord(p broker.Person, now time.Time) personRecord {
 	return personRecord{Name: p.Name, Issuer: p.Issuer, Subject: p.Subject, Groups: groups, AuthTime: p.AuthTime, SeenAt: now}
 }
 
-// groupsOf are all groups that a person is in now: by what the identity
-// provider said last, and by this epoch's catalog. A person whom it never told
-// of is in what p says.
-func (ep *epoch) groupsOf(r getter, p broker.Person) ([]string, error) {
+// subject is a caller as policies see it now. A person is in the groups that
+// the identity provider said last, whatever their session began with, and in
+// those of this epoch's catalog; one whom it never told of is in what the caller
+// says.
+func (ep *epoch) subject(r getter, caller broker.Caller) (policy.Subject, error) {
+	if caller.Person == nil {
+		return ep.catalog.Subject(caller), nil
+	}
+	p := *caller.Person
 	rec, known, err := get[personRecord](r, keyPerson(personDigest(p.Issuer, p.Subject)))
 	if err != nil {
-		return nil, err
+		return policy.Subject{}, err
 	}
 	if known {
 		p.Groups = rec.Groups
 	}
-	return ep.catalog.Subject(broker.Caller{Person: &p}).Groups, nil
+	return ep.catalog.Subject(broker.Caller{Person: &p}), nil
+}
+
+// groupsOf are all groups that a person is in now.
+func (ep *epoch) groupsOf(r getter, p broker.Person) ([]string, error) {
+	s, err := ep.subject(r, broker.Caller{Person: &p})
+	return s.Groups, err
 }
 
 // lost is the first of the grant's voters who stood for it and does so no

@@ -18,6 +18,14 @@ import (
 // maxWaiting is how many requests of one agent may be pending at once.
 const maxWaiting = 32
 
+// maxVoters is the most people that one rule can need, and maxApprovals the
+// most votes that one request can have: what is known of each is read in one
+// transaction.
+const (
+	maxVoters    = 20
+	maxApprovals = 50
+)
+
 // maxAttached is the most grants that one incident may have, those asked for
 // under it too: they are in its record, which closing it writes.
 const maxAttached = 200
@@ -132,6 +140,14 @@ func ruleOf(tool broker.Tool, breakGlass bool) *broker.ApprovalRule {
 	return tool.Approval
 }
 
+// people is how many a rule needs.
+func people(rule broker.ApprovalRule) (n int) {
+	for _, q := range rule.Need {
+		n += q.Count
+	}
+	return n
+}
+
 // newRequest checks a request against the catalog.
 func (ep *epoch) newRequest(caller broker.Caller, req AccessRequest, now time.Time) (requestRecord, *broker.ApprovalRule, error) {
 	refuse := func(err error) (requestRecord, *broker.ApprovalRule, error) { return requestRecord{}, nil, err }
@@ -164,6 +180,9 @@ func (ep *epoch) newRequest(caller broker.Caller, req AccessRequest, now time.Ti
 	switch {
 	case uses < 0:
 		return refuse(broker.Refuse(broker.ReasonInvalidArgument, "the number of uses is negative", "give 0 for any number, or a number above it"))
+	case rule != nil && people(*rule) > maxVoters:
+		return refuse(broker.Refusef(broker.ReasonPolicyInvalid, "an operator makes the rule smaller",
+			"rule %s of tool %s needs %d people, and at most %d can be counted", rule.Name, tool.Name, people(*rule), maxVoters))
 	case rule != nil && rule.SingleUse && uses > 1:
 		return refuse(broker.Refusef(broker.ReasonInvalidArgument, "ask for one use",
 			"%d uses were asked for; the rule %s of tool %s gives one at a time", uses, rule.Name, tool.Name))
@@ -205,13 +224,11 @@ func (e *Engine) tryRequest(ctx context.Context, ep *epoch, caller broker.Caller
 		return "", err
 	}
 	var in broker.Incident
-	subject := ep.catalog.Subject(caller)
+	var subject policy.Subject
 	seesAll := rec.Incident != "" && e.seesAll(ctx, ep, caller)
 	err = e.view(ctx, func(r store.Reader) (err error) {
-		if caller.Person != nil {
-			if subject.Groups, err = ep.groupsOf(r, *caller.Person); err != nil {
-				return err
-			}
+		if subject, err = ep.subject(r, caller); err != nil {
+			return err
 		}
 		in, err = incidentFor(r, rec, func(in broker.Incident) bool { return seesAll || ep.sees(caller, in) }, now)
 		return err

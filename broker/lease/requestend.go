@@ -58,14 +58,17 @@ func (ep *epoch) basis(r getter, rec requestRecord, now time.Time) (b basis, err
 			return void("incident %s is closed", rec.Incident)
 		}
 	}
-	subject := ep.catalog.Subject(broker.Caller{ID: rec.Agent})
+	creator := broker.Caller{ID: rec.Agent}
 	if rec.Creator != nil {
-		subject = ep.catalog.Subject(broker.Caller{Person: rec.Creator})
-		if subject.Groups, err = ep.groupsOf(r, *rec.Creator); err != nil {
-			return b, err
-		}
+		creator = broker.Caller{Person: rec.Creator}
 	}
-	if v := ep.decide(ep.aboutRequest(rec, subject, b.incident, now)); !v.Allowed {
+	subject, err := ep.subject(r, creator)
+	if err != nil {
+		return b, err
+	}
+	// By what is so now, as of the time at which it was asked: that time passes
+	// makes nothing void.
+	if v := ep.decide(ep.aboutRequest(rec, subject, b.incident, rec.CreatedAt)); !v.Allowed {
 		return void("policies do not let %s ask for %s any more (policy set %s)", rec.CreatedBy, rec.Tool, policy.Short(v.Digest))
 	}
 	return b, nil

@@ -134,7 +134,7 @@ func (e *Engine) requestView(r getter, ep *epoch, caller broker.Caller, rec requ
 	if err != nil || b.void != "" {
 		return v, sees, err // nobody can decide it; the sweep that says so is under way
 	}
-	tally, err := ep.count(r, rec, b, now)
+	tally, err := ep.count(r, rec, b)
 	if err != nil {
 		return v, sees, err
 	}

@@ -106,6 +106,7 @@ type rig struct {
 	t       testing.TB
 	dir     string
 	yaml    string
+	cedar   string // policies; empty for the built-in ones
 	db      store.Store
 	engine  *lease.Engine
 	world   *providertest.System // of the planned and recorded providers
@@ -164,7 +165,15 @@ func (r *rig) snapshot() *catalog.Snapshot {
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		r.t.Fatal(err)
 	}
-	s, err := catalog.Load([]string{file}, r.drivers)
+	files := []string{file}
+	if r.cedar != "" {
+		policies := filepath.Join(r.dir, "policies.cedar")
+		if err := os.WriteFile(policies, []byte(r.cedar), 0o600); err != nil {
+			r.t.Fatal(err)
+		}
+		files = append(files, policies)
+	}
+	s, err := catalog.Load(files, r.drivers)
 	if err != nil {
 		r.t.Fatal(err)
 	}

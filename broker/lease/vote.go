@@ -163,6 +163,9 @@ func (b *ballot) cast(t store.Txn) error {
 	if d := b.vote.Duration; d != nil && *d < b.rec.Duration {
 		approval.Duration = *d
 	}
+	if len(b.rec.Approvals) >= maxApprovals {
+		return broker.Refusef(broker.ReasonConflict, "let it be asked again", "request %s has %d votes already", b.rec.ID, maxApprovals)
+	}
 	if !voted { // one that stands is only counted anew
 		b.rec.Approvals = append(b.rec.Approvals, approval)
 		ev := b.rec.event(b.now, audit.RequestApproved, b.caller, b.verdict)
@@ -171,7 +174,7 @@ func (b *ballot) cast(t store.Txn) error {
 			return err
 		}
 	}
-	tally, err := b.ep.count(t, b.rec, basis, b.now)
+	tally, err := b.ep.count(t, b.rec, basis)
 	if err != nil {
 		return err
 	}
@@ -258,9 +261,8 @@ func requestOver(r broker.Request) *broker.Error {
 
 // mayApprove asks the policy set whether a person may decide a request.
 func (ep *epoch) mayApprove(rec requestRecord, b basis, p broker.Person, groups []string, now time.Time) (policy.Query, policy.Verdict) {
-	subject := ep.catalog.Subject(broker.Caller{Person: &p})
-	subject.Groups = groups
-	q := ep.about(policy.ActionApprove, rec, subject, b.incident, now)
+	p.Groups = groups // the catalog's among them, which changes nothing
+	q := ep.about(policy.ActionApprove, rec, ep.catalog.Subject(broker.Caller{Person: &p}), b.incident, now)
 	return q, ep.decide(q)
 }
 
@@ -281,7 +283,7 @@ func (b basis) eligible(rec requestRecord, p broker.Person, groups []string) err
 
 // count finds what the votes come to that count now: a vote does if its voter
 // is eligible now, and policies let them approve.
-func (ep *epoch) count(r getter, rec requestRecord, b basis, now time.Time) (policy.Tally, error) {
+func (ep *epoch) count(r getter, rec requestRecord, b basis) (policy.Tally, error) {
 	var ballots []policy.Ballot
 	for _, a := range rec.Approvals {
 		if !a.Approved || a.Digest != rec.Digest {
@@ -294,7 +296,8 @@ func (ep *epoch) count(r getter, rec requestRecord, b basis, now time.Time) (pol
 		if b.eligible(rec, a.Person, groups) != nil {
 			continue
 		}
-		if _, v := ep.mayApprove(rec, b, a.Person, groups, now); !v.Allowed {
+		// By what is so now, and the sign-in as old as it was at the vote.
+		if _, v := ep.mayApprove(rec, b, a.Person, groups, a.At); !v.Allowed {
 			continue
 		}
 		ballots = append(ballots, policy.Ballot{Person: a.Person, Groups: groups, Duration: a.Duration})

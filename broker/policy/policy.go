@@ -3,16 +3,12 @@
 // decision can be made before an act, again inside the act's transaction, for
 // as long as a lease lives, and in a test.
 //
-// Who may administer and who may open incidents is decided by SPIFFE ID from
-// the catalog. The facts are gathered by the caller; a policy engine can take
-// the place of these functions without its callers changing.
+// A policy set (Set) says who may do what. What is no matter of policy text is
+// Go code over catalog data: what a grant stands on (GrantFacts), who must agree
+// to a request (Voting), and within which bounds an opener opens (Opener).
 package policy
 
-import (
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-
-	"github.com/mayfly-security/mayfly/broker"
-)
+import "github.com/mayfly-security/mayfly/broker"
 
 // Decision is a verdict. The zero Decision allows nothing.
 type Decision struct {
@@ -38,15 +34,4 @@ func (d Decision) Err() error {
 		return d.Refusal
 	}
 	return broker.Refuse(broker.ReasonPermissionDenied, "nothing allows this", "ask an operator")
-}
-
-// Administer decides whether a caller may do what operators do: verb says
-// what, for the message ("make grants").
-func Administer(caller spiffeid.ID, isOperator bool, verb string) Decision {
-	if isOperator {
-		return Allow("operator")
-	}
-	return Deny(broker.Refusef(broker.ReasonPermissionDenied,
-		"ask an operator, or have this identity added to `operators` in the catalog",
-		"%s is no operator and may not %s", caller, verb))
 }
