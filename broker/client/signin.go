@@ -45,8 +45,10 @@ func (c *Client) SignInInfo(ctx context.Context) (SignInInfo, error) {
 type BrowserSignIn struct {
 	URL         string // where the browser goes
 	State       string // what it must bring back, unchanged
-	redirectURI string
-	verifier    broker.Secret
+	RedirectURI string
+	// Verifier is for Redeem. It is exported so that it redacts itself where
+	// the whole is printed.
+	Verifier broker.Secret
 }
 
 // StartBrowser begins a sign-in by browser. redirectURI is where we listen,
@@ -55,7 +57,7 @@ type BrowserSignIn struct {
 func (c *Client) StartBrowser(redirectURI string, need broker.StepUp) BrowserSignIn {
 	verifier := rand.Text() + rand.Text() // 52 characters, 260 bits: RFC 7636 wants 43 to 128
 	challenge := sha256.Sum256([]byte(verifier))
-	s := BrowserSignIn{State: rand.Text(), redirectURI: redirectURI, verifier: NewToken(verifier)}
+	s := BrowserSignIn{State: rand.Text(), RedirectURI: redirectURI, Verifier: NewToken(verifier)}
 	q := url.Values{
 		"redirect_uri": {redirectURI}, "state": {s.State}, "code_challenge": {base64.RawURLEncoding.EncodeToString(challenge[:])},
 	}
@@ -72,8 +74,8 @@ func (c *Client) StartBrowser(redirectURI string, need broker.StepUp) BrowserSig
 
 // Redeem turns the code that the browser brought back into a session.
 func (c *Client) Redeem(ctx context.Context, s BrowserSignIn, code string) (Session, error) {
-	verifier, _ := s.verifier.Reveal(fieldToken)
-	return sessionOf(call(ctx, c, c.signIn.RedeemCode, &mayflyv1.RedeemCodeRequest{Code: code, CodeVerifier: verifier, RedirectUri: s.redirectURI}))
+	verifier, _ := s.Verifier.Reveal(fieldToken)
+	return sessionOf(call(ctx, c, c.signIn.RedeemCode, &mayflyv1.RedeemCodeRequest{Code: code, CodeVerifier: verifier, RedirectUri: s.RedirectURI}))
 }
 
 // DeviceSignIn is a sign-in by device code (RFC 8628) that is under way. It
@@ -85,7 +87,7 @@ type DeviceSignIn struct {
 	VerificationURIComplete string
 	ExpiresAt               time.Time
 	Interval                time.Duration // between two polls; never zero
-	handle                  broker.Secret
+	Handle                  broker.Secret // for PollDevice
 }
 
 // defaultInterval is RFC 8628's (section 3.2).
@@ -99,7 +101,7 @@ func (c *Client) StartDevice(ctx context.Context) (DeviceSignIn, error) {
 	}
 	s := DeviceSignIn{
 		UserCode: m.GetUserCode(), VerificationURI: m.GetVerificationUri(), VerificationURIComplete: m.GetVerificationUriComplete(),
-		ExpiresAt: instant(m.GetExpiresAt()), Interval: m.GetInterval().AsDuration(), handle: NewToken(m.GetHandle()),
+		ExpiresAt: instant(m.GetExpiresAt()), Interval: m.GetInterval().AsDuration(), Handle: NewToken(m.GetHandle()),
 	}
 	if s.Interval <= 0 {
 		s.Interval = defaultInterval
@@ -110,7 +112,7 @@ func (c *Client) StartDevice(ctx context.Context) (DeviceSignIn, error) {
 // PollDevice asks once. Until the person has finished, it is refused with
 // broker.ReasonSignInPending.
 func (c *Client) PollDevice(ctx context.Context, s DeviceSignIn) (Session, error) {
-	handle, _ := s.handle.Reveal(fieldToken)
+	handle, _ := s.Handle.Reveal(fieldToken)
 	return sessionOf(call(ctx, c, c.signIn.PollDevice, &mayflyv1.PollDeviceRequest{Handle: handle}))
 }
 

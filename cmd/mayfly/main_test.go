@@ -43,7 +43,7 @@ type rig struct {
 	token  string // of the last session that was made by the test
 	typed  string // what a person types, on a terminal; empty: there is none
 	done   chan error
-	said   string // by what ran in the background
+	said   *spoken // by what runs in the background
 }
 
 func newRig() (r *rig, stop func(), err error) {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -16,8 +15,10 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -48,8 +49,7 @@ func selfMade() (pair tls.Certificate, authority []byte, err error) {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), nil
 }
 
-// browser URL: goes there as a browser does, and says what it saw last in the
-// file BROWSER_SEES, if that is set.
+// browser URL: goes there as a browser does.
 func browser() {
 	ca, err := os.ReadFile(os.Getenv("MAYFLY_PEOPLE_CA"))
 	if err != nil {
@@ -63,14 +63,8 @@ func browser() {
 		panic(err)
 	}
 	defer res.Body.Close()
-	body, err := io.ReadAll(res.Body)
-	if err != nil {
+	if _, err := io.Copy(io.Discard, res.Body); err != nil {
 		panic(err)
-	}
-	if file := os.Getenv("BROWSER_SEES"); file != "" {
-		if err := os.WriteFile(file, body, 0o600); err != nil {
-			panic(err)
-		}
 	}
 }
 
@@ -187,47 +181,75 @@ func endsCommand(ts *testscript.TestScript, _ bool, args []string) {
 	r := rigOf(ts)
 	r.Lock()
 	defer r.Unlock()
-	r.Ends = nil
+	var alive []int32
 	for _, a := range args {
-		if a == "done" {
-			r.Ends[len(r.Ends)-1].Done = true
-			continue
+		if a != "done" {
+			n, err := strconv.Atoi(a)
+			ts.Check(err)
+			alive = append(alive, int32(n))
 		}
-		n, err := strconv.Atoi(a)
-		ts.Check(err)
-		m := &mayflyv1.EndAccessProgress{Grants: 2, Requests: 1, Leases: 3, Alive: int32(n)}
-		if r.Ends == nil {
+	}
+	r.Ends = endsOf(alive...)
+	r.Ends[len(alive)-1].Done = args[len(args)-1] == "done"
+}
+
+// endsOf is what the kill switch tells: so many are alive, one after the other.
+func endsOf(alive ...int32) (all []*mayflyv1.EndAccessProgress) {
+	for i, n := range alive {
+		m := &mayflyv1.EndAccessProgress{Grants: 2, Requests: 1, Leases: 3, Alive: n, Done: i == len(alive)-1}
+		if i == 0 {
 			m.ByAgent = map[string]int32{"spiffe://acme.test/agent/troubleshooter": 2, "spiffe://acme.test/agent/plain" + hostile: 1}
 			m.ByTool = map[string]int32{"crm.read": 3}
 			m.Survives = []string{"plain" + hostile}
 		}
-		r.Ends = append(r.Ends, m)
+		all = append(all, m)
 	}
+	return all
 }
 
-// background N ARGS...: as run, while the script goes on; foreground waits for it.
+// spoken is what a command says, and can be read while it runs.
+type spoken struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (s *spoken) Write(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(b)
+}
+
+func (s *spoken) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
+}
+
+// background N ARGS...: as run, while the script goes on, once it waits;
+// foreground waits for its end.
 func backgroundCommand(ts *testscript.TestScript, _ bool, args []string) {
 	want, err := strconv.Atoi(args[0])
 	ts.Check(err)
 	p := programOf(ts, args[1:])
-	var out bytes.Buffer
-	p.stdout, p.stderr = &out, &out
+	out := new(spoken)
+	p.stdout, p.stderr = out, out
 	r := rigOf(ts)
 	watched := r.Calls("WatchRequest")
 	done := make(chan error, 1)
-	r.done = done
+	r.done, r.said = done, out
 	go func() {
+		defer close(done)
 		if got := p.run(context.Background()); got != want {
-			done <- fmt.Errorf("exit code %d; %d was expected\n%s", got, want, out.String())
+			done <- fmt.Errorf("exit code %d; %d was expected\n%s", got, want, out)
 		}
-		r.said = out.String()
-		close(done)
 	}()
-	for r.Calls("WatchRequest") == watched { // it is on its way
+	waits := func() bool {
+		return strings.Contains(out.String(), "waits for approval") || slices.Contains(args, "json") && r.Calls("WatchRequest") > watched
+	}
+	for !waits() {
 		select {
 		case err := <-done:
-			ts.Check(err)
-			return
+			ts.Fatalf("it did not wait: %v\n%s", err, out)
 		case <-time.After(time.Millisecond):
 		}
 	}
@@ -239,5 +261,5 @@ func foregroundCommand(ts *testscript.TestScript, _ bool, _ []string) {
 	for err := range r.done {
 		ts.Check(err)
 	}
-	fmt.Fprint(ts.Stdout(), r.said)
+	fmt.Fprint(ts.Stdout(), r.said.String())
 }

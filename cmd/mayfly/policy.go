@@ -22,7 +22,7 @@ const maxPolicy = 4 << 20
 
 func (p *program) policyCommand() *cobra.Command {
 	return group("policy", "Ask why, and what if: policies",
-		p.policyExplainCommand(), p.policyPreviewCommand())
+		p.policyTestCommand(), p.policyExplainCommand(), p.policyPreviewCommand())
 }
 
 func (p *program) policyExplainCommand() *cobra.Command {

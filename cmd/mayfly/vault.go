@@ -151,7 +151,7 @@ func (p *program) vaultSetup(f vaultFlags, o vaultscope.Options) (*vaultscope.Se
 
 // vaultTools loads the catalog and picks one provider and its tools.
 func (p *program) vaultTools(f vaultFlags) (catalog.Provider, []broker.Tool, error) {
-	snapshot, err := catalog.Load(f.catalog, vaultDrivers(f.catalog))
+	snapshot, err := catalog.Load(f.catalog, localDrivers(f.catalog))
 	if errs := (strictyaml.Errors)(nil); errors.As(err, &errs) {
 		return catalog.Provider{}, nil, p.wrongCatalog(errs)
 	} else if err != nil {
@@ -286,9 +286,9 @@ func readKeyFile(flag, path string) ([]byte, error) {
 	return raw, nil
 }
 
-// vaultDrivers are the drivers for reading a catalog of which only Vault's part
+// localDrivers are the drivers for reading a catalog here, where only Vault's part
 // is looked at: the other drivers that the files name are stood in for.
-func vaultDrivers(files []string) map[string]providers.Driver {
+func localDrivers(files []string) map[string]providers.Driver {
 	drivers := map[string]providers.Driver{}
 	for _, name := range files {
 		var f struct {
@@ -302,6 +302,7 @@ func vaultDrivers(files []string) map[string]providers.Driver {
 			} `yaml:"providers"`
 			Tools   json.RawMessage `yaml:"tools"`
 			Openers json.RawMessage `yaml:"openers"`
+			Rules   json.RawMessage `yaml:"approval_rules"`
 		}
 		if _, err := strictyaml.ReadFile(name, &f); err != nil {
 			continue // catalog.Load says what is wrong with it, in full

@@ -54,6 +54,9 @@ type Broker struct {
 	Refuse func(procedure string, n int) error
 	// Drop says whether the answer to a call that was carried out gets lost.
 	Drop func(procedure string, n int) bool
+	// Cut says whether a stream breaks off after its first message, as that of a
+	// broker that stops.
+	Cut func(procedure string, n int) bool
 	// Hold is waited for within every call, if it is set.
 	Hold func(ctx context.Context, procedure string)
 	// Now is the clock. Nil means time.Now.
@@ -64,6 +67,7 @@ type Broker struct {
 	minted map[string]*mayflyv1.IssueLeaseResponse // by idempotency key
 	peers  []string
 	resume bool
+	wanted map[string]*mayflyv1.Request // by idempotency key
 	// changed is closed when a request changed, and made anew.
 	changed chan struct{}
 	asked   map[string]any // the last message of a procedure
@@ -190,6 +194,16 @@ func (b *Broker) Calls(procedure string) int {
 	b.Lock()
 	defer b.Unlock()
 	return b.calls[procedure]
+}
+
+// cut is an error where a stream is to break off.
+func (b *Broker) cut(procedure string) error {
+	b.Lock()
+	defer b.Unlock()
+	if b.Cut == nil || !b.Cut(procedure, b.calls[procedure]) {
+		return nil
+	}
+	return Refusal(connect.CodeUnavailable, broker.ReasonShuttingDown, "the broker is stopping", "try again")
 }
 
 // Asked is the last message that a procedure was called with; nil for none. It

@@ -30,6 +30,9 @@ func (r requests) CreateRequest(_ context.Context, c *connect.Request[mayflyv1.C
 	defer r.Unlock()
 	m := c.Msg
 	r.keep("CreateRequest", m)
+	if made := r.wanted[m.GetIdempotencyKey()]; made != nil {
+		return connect.NewResponse(proto.CloneOf(made)), nil
+	}
 	i := slices.IndexFunc(r.Tools, func(t *mayflyv1.Tool) bool { return t.GetName() == m.GetTool() })
 	if i < 0 {
 		return nil, Refusal(connect.CodeNotFound, broker.ReasonToolUnknown, "there is no such tool", "see `mayfly tools`")
@@ -54,6 +57,12 @@ func (r requests) CreateRequest(_ context.Context, c *connect.Request[mayflyv1.C
 		r.decide(made, broker.RequestGranted)
 	}
 	r.Requests = append(r.Requests, made)
+	if m.GetIdempotencyKey() != "" {
+		if r.wanted == nil {
+			r.wanted = map[string]*mayflyv1.Request{}
+		}
+		r.wanted[m.GetIdempotencyKey()] = made
+	}
 	return connect.NewResponse(proto.CloneOf(made)), nil
 }
 
@@ -140,6 +149,9 @@ func (r requests) WatchRequest(ctx context.Context, c *connect.Request[mayflyv1.
 		if m.GetState() != string(broker.RequestPending) {
 			return nil
 		}
+		if err := r.cut("WatchRequest"); err != nil {
+			return err
+		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
@@ -225,6 +237,9 @@ func (o operator) EndAccess(ctx context.Context, c *connect.Request[mayflyv1.End
 	}
 	for _, m := range all {
 		if err := s.Send(m); err != nil {
+			return err
+		}
+		if err := o.cut("EndAccess"); err != nil {
 			return err
 		}
 	}
