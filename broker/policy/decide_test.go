@@ -2,6 +2,8 @@ package policy_test
 
 import (
 	"fmt"
+	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -9,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
 	"github.com/mayfly-security/mayfly/broker"
@@ -338,7 +341,7 @@ func teams(n int) string {
 func BenchmarkDecide(b *testing.B) {
 	for _, n := range []int{10, 100, 1000} {
 		b.Run(fmt.Sprintf("policies=%d", n), func(b *testing.B) {
-			s := mustLoad(b, strings.ReplaceAll(teams(n), "action, resource", "action in [Action::\"request\", Action::\"issue\"], resource"))
+			s := mustLoad(b, teams(n))
 			var questions []policy.Query
 			for i := range 64 {
 				for _, action := range []policy.Action{policy.ActionRequest, policy.ActionIssue, policy.ActionApprove, policy.ActionAdminister} {
@@ -353,16 +356,55 @@ func BenchmarkDecide(b *testing.B) {
 					questions = append(questions, q)
 				}
 			}
-			took := make([]time.Duration, 0, b.N)
+			// What the thread itself took is measured besides: on a machine that
+			// others use too, the clock on the wall measures them.
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			took, cpu := make([]time.Duration, 0, b.N), make([]time.Duration, 0, b.N)
 			b.ResetTimer()
 			for i := range b.N {
-				begin := time.Now()
+				begin, own := time.Now(), threadTime(b)
 				s.Decide(questions[i%len(questions)])
+				cpu = append(cpu, threadTime(b)-own)
 				took = append(took, time.Since(begin))
 			}
 			b.StopTimer()
-			slices.Sort(took)
-			b.ReportMetric(float64(took[len(took)*99/100].Nanoseconds())/1000, "p99-µs")
+			for unit, all := range map[string][]time.Duration{"p99-µs": took, "p99-cpu-µs": cpu} {
+				slices.Sort(all)
+				b.ReportMetric(float64(all[len(all)*99/100].Nanoseconds())/1000, unit)
+			}
 		})
+	}
+}
+
+// threadTime is the processor time that this thread has used.
+func threadTime(t testing.TB) time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &ts); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(ts.Nano())
+}
+
+// TestIndexIsNarrow: of 1,000 policies a decision evaluates a few.
+func TestIndexIsNarrow(t *testing.T) {
+	s := mustLoad(t, teams(1000))
+	q := ask(policy.ActionRequest)
+	q.Tool.Name, q.Tool.Provider = "tool7", "provider7"
+	if n := policy.Candidates(s, q); n < 3 || n > 40 {
+		t.Errorf("%d of 1,003 policies are evaluated", n)
+	}
+}
+
+func TestReferenceIsFresh(t *testing.T) {
+	reference, err := policy.Reference()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{"mayfly.cedarschema": policy.SchemaText(), "policy.md": reference} {
+		got, err := os.ReadFile("../../docs/reference/" + name)
+		if err != nil || !strings.HasSuffix(string(got), want) {
+			t.Errorf("docs/reference/%s is stale: `make generate` (%v)", name, err)
+		}
 	}
 }

@@ -32,6 +32,9 @@ const maxNearest = 5
 func (s *Set) Explain(q Query) Explanation {
 	x := Explanation{Verdict: s.Decide(q)}
 	f, problem := newFacts(q)
+	if f != nil {
+		f.context(q, map[string]bool{everything: true})
+	}
 	switch {
 	case problem != "":
 		x.Summary = "denied: " + problem
@@ -148,8 +151,8 @@ func (f *facts) misses(p *ast.Policy) (far int, parts []string) {
 			}
 		}
 	}
-	scope("the principal", p.Principal, f.principal, 10, 20)
-	scope("the resource", p.Resource, f.resource, 30, 30)
+	scope("the principal", p.Principal, f.principal.Entity, 10, 20)
+	scope("the resource", p.Resource, f.resource.Entity, 30, 30)
 	env := f.env()
 	for _, c := range p.Conditions {
 		if c.Condition == ast.ConditionUnless {

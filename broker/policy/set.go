@@ -37,6 +37,7 @@ type member struct {
 	text        string // its tokens, one space between each: layout and comments are not part of it
 	at          Position
 	policy      *cedar.Policy
+	reads       map[string]bool // of the context; see contextOf
 }
 
 // ast is the policy as the schema's and evaluator's packages have it.
@@ -138,6 +139,7 @@ func (s *Set) seal() {
 	slices.SortFunc(s.policies, func(a, b *member) int { return strings.Compare(a.id, b.id) })
 	h := sha256.New()
 	for _, m := range s.policies {
+		m.reads = contextOf(m.ast())
 		for _, part := range []string{m.id, m.text} {
 			var n [8]byte
 			binary.BigEndian.PutUint64(n[:], uint64(len(part)))

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra/doc"
 
 	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/policy"
 	"github.com/mayfly-security/mayfly/broker/server"
 )
 
@@ -29,7 +30,12 @@ func docsCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			for name, text := range map[string]string{"errors.md": errorsPage(), "mayflyd.md": daemon} {
+			reference, err := policy.Reference()
+			if err != nil {
+				return err
+			}
+			for name, text := range map[string]string{"errors.md": errorsPage(), "mayflyd.md": daemon,
+				"policy.md": generated + reference, "mayfly.cedarschema": policy.SchemaText()} {
 				if err := os.WriteFile(filepath.Join(args[0], name), []byte(text), 0o644); err != nil {
 					return err
 				}
