@@ -81,7 +81,7 @@ func setUp(env *testscript.Env) error {
 		return err
 	}
 	env.Defer(func() { os.RemoveAll(dir) })
-	ports, err := story.FreePorts(2)
+	ports, err := story.FreePorts(3)
 	if err != nil {
 		return err
 	}
@@ -97,7 +97,7 @@ func setUp(env *testscript.Env) error {
 	env.Values["acme"] = a
 	env.Setenv("PATH", os.Getenv(bin)+string(os.PathListSeparator)+env.Getenv("PATH"))
 	env.Setenv("MAYFLY_ADDR", a.addr)
-	env.Setenv("MAYFLY_PEOPLE_CA", filepath.Join(a.dir, "people.pem"))
+	env.Setenv("MAYFLY_PEOPLE_CA", filepath.Join(a.dir, "people-ca.pem"))
 	env.Setenv("BROWSER", "browser")
 	env.Setenv("STATE", a.dir)
 	return nil
@@ -109,7 +109,7 @@ func (a *acme) start(log string, ports []string) (err error) {
 		return err
 	}
 	a.cmd = exec.Command(filepath.Join(os.Getenv(bin), "mayflyd"), "dev", "--dir", a.dir,
-		"--listen", "127.0.0.1:"+ports[0], "--people-listen", "127.0.0.1:"+ports[1], "--ops-listen", "")
+		"--listen", "127.0.0.1:"+ports[0], "--people-listen", "127.0.0.1:"+ports[1], "--idp-listen", "127.0.0.1:"+ports[2], "--ops-listen", "")
 	a.cmd.Stderr = a.errs
 	out, err := a.cmd.StdoutPipe()
 	if err != nil {
@@ -169,8 +169,8 @@ func asCommand(ts *testscript.TestScript, _ bool, args []string) {
 	home := ts.MkAbs("home/" + who)
 	ts.Check(os.MkdirAll(home, 0o700))
 	for name, value := range map[string]string{
-		"SPIFFE_ENDPOINT_SOCKET": "", "MAYFLY_PEOPLE_ADDR": a.people, "HOME": home, "XDG_CONFIG_HOME": home, "XDG_STATE_HOME": home, "XDG_RUNTIME_DIR": home,
-		browserPerson: who + "@acme.test",
+		"SPIFFE_ENDPOINT_SOCKET": "", "MAYFLY_PEOPLE_ADDR": a.people, "HOME": home, "XDG_CONFIG_HOME": home,
+		browserPerson: who + "@acme.test", browserHow: "password", browserAge: "",
 	} {
 		ts.Setenv(name, value)
 	}

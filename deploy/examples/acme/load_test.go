@@ -8,7 +8,6 @@ import (
 	"github.com/mayfly-security/mayfly/broker/catalog"
 	"github.com/mayfly-security/mayfly/broker/catalog/strictyaml"
 	"github.com/mayfly-security/mayfly/broker/policy"
-	"github.com/mayfly-security/mayfly/deploy/examples"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/token"
 )
@@ -50,9 +49,19 @@ func TestCases(t *testing.T) {
 
 // TestPeople holds the sample people to the groups that the catalog knows.
 func TestPeople(t *testing.T) {
+	var file struct {
+		People []struct {
+			Name     string   `yaml:"name"`
+			FullName string   `yaml:"full_name"`
+			Groups   []string `yaml:"groups"`
+		} `yaml:"people"`
+	}
+	if _, err := strictyaml.ReadFile("people.yaml", &file); err != nil {
+		t.Fatal(err)
+	}
 	known := load(t).KnownGroups()
 	in := map[string]bool{"mayfly-admins": true} // the catalog's own
-	for _, p := range examples.People() {
+	for _, p := range file.People {
 		for _, g := range p.Groups {
 			if in[g] = true; !slices.Contains(known, g) {
 				t.Errorf("%s is in the group %s, which means nothing", p.Name, g)
