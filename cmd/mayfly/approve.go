@@ -105,6 +105,9 @@ func (p *program) vote(ctx context.Context, arg string, f voteFlags, word string
 		}
 		shown := append(requestFields(r, p.now()), "what survives", survivesOf(ctx, c, r.Tool))
 		p.tell(func(out *page) {
+			if f.yes && p.output == "json" {
+				return // nobody is asked, and standard error is for errors as JSON
+			}
 			out.fields("  ", shown...)
 			if length > 0 {
 				out.line("You agree to %s at most.", span(length))
@@ -118,7 +121,7 @@ func (p *program) vote(ctx context.Context, arg string, f voteFlags, word string
 		v := client.Vote{Request: id, Digest: r.Digest, Comment: f.comment, For: length}
 		decided, err := send(c, ctx, v)
 		if refusal := (*broker.Error)(nil); errors.As(err, &refusal) && refusal.Reason == broker.ReasonStepUp && !f.noStepUp {
-			fresh, err := p.stepUp(ctx, refusal.StepUp, f.noBrowser)
+			fresh, err := p.stepUp(ctx, c, refusal.StepUp, f.noBrowser)
 			if err != nil {
 				return err
 			}

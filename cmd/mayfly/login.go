@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -152,7 +153,7 @@ func (p *program) openBrowser(address string) error {
 		command = append(command, address)
 	}
 	cmd := exec.Command(command[0], command[1:]...)
-	cmd.Env = p.environ
+	cmd.Env = slices.DeleteFunc(slices.Clone(p.environ), func(v string) bool { return strings.HasPrefix(v, client.EnvToken+"=") }) // it is none of the browser's business
 	if err := cmd.Start(); err != nil {
 		return err
 	}
@@ -255,25 +256,24 @@ here. With --person, an operator ends all sessions of somebody else.`,
 	}))
 }
 
-// stepUp signs somebody in again as the broker wants it, and returns a client
-// that comes as them. The caller closes it.
-func (p *program) stepUp(ctx context.Context, need broker.StepUp, noBrowser bool) (*client.Client, error) {
-	p.tell(func(out *page) { out.line("This needs a fresh sign-in%s.", needText(need)) })
-	before := ""
-	if cfg, err := p.config(); err == nil && cfg.Token.IsZero() {
-		if kept, err := p.loadSession(cfg.PeopleAddr); err == nil {
-			before = kept.Person
-		}
+// stepUp signs in again whoever c comes as, in the way that the broker wants,
+// and returns a client that comes with the new session. The caller closes it.
+// Somebody else's sign-in does not finish what was begun.
+func (p *program) stepUp(ctx context.Context, c *client.Client, need broker.StepUp, noBrowser bool) (*client.Client, error) {
+	before, err := c.WhoAmI(ctx)
+	if err != nil {
+		return nil, err
 	}
+	p.tell(func(out *page) { out.line("This needs a fresh sign-in%s.", needText(need)) })
 	s, cfg, err := p.signIn(ctx, func(ctx context.Context, c *client.Client) (client.Session, error) {
 		return p.signInByBrowser(ctx, c, need, noBrowser)
 	})
 	if err != nil {
 		return nil, err
 	}
-	if before != "" && before != s.Person {
+	if now := broker.PersonPrincipal(s.Person); now != before.Principal {
 		return nil, broker.Refusef(broker.ReasonConflict, "if that is right, do it again as who you are now",
-			"it was begun by %s, and %s has signed in; nothing was done", before, s.Person)
+			"it was begun by %s, and %s has signed in; nothing was done", clean(before.Principal.String()), clean(now.String()))
 	}
 	return client.New(ctx, cfg)
 }

@@ -292,7 +292,7 @@ func (a access) WhoAmI(_ context.Context, r *connect.Request[mayflyv1.WhoAmIRequ
 	defer a.Unlock()
 	if r.Header().Get("Authorization") != "" {
 		return connect.NewResponse(&mayflyv1.WhoAmIResponse{
-			Id: "person:" + a.People.name(), Roles: []string{"operator"}, Groups: a.People.Groups, BrokerId: "spiffe://acme.test/mayfly",
+			Id: "person:" + a.People.sessions[bearerOf(r.Header())], Roles: []string{"operator"}, Groups: a.People.Groups, BrokerId: "spiffe://acme.test/mayfly",
 			SvidExpiresAt: timestamppb.New(a.now().Add(time.Hour + 30*time.Second)), AuthTime: timestamppb.New(a.now().Add(-2*time.Minute - time.Second)),
 			Acr: "urn:acme:mfa", SignInMethod: string(broker.SignInBrowser),
 		}), nil

@@ -30,7 +30,7 @@ type People struct {
 	Pending int
 	Sample  bool
 
-	sessions map[string]bool       // by token
+	sessions map[string]string     // who, by token
 	codes    map[string]url.Values // what /signin was asked with, by code
 	asked    []url.Values
 	bearers  []string
@@ -42,6 +42,8 @@ func (p People) name() string {
 	}
 	return p.Name
 }
+
+func bearerOf(h http.Header) string { return strings.TrimPrefix(h.Get("Authorization"), "Bearer ") }
 
 // SignIns are the queries that /signin was asked with, in order.
 func (b *Broker) SignIns() []url.Values {
@@ -66,10 +68,10 @@ func (b *Broker) NewSession() string {
 
 func (b *Broker) session() string {
 	if b.People.sessions == nil {
-		b.People.sessions = map[string]bool{}
+		b.People.sessions = map[string]string{}
 	}
 	token := "mfs_" + rand.Text()
-	b.People.sessions[token] = true
+	b.People.sessions[token] = b.People.name()
 	return token
 }
 
@@ -90,10 +92,10 @@ func (b *Broker) StartPeople(config *tls.Config) (addr string, stop func(), err 
 	mux.HandleFunc("GET /signin", b.browser)
 	errors := connect.NewErrorWriter()
 	return b.listen(config, b.around(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		token := strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
+		token := bearerOf(r.Header)
 		b.Lock()
 		b.People.bearers = append(b.People.bearers, token)
-		good := b.People.sessions[token]
+		_, good := b.People.sessions[token]
 		b.Unlock()
 		open := strings.HasPrefix(r.URL.Path, path) && !strings.HasSuffix(r.URL.Path, "/SignOut") || r.URL.Path == "/signin"
 		if !good && !open {
@@ -185,6 +187,6 @@ func (s signIn) SignOut(_ context.Context, c *connect.Request[mayflyv1.SignOutRe
 	if c.Msg.GetPerson() != "" {
 		return connect.NewResponse(&mayflyv1.SignOutResponse{Sessions: 2}), nil
 	}
-	delete(s.People.sessions, strings.TrimPrefix(c.Header().Get("Authorization"), "Bearer "))
+	delete(s.People.sessions, bearerOf(c.Header()))
 	return connect.NewResponse(&mayflyv1.SignOutResponse{Sessions: 1}), nil
 }
