@@ -68,6 +68,7 @@ type client struct {
 	http      *http.Client
 	transport *http.Transport
 	tls       *tls.Config
+	url       string // empty: the agents' listener
 }
 
 func (r *rig) client(id spiffeid.ID) *client {
@@ -95,7 +96,12 @@ func (r *rig) over(config *tls.Config, protocol string) *client {
 	return c
 }
 
-func (c *client) base() string { return "https://" + c.r.addr }
+func (c *client) base() string {
+	if c.url != "" {
+		return c.url
+	}
+	return "https://" + c.r.addr
+}
 
 func (c *client) access(o ...connect.ClientOption) mayflyv1connect.AccessServiceClient {
 	return mayflyv1connect.NewAccessServiceClient(c.http, c.base(), o...)

@@ -133,6 +133,7 @@ type rig struct {
 	addr     string
 	served   chan error
 	ahead    atomic.Int64 // how far the machine's clock is set ahead, for the engine
+	people   *peopleRig   // nil: no people come in
 }
 
 // syncBuffer is a bytes.Buffer for many goroutines.
@@ -244,16 +245,22 @@ func (r *rig) start() {
 	if r.engine, err = lease.New(context.Background(), config); err != nil {
 		r.t.Fatal(err)
 	}
-	r.server, err = server.New(server.Config{Engine: r.engine, Attestor: r.identity, Identity: r.identity, Log: r.log(), Limits: r.limits})
-	if err != nil {
+	face := server.Config{Engine: r.engine, Attestor: r.identity, Identity: r.identity, Log: r.log(), Limits: r.limits}
+	if r.people != nil {
+		face.People = r.people.open(r)
+	}
+	if r.server, err = server.New(face); err != nil {
 		r.t.Fatal(err)
 	}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	r.addr, r.served = ln.Addr().String(), make(chan error, 1)
+	r.addr, r.served = ln.Addr().String(), make(chan error, 2)
 	go func() { r.served <- r.server.Serve(ln) }()
+	if r.people != nil {
+		go func() { r.served <- r.server.ServePeople(r.people.ln) }()
+	}
 }
 
 // stop ends the broker as the daemon does, and may be called again.
@@ -268,6 +275,12 @@ func (r *rig) stop() {
 	}
 	if err := <-r.served; err != nil {
 		r.t.Errorf("serving: %v", err)
+	}
+	if r.people != nil {
+		if err := <-r.served; err != nil {
+			r.t.Errorf("serving people: %v", err)
+		}
+		r.people.signIn.Close()
 	}
 	r.engine.Close()
 	r.engine = nil
