@@ -62,6 +62,7 @@ func TestStories(t *testing.T) {
 		Setup: setUp,
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"as": asCommand, "keep": keepCommand, "accepts": acceptsCommand, "refuses": refusesCommand,
+			"reload": reloadCommand,
 		},
 	})
 }
@@ -100,6 +101,11 @@ func setUp(env *testscript.Env) error {
 	env.Setenv("MAYFLY_PEOPLE_CA", filepath.Join(a.dir, "people-ca.pem"))
 	env.Setenv("BROWSER", "browser")
 	env.Setenv("STATE", a.dir)
+	here, err := os.Getwd()
+	if err != nil {
+		return err
+	}
+	env.Setenv("ACME", here)
 	return nil
 }
 
@@ -174,6 +180,34 @@ func asCommand(ts *testscript.TestScript, _ bool, args []string) {
 	} {
 		ts.Setenv(name, value)
 	}
+}
+
+// reload: the broker reads the catalog again, and has taken or refused it.
+func reloadCommand(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) != 0 {
+		ts.Fatalf("usage: reload")
+	}
+	a := acmeOf(ts)
+	before := a.loads(ts)
+	ts.Check(a.cmd.Process.Signal(syscall.SIGHUP))
+	for deadline := time.Now().Add(20 * time.Second); a.loads(ts) == before; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			ts.Fatalf("the broker has not read its catalog again in 20 s")
+		}
+	}
+}
+
+// loads counts in the evidence how often a catalog was taken or refused.
+func (a *acme) loads(ts *testscript.TestScript) int {
+	n := 0
+	for _, kind := range []string{"catalog.loaded", "catalog.refused"} {
+		cmd := exec.Command(filepath.Join(os.Getenv(bin), "mayfly"), "audit", "list", "--type", kind, "-o", "json")
+		cmd.Env = []string{"MAYFLY_ADDR=" + a.addr, "SPIFFE_ENDPOINT_SOCKET=" + a.socket("operator/olga")}
+		out, err := cmd.Output()
+		ts.Check(err)
+		n += strings.Count(string(out), kind)
+	}
+	return n
 }
 
 // keep VAR PATTERN: sets VAR to what the pattern finds first in standard output.
