@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"errors"
+	"slices"
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -231,6 +232,14 @@ func (p policyService) Explain(ctx context.Context, req *connect.Request[mayflyv
 		r := lease.ExplainRequest{
 			Action: policy.Action(m.GetAction()), Principal: broker.Principal(m.GetPrincipal()), Groups: m.GetGroups(),
 			Tool: m.GetTool(), Params: m.GetParameters(), Verb: policy.Verb(m.GetVerb()),
+		}
+		if !slices.Contains(policy.Actions(), r.Action) {
+			return nil, unheard{broker.Refusef(broker.ReasonInvalidArgument, "the API's definition lists the actions",
+				"there is no action %q", broker.Clean(broker.Shorten(m.GetAction(), 40)))}
+		}
+		if r.Verb != "" && !slices.Contains(policy.Verbs(), r.Verb) {
+			return nil, unheard{broker.Refusef(broker.ReasonInvalidArgument, "the reference of policies lists the verbs",
+				"there is no verb %q", broker.Clean(broker.Shorten(m.GetVerb(), 40)))}
 		}
 		if err := checkPrincipal(r.Principal); err != nil {
 			return nil, err

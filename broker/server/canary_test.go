@@ -7,6 +7,7 @@ import (
 	"encoding/base64"
 	"encoding/pem"
 	"errors"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,6 +18,7 @@ import (
 	"connectrpc.com/connect"
 	"github.com/prometheus/common/expfmt"
 
+	"github.com/mayfly-security/mayfly/attestation/devidp"
 	"github.com/mayfly-security/mayfly/broker"
 	mayflyv1 "github.com/mayfly-security/mayfly/broker/api/mayfly/v1"
 	"github.com/mayfly-security/mayfly/broker/audit"
@@ -168,6 +170,106 @@ func TestI7_NoSecretAtRest(t *testing.T) {
 	r.start()
 	if found := c.find(c.places(r)); found != nil {
 		t.Errorf("after a restart, secrets were found: %v", found)
+	}
+}
+
+// TestI7_NoSecretOfPeople runs sign-ins, sessions and requests for users with
+// everything logged, and then looks for tokens, codes, verifiers and cookies in
+// all that the broker leaves behind.
+func TestI7_NoSecretOfPeople(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, withPeople)
+	c := &canary{}
+	watch := func(what, secret string) {
+		t.Helper()
+		if len(secret) < 16 {
+			t.Fatalf("the %s is %q", what, secret)
+		}
+		c.watch(map[string]string{what: secret})
+	}
+	watch("verifier", verifier)
+
+	// A sign-in, a code that is never redeemed, one that comes again, a device.
+	browser := r.browser()
+	var idpCode, idpState string
+	stop := browser.Stop
+	browser.Stop = func(u *url.URL) bool {
+		if u.Path == "/signin/callback" {
+			idpCode, idpState = u.Query().Get("code"), u.Query().Get("state")
+		}
+		return stop(u)
+	}
+	code := r.walk(browser, ada).Get("code")
+	watch("the provider's code", idpCode)
+	watch("the provider's state", idpState)
+	watch("code", code)
+	address, err := url.Parse(r.people.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, cookie := range browser.Client.Jar.Cookies(address) {
+		if strings.HasPrefix(cookie.Name, "__Host-") {
+			watch("cookie", cookie.Value)
+		}
+	}
+	s := r.redeem(code)
+	watch("session", s.GetToken())
+	watch("session without its prefix", s.GetToken()[len(s.GetToken())-43:])
+	unused := r.walk(r.browser(), finn).Get("code")
+	watch("unused code", unused)
+	c.heard(r.person("").post("SignInService/RedeemCode", `{"code": "`+unused+`", "codeVerifier": "x", "redirectUri": "`+loopback+`"}`))
+	device, err := r.person("").signIn().StartDevice(bounded(t), connect.NewRequest(&mayflyv1.StartDeviceRequest{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	watch("handle", device.Msg.GetHandle())
+	c.heard(r.person("").post("SignInService/PollDevice", `{"handle": "`+device.Msg.GetHandle()+`"}`))
+	c.heard(r.person("").post("SignInService/PollDevice", `{"handle": "`+device.Msg.GetHandle()+`x"}`))
+
+	// Bearer tokens and users' tokens, good and bad.
+	good, elsewhere, user := r.mint(devidp.Mint{Person: ada}), r.mint(devidp.Mint{Person: ada, Audience: "https://other.acme.test"}), r.mint(devidp.Mint{Person: finn})
+	for what, token := range map[string]string{"bearer token": good, "token for another audience": elsewhere, "user's token": user} {
+		watch(what, token)
+		watch(what+"'s signature", token[strings.LastIndexByte(token, '.')+1:])
+	}
+	for _, token := range []string{s.GetToken(), good, elsewhere, s.GetToken() + "x", good + "x"} {
+		c.heard(r.person(token).post("AccessService/WhoAmI", "{}"))
+		c.heard(r.person(token).post("AccessService/ListLeases", "{}"))
+	}
+	for _, token := range []string{user, elsewhere, user + "x"} {
+		body := `{"tool": "db.asked", "reason": "for finn", "subjectToken": "` + token + `"}`
+		c.heard(r.client(support).post("RequestService/CreateRequest", body))
+		c.heard(r.client(other).post("RequestService/CreateRequest", body))
+	}
+	q := r.ask()
+	c.heard(r.person(s.GetToken()).post("RequestService/ApproveRequest", approve(q)))
+	c.heard(r.person("").post("SignInService/RedeemCode", `{"code": "`+code+`", "codeVerifier": "`+verifier+`", "redirectUri": "`+loopback+`"}`))
+	operator := r.login(olga).GetToken()
+	watch("operator's session", operator)
+	c.heard(r.person(operator).post("AuditService/ListEvents", `{"pageSize": 1000}`))
+	c.heard(r.person(operator).post("SignInService/SignOut", "{}"))
+
+	places := c.places(r)
+	for place, text := range places {
+		if len(text) < 300 {
+			t.Errorf("%s has only %d bytes: nothing was looked at", place, len(text))
+		}
+	}
+	if !bytes.Contains(places["evidence"], []byte("session.started")) || !bytes.Contains(places["evidence"], []byte(finn)) || len(c.secrets) < 15 {
+		t.Errorf("too little happened: %d secrets", len(c.secrets))
+	}
+	if found := c.find(places); found != nil {
+		t.Errorf("secrets were found: %v", found)
+	}
+	r.stop()
+	r.start()
+	if found := c.find(c.places(r)); found != nil {
+		t.Errorf("after a restart, secrets were found: %v", found)
+	}
+	// The canary knows what it looks for.
+	r.log().Debug("authenticating", "header", "Bearer "+operator)
+	if found := c.find(c.places(r)); found == nil {
+		t.Error("a planted token was not found")
 	}
 }
 

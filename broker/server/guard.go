@@ -14,6 +14,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/api/mayfly/v1/mayflyv1connect"
 	"github.com/mayfly-security/mayfly/broker/policy"
 )
 
@@ -85,12 +86,16 @@ func (s *Server) guard(d *door, next http.Handler) http.Handler {
 		defer v.finish()
 		w.Header().Set(correlationHeader, string(v.caller.Correlation))
 		w.Header().Set("Cache-Control", "no-store")
-		if r.ContentLength > s.limits.Body {
+		most := s.limits.Body
+		if r.URL.Path == mayflyv1connect.PolicyServicePreviewProcedure {
+			most = s.limits.Policies
+		}
+		if r.ContentLength > most {
 			s.refuse(w, r, v, broker.Refusef(broker.ReasonTooLarge, "send less",
-				"the body is %d bytes long; at most %d are taken", r.ContentLength, s.limits.Body))
+				"the body is %d bytes long; at most %d are taken", r.ContentLength, most))
 			return
 		}
-		r.Body = http.MaxBytesReader(w, r.Body, s.limits.Body+1<<10) // the RPC library has its own, exact limit
+		r.Body = http.MaxBytesReader(w, r.Body, most+1<<10) // the RPC library has its own, exact limit
 		caller, err := d.admit(r, now)
 		caller.Correlation = v.caller.Correlation
 		v.caller = caller

@@ -37,6 +37,7 @@ type Config struct {
 // Limits bound what one listener takes. Zero fields have the defaults named.
 type Limits struct {
 	Body        int64         // bytes of a request's body; 64 KiB
+	Policies    int64         // the same of a preview, which holds a whole policy set; 1 MiB
 	Header      int           // bytes of a request's header; 16 KiB
 	Connections int           // connections at once; 4,096
 	Requests    int           // requests at once, over all connections; 1,024
@@ -62,6 +63,7 @@ type Limits struct {
 
 func (l Limits) withDefaults() Limits {
 	orDefault(&l.Body, 64<<10)
+	orDefault(&l.Policies, 1<<20)
 	orDefault(&l.Header, 16<<10)
 	orDefault(&l.Connections, 4096)
 	orDefault(&l.Requests, 1024)
@@ -148,7 +150,7 @@ func (s *Server) handle(mux *http.ServeMux, options []connect.HandlerOption) {
 	mux.Handle(mayflyv1connect.NewIncidentServiceHandler(incidentService{s}, options...))
 	mux.Handle(mayflyv1connect.NewAuditServiceHandler(auditService{s}, options...))
 	mux.Handle(mayflyv1connect.NewRequestServiceHandler(requestService{s}, options...))
-	mux.Handle(mayflyv1connect.NewPolicyServiceHandler(policyService{s}, options...))
+	mux.Handle(mayflyv1connect.NewPolicyServiceHandler(policyService{s}, append(options[:len(options):len(options)], connect.WithReadMaxBytes(int(s.limits.Policies)))...))
 	mux.Handle(mayflyv1connect.NewOperatorServiceHandler(operatorService{s}, options...))
 	mux.HandleFunc("/", s.notFound)
 }

@@ -36,6 +36,7 @@ type devPeople struct {
 	provider *devidp.Provider
 	people   []devidp.Person
 	caFile   string
+	ln       net.Listener
 }
 
 // samplePeople is the file of sample people.
@@ -76,7 +77,7 @@ func openDevPeople(f devFlags) (_ *devPeople, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("listening for people: %w", err)
 	}
-	d.settings = &peopleSettings{ln: ln}
+	d.ln, d.settings = ln, &peopleSettings{ln: ln}
 	d.settings.url = "https://localhost" + ln.Addr().String()[strings.LastIndexByte(ln.Addr().String(), ':'):]
 	cert, err := devCertificate(d.caFile, time.Now())
 	if err != nil {
@@ -113,8 +114,8 @@ func (d *devPeople) close() error {
 	if d.provider != nil {
 		errs = append(errs, d.provider.Close())
 	}
-	if d.settings != nil {
-		if err := d.settings.ln.Close(); !errors.Is(err, net.ErrClosed) { // the server has closed it
+	if d.ln != nil {
+		if err := d.ln.Close(); !errors.Is(err, net.ErrClosed) { // the server has closed it
 			errs = append(errs, err)
 		}
 	}

@@ -124,6 +124,10 @@ func (c *control) recover(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "the duration is malformed", http.StatusBadRequest)
 		return
 	}
+	if strings.TrimSpace(reason) == "" {
+		http.Error(w, "there is no reason, which is what others will read: give one with --reason", http.StatusBadRequest)
+		return
+	}
 	if err := c.engine.Recover(r.Context(), p, d, reason, actor); err != nil {
 		status := http.StatusServiceUnavailable
 		if broker.ReasonOf(err) == broker.ReasonInvalidArgument {
