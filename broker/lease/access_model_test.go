@@ -67,7 +67,7 @@ func TestAccessModel(t *testing.T) {
 	var mu sync.Mutex
 	checks := flag.Lookup("rapid.checks")
 	if checks.Value.String() == checks.DefValue { // not asked for
-		if err := checks.Value.Set("60"); err != nil {
+		if err := checks.Value.Set("25"); err != nil {
 			t.Fatal(err)
 		}
 		defer checks.Value.Set(checks.DefValue)

@@ -378,11 +378,16 @@ func (e *Engine) withdrawRequests(ctx context.Context, s Selector, why sweepReco
 	}
 	now := e.clock.now()
 	for part := range slices.Chunk(ids, requestChunk) {
+		ended := 0
 		err := e.update(ctx, now, func(t store.Txn) error {
+			ended = 0
 			for _, id := range part {
-				err := endPending(t, broker.RequestID(id), now, broker.RequestWithdrawn, by{why.Actor, why.Correlation}, why.Reason)
+				is, err := endPending(t, broker.RequestID(id), now, broker.RequestWithdrawn, by{why.Actor, why.Correlation}, why.Reason)
 				if err != nil {
 					return err
+				}
+				if is {
+					ended++
 				}
 			}
 			return nil
@@ -390,9 +395,7 @@ func (e *Engine) withdrawRequests(ctx context.Context, s Selector, why sweepReco
 		if err != nil {
 			return err
 		}
-	}
-	if len(ids) > 0 {
-		e.asks.signal()
+		e.requestsEnded(broker.RequestWithdrawn, ended)
 	}
 	return nil
 }
