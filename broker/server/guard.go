@@ -40,8 +40,6 @@ type visitKey struct{}
 // visitOf returns the request's visit; guard put it there.
 func visitOf(ctx context.Context) *visit { return ctx.Value(visitKey{}).(*visit) }
 
-func callerOf(ctx context.Context) broker.Caller { return visitOf(ctx).caller }
-
 // carry keeps a delivery under way until the answer has been written.
 func (v *visit) carry(done func()) {
 	v.mu.Lock()

@@ -58,6 +58,9 @@ the token. It exits with 1 if anything is bad.`,
 			out := cmd.OutOrStdout()
 			fmt.Fprintf(out, "%s is good: agents %d, providers %d, tools %d; catalog digest %s\n",
 				config, len(snapshot.Agents()), len(snapshot.Providers()), len(snapshot.Tools()), snapshot.Digest())
+			if p := s.people; p != nil {
+				fmt.Fprintf(out, "people come in at %s, and %s signs them in\n", p.url, p.provider.Issuer())
+			}
 			for _, t := range snapshot.Tools() {
 				if survives := snapshot.ScopeInfo(t.Name).Survives; survives != "" {
 					fmt.Fprintf(out, "note: tool %s survives a revocation: %s\n", t.Name, survives)

@@ -85,9 +85,23 @@ func daemonPage(root *cobra.Command) (string, error) {
 		return "", err
 	}
 	b.WriteString("## The configuration file\n\n| Key | Type |\n|---|---|\n")
-	for f := range reflect.TypeFor[configFile]().Fields() {
-		fmt.Fprintf(&b, "| `%s` | %s |\n", f.Tag.Get("yaml"), f.Type)
-	}
+	configKeys(&b, "", reflect.TypeFor[configFile]())
 	b.WriteString("\nWhat each means, and what leaving it out means, is in the [reference of configuration](config.md).\n")
 	return b.String(), nil
+}
+
+// configKeys lists the keys of a mapping, and of those in it.
+func configKeys(b *bytes.Buffer, in string, t reflect.Type) {
+	for f := range t.Fields() {
+		key, kind := in+f.Tag.Get("yaml"), f.Type
+		if kind.Kind() == reflect.Pointer {
+			kind = kind.Elem()
+		}
+		if kind.Kind() == reflect.Struct {
+			fmt.Fprintf(b, "| `%s` | mapping |\n", key)
+			configKeys(b, key+".", kind)
+			continue
+		}
+		fmt.Fprintf(b, "| `%s` | %s |\n", key, strings.TrimPrefix(kind.String(), "time."))
+	}
 }
