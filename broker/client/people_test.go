@@ -374,6 +374,31 @@ func TestWatchGoesOn(t *testing.T) {
 	}
 }
 
+// A broker that goes away is waited for anew each time, however long the
+// waiting for the decision has lasted.
+func TestWatchOutlastsOneCall(t *testing.T) {
+	p := newPeople(t)
+	const timeout = 200 * time.Millisecond
+	c := p.client(t, p.NewSession(), func(c *client.Config) { c.Timeout = timeout })
+	id := pending(t, c)
+	p.Lock()
+	p.Cut = func(procedure string, n int) bool {
+		if n == 1 {
+			time.Sleep(timeout + timeout/2) // by the clock of the client, which is the real one
+		}
+		return n == 1
+	}
+	p.Unlock()
+	for r, err := range c.WatchRequest(t.Context(), id) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p.Calls("WatchRequest") == 2 && r.State == broker.RequestPending {
+			p.Decide(broker.RequestGranted, "person:ada@acme.test", "")
+		}
+	}
+}
+
 func TestWatchEnds(t *testing.T) {
 	p := newPeople(t)
 	c := p.client(t, p.NewSession(), func(c *client.Config) { c.Timeout = 300 * time.Millisecond })

@@ -21,7 +21,7 @@ type streamOf[Req, Res, T any] struct {
 
 // follow walks a stream until its last message, an error, or the end of ctx.
 // Where the broker is gone for a moment it tries again, for as long as one call
-// may take since the broker was last heard.
+// may take since the broker was lost.
 func follow[Req, Res, T any](ctx context.Context, c *Client, s streamOf[Req, Res, T], req *Req) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
 		var zero T
@@ -29,13 +29,17 @@ func follow[Req, Res, T any](ctx context.Context, c *Client, s streamOf[Req, Res
 			backoff.WithInitialInterval(firstPause), backoff.WithMaxInterval(maxPause), backoff.WithMaxElapsedTime(c.timeout))
 		heard := false
 		for {
+			now := false
 			over, err := followOnce(ctx, c, s, req, func(v T) bool {
-				heard = true
-				pause.Reset()
+				now = true
 				return yield(v, nil)
 			})
 			if over {
 				return
+			}
+			if now {
+				heard = true
+				pause.Reset() // it was lost only now, however long it had been silent
 			}
 			wait := pause.NextBackOff()
 			if wait == backoff.Stop || ctx.Err() != nil || heard && !s.resume || !again(err) {
