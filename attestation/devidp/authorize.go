@@ -144,11 +144,14 @@ func (p *Provider) choose(w http.ResponseWriter, r *http.Request) {
 	}
 	person, known := p.person(r.PostFormValue("person"))
 	acr := map[string]string{"password": ACRPassword, "key": ACRSecurityKey}[how]
-	if !known || acr == "" {
+	// For demonstrations and tests, a form can say that they signed in so many
+	// seconds ago, also where max_age forbids it: a relying party must notice.
+	age, wellFormed := seconds(r, "auth_age")
+	if !known || acr == "" || !wellFormed {
 		p.problem(w, http.StatusBadRequest, "Choose one of the people, and how they sign in. Begin again.")
 		return
 	}
-	a := authentication{person: person, at: now.Truncate(time.Second), acr: acr}
+	a := authentication{person: person, at: now.Add(-age).Truncate(time.Second), acr: acr}
 	if shown.device != "" {
 		p.decide(w, shown.device, func(d *device) { d.authentication = &a })
 		return

@@ -40,7 +40,7 @@ func load(t testing.TB, files ...string) (*catalog.Snapshot, error) {
 
 func acme(t testing.TB) string {
 	t.Helper()
-	b, err := os.ReadFile("../../deploy/examples/catalog/acme.yaml")
+	b, err := os.ReadFile("testdata/acme.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -28,10 +28,6 @@ const brokerPath = "/mayfly"
 // devStore is the store's name in the state directory.
 const devStore = "mayfly.db"
 
-// devIdentities are who one can be in dev besides the agents, openers and
-// group members of the catalog.
-var devIdentities = []string{"/service/crm"}
-
 type devFlags struct {
 	dir, listen, ops string
 	people, idp      string
@@ -55,8 +51,9 @@ It is for one machine and for trying things out: whoever can open an identity's
 socket is that identity, and whoever reaches the identity provider is any of its
 people, without a password.
 
-The catalog is a file in the state directory. Change it and send SIGHUP to the
-process; the broker takes it over, or says what is wrong and keeps the old one.`,
+The catalog and its policies are files in the state directory. Change them and
+send SIGHUP to the process; the broker takes them over, or says what is wrong and
+keeps the old ones.`,
 		Example: "  mayflyd dev\n  mayflyd dev --dir ./state --listen 127.0.0.1:9443",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -92,11 +89,11 @@ func runDev(ctx context.Context, f devFlags, out, errOut io.Writer) (err error) 
 	if f.dir, err = filepath.Abs(f.dir); err != nil {
 		return err
 	}
-	catalogFile, err := prepareDev(f.dir)
+	catalogFiles, err := prepareDev(f.dir)
 	if err != nil {
 		return err
 	}
-	snapshot, err := catalog.Load([]string{catalogFile}, drivers(nil))
+	snapshot, err := catalog.Load(catalogFiles, drivers(nil))
 	if err != nil {
 		return err
 	}
@@ -123,7 +120,7 @@ func runDev(ctx context.Context, f devFlags, out, errOut io.Writer) (err error) 
 	}
 	conf := settings{
 		store: filepath.Join(f.dir, devStore), listen: f.listen, opsListen: f.ops,
-		workload: brokerSocket, catalog: []string{catalogFile}, log: log,
+		workload: brokerSocket, catalog: catalogFiles, log: log,
 	}
 	var sample *devPeople
 	if f.people != "" {
@@ -137,39 +134,45 @@ func runDev(ctx context.Context, f devFlags, out, errOut io.Writer) (err error) 
 	if err != nil {
 		return err
 	}
-	printDev(out, d, f.dir, catalogFile, bundleFile, people, sample)
+	printDev(out, d, f.dir, catalogFiles, bundleFile, people, sample)
 	return d.run(ctx, onHangup(ctx))
 }
 
 // prepareDev makes the state directory, a signing key and the sample catalog,
-// where they are not there yet.
-func prepareDev(dir string) (catalogFile string, err error) {
+// where they are not there yet. A catalog that is there may have no policies.
+func prepareDev(dir string) (catalogFiles []string, err error) {
 	keys := filepath.Join(dir, "keys")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", fmt.Errorf("making the state directory: %w", err)
+		return nil, fmt.Errorf("making the state directory: %w", err)
 	}
 	if err := ownAlone(dir); err != nil { // before anything is put into it
-		return "", err
+		return nil, err
 	}
 	for _, d := range []string{keys, filepath.Join(dir, "sockets")} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
-			return "", fmt.Errorf("making the state directory: %w", err)
+			return nil, fmt.Errorf("making the state directory: %w", err)
 		}
 	}
 	if found, err := filepath.Glob(filepath.Join(keys, "*.pem")); err != nil || len(found) == 0 {
 		if _, err := token.NewKey(keys, time.Now()); err != nil {
-			return "", fmt.Errorf("making a signing key: %w", err)
+			return nil, fmt.Errorf("making a signing key: %w", err)
 		}
 	}
-	catalogFile = filepath.Join(dir, "catalog.yaml")
-	if _, err := os.Stat(catalogFile); err == nil {
-		return catalogFile, nil
+	catalogFile, policies := filepath.Join(dir, "catalog.yaml"), filepath.Join(dir, "policies.cedar")
+	if _, err := os.Stat(catalogFile); err != nil {
+		if err := os.WriteFile(policies, []byte(examples.Policies), 0o600); err != nil { // first: a catalog is whole when it is there
+			return nil, fmt.Errorf("writing the sample policies: %w", err)
+		}
+		sample := strings.ReplaceAll(examples.Catalog, examples.KeysPath, keys)
+		if err := os.WriteFile(catalogFile, []byte(sample), 0o600); err != nil {
+			return nil, fmt.Errorf("writing the sample catalog: %w", err)
+		}
 	}
-	sample := strings.ReplaceAll(examples.Catalog, examples.KeysPath, keys)
-	if err := os.WriteFile(catalogFile, []byte(sample), 0o600); err != nil {
-		return "", fmt.Errorf("writing the sample catalog: %w", err)
+	catalogFiles = []string{catalogFile}
+	if _, err := os.Stat(policies); err == nil {
+		catalogFiles = append(catalogFiles, policies)
 	}
-	return catalogFile, nil
+	return catalogFiles, nil
 }
 
 // ownAlone refuses a state directory that somebody else could have laid out:
@@ -194,7 +197,7 @@ type devIdentity struct {
 
 func addDevIdentities(trust *devtrust.Server, td spiffeid.TrustDomain, snapshot *catalog.Snapshot, more []string) ([]devIdentity, error) {
 	var ids []spiffeid.ID
-	for _, path := range devIdentities {
+	for _, path := range examples.Services() { // besides the agents, openers and group members of the catalog
 		id, err := spiffeid.FromPath(td, path)
 		if err != nil {
 			return nil, err
@@ -243,7 +246,7 @@ func writeBundle(path string, trust *devtrust.Server) error {
 	return nil
 }
 
-func printDev(out io.Writer, d *daemon, dir, catalogFile, bundleFile string, people []devIdentity, sample *devPeople) {
+func printDev(out io.Writer, d *daemon, dir string, catalogFiles []string, bundleFile string, people []devIdentity, sample *devPeople) {
 	port := d.ln.Addr().String()[strings.LastIndexByte(d.ln.Addr().String(), ':'):]
 	fmt.Fprintf(out, "Mayfly dev: a broker for this machine alone. Not for production: whoever can open\nan identity's socket is that identity.\n\n")
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
@@ -251,7 +254,7 @@ func printDev(out io.Writer, d *daemon, dir, catalogFile, bundleFile string, peo
 	if d.opsLn != nil {
 		fmt.Fprintf(w, "  metrics\thttp://%s/metrics\n", d.opsLn.Addr())
 	}
-	fmt.Fprintf(w, "  catalog\t%s\tchange it, then: kill -HUP %d\n", catalogFile, os.Getpid())
+	fmt.Fprintf(w, "  catalog\t%s\tchange it, then: kill -HUP %d\n", strings.Join(catalogFiles, " "), os.Getpid())
 	fmt.Fprintf(w, "  state\t%s\n", dir)
 	fmt.Fprintf(w, "  bundle\t%s\tthe trust domain's public keys, for systems that the broker logs in to\n", bundleFile)
 	if sample != nil {
