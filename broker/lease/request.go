@@ -263,6 +263,9 @@ func (e *Engine) tryRequest(ctx context.Context, ep *epoch, caller broker.Caller
 		if err := bindUserToken(t, req, now); err != nil {
 			return err
 		}
+		if e.limbo.closed(rec.Incident) {
+			return incidentOver(rec.Incident)
+		}
 		if _, err := incidentFor(t, rec, func(broker.Incident) bool { return true }, now); err != nil {
 			return err
 		}
