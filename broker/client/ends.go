@@ -42,7 +42,7 @@ func (c *Client) EndAccess(ctx context.Context, s Selector, dry bool, reason str
 		open: c.operator.EndAccess, decode: (*decoder).radius,
 		last: func(r Radius) bool { return r.Done || dry },
 	}, &mayflyv1.EndAccessRequest{
-		Agent: idText(s.Agent), Tool: s.Tool, Provider: s.Provider, Owner: s.Owner, IncidentId: string(s.Incident), Person: s.Person, All: s.All,
+		Agent: idText(s.Agent), Tool: s.Tool, Provider: s.Provider, Owner: s.Owner, IncidentId: string(s.Incident), Person: personName(s.Person), All: s.All,
 		Reason: reason, DryRun: dry,
 	})
 }

@@ -119,7 +119,7 @@ func (c *Client) PollDevice(ctx context.Context, s DeviceSignIn) (Session, error
 // SignOut ends our session; with the name of a person, all of theirs, which
 // operators may. It returns how many ended. reason may be empty.
 func (c *Client) SignOut(ctx context.Context, person, reason string) (int, error) {
-	m, err := call(ctx, c, c.signIn.SignOut, &mayflyv1.SignOutRequest{Person: person, Reason: reason})
+	m, err := call(ctx, c, c.signIn.SignOut, &mayflyv1.SignOutRequest{Person: personName(person), Reason: reason})
 	return int(m.GetSessions()), err
 }
 

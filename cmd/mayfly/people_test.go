@@ -207,6 +207,23 @@ func endsOf(alive ...int32) (all []*mayflyv1.EndAccessProgress) {
 	return all
 }
 
+// preview nothing|problems|possible: what the policies say from now on.
+func previewCommand(ts *testscript.TestScript, _ bool, args []string) {
+	r := rigOf(ts)
+	r.Lock()
+	defer r.Unlock()
+	switch args[0] {
+	case "nothing":
+		r.Previewed = &mayflyv1.PreviewResponse{Digest: "d", PresentDigest: "d", Grants: 4, Decisions: 9}
+	case "problems":
+		r.Previewed = &mayflyv1.PreviewResponse{Problems: []string{"a.cedar:1:2: wrong"}}
+	case "possible":
+		r.Explained = &mayflyv1.ExplainResponse{Possible: true, Summary: "it would be granted", PolicyDigest: "d"}
+	default:
+		ts.Fatalf("preview %s", args[0])
+	}
+}
+
 // spoken is what a command says, and can be read while it runs.
 type spoken struct {
 	mu sync.Mutex

@@ -184,7 +184,11 @@ if the set is not valid.`,
 			if err != nil {
 				return err
 			}
-			files = append(files, client.PolicyFile{Name: filepath.Base(name), Text: text})
+			file := client.PolicyFile{Name: filepath.Base(name), Text: text}
+			if slices.ContainsFunc(files, func(f client.PolicyFile) bool { return f.Name == file.Name }) {
+				return usagef("two files are named %s; problems could not be told apart", file.Name)
+			}
+			files = append(files, file)
 		}
 		return p.with(ctx, func(c *client.Client) error {
 			w, err := c.Preview(ctx, files)
