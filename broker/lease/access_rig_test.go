@@ -132,3 +132,10 @@ func params(p map[string]string) func(*lease.AccessRequest) {
 func lasting(d time.Duration) func(*lease.AccessRequest) {
 	return func(r *lease.AccessRequest) { r.Duration = &d }
 }
+
+func replaceOnce(text, old, new string) string {
+	if !strings.Contains(text, old) {
+		panic("the catalog does not contain " + old)
+	}
+	return strings.Replace(text, old, new, 1)
+}

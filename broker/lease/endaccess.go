@@ -24,7 +24,9 @@ import (
 type accessEnding struct {
 	Selector Selector
 	At       time.Time
-	Told     bool // everything that it matched has been told; what is left is to see it dead
+	// Told is when everything that it matched had been told, zero before: what
+	// is left is to see dead what was made until then.
+	Told time.Time `json:",omitzero"`
 }
 
 // endings are the kill switches that a call carries through in this process,
@@ -144,14 +146,16 @@ func (e *Engine) endAccess(ctx context.Context, caller broker.Caller, s Selector
 		e.house.poke() // it goes on
 		return err
 	}
-	swept := make(chan error, 1)
+	swept := make(chan *accessEnding, 1)
 	e.wg.Go(func() {
 		defer e.ending.done(id)
-		err := e.sweepAccess(e.ctx, id, why)
+		told, err := e.sweepAccess(e.ctx, id, why)
 		if err != nil {
 			e.log.Error("ending access: it goes on", "selector", s.String(), "error", err)
+			e.house.poke()
+			return
 		}
-		swept <- err
+		swept <- told
 	})
 	return e.countDown(ctx, id, why, rad, ids, swept, told)
 }
@@ -160,13 +164,13 @@ func (e *Engine) endAccess(ctx context.Context, caller broker.Caller, s Selector
 const tellEvery = 100 * time.Millisecond
 
 // countDown tells how the ending goes on, until nothing is left.
-func (e *Engine) countDown(ctx context.Context, id string, why sweepRecord, rad Radius, left []broker.LeaseID, swept <-chan error, told func(Radius) error) error {
+func (e *Engine) countDown(ctx context.Context, id string, why sweepRecord, rad Radius, left []broker.LeaseID, swept <-chan *accessEnding, told func(Radius) error) error {
 	if len(left) > 0 {
 		if err := told(rad); err != nil {
 			return err
 		}
 	}
-	told1 := rad
+	last := rad
 	sweeping := true
 	for {
 		changed := e.watch.next()
@@ -177,19 +181,15 @@ func (e *Engine) countDown(ctx context.Context, id string, why sweepRecord, rad 
 		}
 		left = still
 		rad.Alive = len(left)
-		if len(left) == 0 && !sweeping {
-			// Leases may have been met by the sweep alone.
-			if e.finishAccess(context.WithoutCancel(ctx), id, why) {
-				rad.Done = true
-				return told(rad)
-			}
-			rad.Alive = 1 // not done: at least one that was being made meanwhile
+		if len(left) == 0 && !sweeping && e.finishAccess(context.WithoutCancel(ctx), id, why) {
+			rad.Done = true
+			return told(rad)
 		}
-		if rad.Alive != told1.Alive || rad.Overdue != told1.Overdue || rad.Lapsed != told1.Lapsed {
+		if rad.Alive != last.Alive || rad.Overdue != last.Overdue || rad.Lapsed != last.Lapsed {
 			if err := told(rad); err != nil {
 				return err
 			}
-			told1 = rad
+			last = rad
 		}
 		// A look at very many takes its time; most of the time is for others.
 		pause := time.NewTimer(max(tellEvery, 10*time.Since(began)))
@@ -201,14 +201,18 @@ func (e *Engine) countDown(ctx context.Context, id string, why sweepRecord, rad 
 			case <-ctx.Done():
 			case <-e.ctx.Done():
 			}
-		case err := <-swept:
+		case why.Access = <-swept:
 			sweeping, swept = false, nil
-			if err != nil {
-				sweeping = true // the housekeeper goes on with it
+			// Leases that were being made when the counting began are among them now.
+			if left, err = e.selectedLeases(ctx, why.Access); err != nil {
+				return err
 			}
 		case <-late.C:
 			if sweeping && !e.ending.has(id) {
-				sweeping = false
+				// The housekeeper goes on with what failed.
+				if sweeping, err = e.sweepingStill(ctx, id, &why); err != nil {
+					return err
+				}
 			}
 		case <-ctx.Done():
 		case <-e.ctx.Done():
@@ -266,27 +270,54 @@ func (e *Engine) resumeAccess(ctx context.Context, id string, why sweepRecord) e
 	if e.ending.has(id) {
 		return nil
 	}
-	if !why.Access.Told {
-		return e.sweepAccess(ctx, id, why)
+	if why.Access.Told.IsZero() {
+		_, err := e.sweepAccess(ctx, id, why)
+		return err
 	}
 	e.finishAccess(ctx, id, why)
 	return nil
 }
 
+// selectedLeases are the leases that a kill switch has ended and that are not dead.
+func (e *Engine) selectedLeases(ctx context.Context, a *accessEnding) (ids []broker.LeaseID, err error) {
+	met := map[broker.LeaseID]struct{}{}
+	err = a.Selector.matching(ctx, e, a.Told, func(l *leaseRecord) bool {
+		if _, twice := met[l.ID]; !twice {
+			met[l.ID] = struct{}{}
+			ids = append(ids, l.ID)
+		}
+		return true
+	})
+	return ids, err
+}
+
+// sweepingStill reads how far the housekeeper has come with a kill switch.
+func (e *Engine) sweepingStill(ctx context.Context, id string, why *sweepRecord) (still bool, err error) {
+	err = e.view(ctx, func(r store.Reader) error {
+		rec, ok, err := get[sweepRecord](r, keySweep(sweepAccess, id))
+		if err == nil && ok && rec.Access != nil {
+			*why = rec
+			still = rec.Access.Told.IsZero()
+		}
+		return err
+	})
+	return still, err
+}
+
 // sweepAccess tells everything that a kill switch matches. Requests come first:
 // one that is granted meanwhile is then found among the grants.
-func (e *Engine) sweepAccess(ctx context.Context, id string, why sweepRecord) error {
+func (e *Engine) sweepAccess(ctx context.Context, id string, why sweepRecord) (*accessEnding, error) {
 	s := why.Access.Selector
 	failpoint.At("lease.sweep.begin")
 	if err := e.withdrawRequests(ctx, s, why); err != nil {
-		return err
+		return nil, err
 	}
 	grants, err := e.selected(ctx, prefixGrants, func(r store.Reader, id string) (bool, error) {
 		g, ok, err := get[broker.Grant](r, keyGrant(broker.GrantID(id)))
 		return ok && s.grant(e.current.Load(), g), err
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	now := e.clock.now()
 	ended := why
@@ -301,38 +332,39 @@ func (e *Engine) sweepAccess(ctx context.Context, id string, why sweepRecord) er
 			return nil
 		})
 		if err != nil {
-			return err
+			return nil, err
 		}
 	}
 	failpoint.At("lease.sweep.told")
 	for _, id := range grants {
 		if _, err := e.sweepGrant(ctx, broker.GrantID(id), ended); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	// What is left are leases of grants that had ended before. After two looks
 	// that found nothing new none was passed over.
+	told := &accessEnding{Selector: s, At: why.Access.At, Told: e.clock.now()}
 	for clean := 0; clean < 2; {
 		var ids []broker.LeaseID
-		err := s.matching(ctx, e, why.Access.At, func(l *leaseRecord) bool {
+		err := s.matching(ctx, e, told.Told, func(l *leaseRecord) bool {
 			if l.State != broker.LeaseRevoking {
 				ids = append(ids, l.ID)
 			}
 			return true
 		})
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if clean++; len(ids) > 0 {
 			clean = 0
 		}
 		if _, err := e.endLeases(ctx, ids, ended.ending()); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	failpoint.At("lease.sweep.end")
-	why.Access = &accessEnding{Selector: s, At: why.Access.At, Told: true}
-	return e.update(ctx, e.clock.now(), func(t store.Txn) error { return put(t, keySweep(sweepAccess, id), why) })
+	why.Access = told
+	return told, e.update(ctx, e.clock.now(), func(t store.Txn) error { return put(t, keySweep(sweepAccess, id), why) })
 }
 
 // withdrawRequests takes back the pending requests that a selector matches.
@@ -346,11 +378,16 @@ func (e *Engine) withdrawRequests(ctx context.Context, s Selector, why sweepReco
 	}
 	now := e.clock.now()
 	for part := range slices.Chunk(ids, requestChunk) {
+		ended := 0
 		err := e.update(ctx, now, func(t store.Txn) error {
+			ended = 0
 			for _, id := range part {
-				err := endPending(t, broker.RequestID(id), now, broker.RequestWithdrawn, by{why.Actor, why.Correlation}, why.Reason)
+				is, err := endPending(t, broker.RequestID(id), now, broker.RequestWithdrawn, by{why.Actor, why.Correlation}, why.Reason)
 				if err != nil {
 					return err
+				}
+				if is {
+					ended++
 				}
 			}
 			return nil
@@ -358,9 +395,7 @@ func (e *Engine) withdrawRequests(ctx context.Context, s Selector, why sweepReco
 		if err != nil {
 			return err
 		}
-	}
-	if len(ids) > 0 {
-		e.asks.signal()
+		e.requestsEnded(broker.RequestWithdrawn, ended)
 	}
 	return nil
 }
@@ -394,7 +429,7 @@ func (e *Engine) finishAccess(ctx context.Context, id string, why sweepRecord) b
 	}
 	for range 2 { // one that moved while it was looked for is met the second time
 		var alive broker.LeaseID
-		err := s.matching(ctx, e, why.Access.At, func(l *leaseRecord) bool {
+		err := s.matching(ctx, e, why.Access.Told, func(l *leaseRecord) bool {
 			alive = l.ID
 			return false
 		})

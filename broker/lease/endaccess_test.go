@@ -3,13 +3,16 @@ package lease_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/audit"
 	"github.com/mayfly-security/mayfly/broker/lease"
 	"github.com/mayfly-security/mayfly/providers/providertest"
+	"github.com/mayfly-security/mayfly/store"
 )
 
 // end pulls the kill switch, and returns everything that was told.
@@ -217,6 +220,62 @@ func TestKillSwitchGoesOnWithoutItsCaller(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestKillSwitchSurvivesTheBroker: the broker dies at each of the commits of a
+// kill switch. When it is back, everything that was matched ends, or, if
+// nothing had been decided, nothing does.
+func TestKillSwitchSurvivesTheBroker(t *testing.T) {
+	for n := 1; ; n++ {
+		last := false
+		for _, carry := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%d_%v", n, carry), func(t *testing.T) {
+				bubble(t, func(t *testing.T) {
+					var now *mortal
+					r := governedRig(t, func(r *rig) {
+						r.wrap = func(s store.Store) store.Store { now = &mortal{Store: s}; return now }
+					})
+					mine, others, pending := accessOfAll(r)
+					synctest.Wait()
+					now.arm(n, carry)
+					ctx, cancel := context.WithTimeout(bg, time.Minute)
+					defer cancel()
+					err := r.engine.EndAccess(ctx, as(sam), lease.Selector{Agent: support}, false, "a leak", func(lease.Radius) error { return nil })
+					last = err == nil
+					r.restart()
+					time.Sleep(time.Minute)
+					decided := len(r.events(lease.EventFilter{Type: audit.AccessEnding}))
+					if decided != 1 && (n > 1 || carry) {
+						t.Errorf("%d decisions in the evidence", decided)
+					}
+					if ended := len(r.events(lease.EventFilter{Type: audit.AccessEnded})); ended != decided {
+						t.Errorf("%d decisions and %d ends in the evidence", decided, ended)
+					}
+					want := map[int]broker.LeaseState{0: broker.LeaseActive, 1: broker.LeaseRevoked}[decided]
+					for _, id := range mine {
+						if l := r.lease(id); l.State != want {
+							t.Errorf("%s is %s; want %s", l.Tool, l.State, want)
+						}
+					}
+					if l := r.lease(others[0]); l.State != broker.LeaseActive {
+						t.Errorf("the other agent's lease is %s", l.State)
+					}
+					if got := r.request(pending); decided == 1 && got.State != broker.RequestWithdrawn {
+						t.Errorf("the request is %s", got.State)
+					}
+					if left := r.keys("sweep|"); len(left) != 0 {
+						t.Errorf("left: %q", left)
+					}
+				})
+			})
+		}
+		if last || t.Failed() {
+			if n < 5 {
+				t.Errorf("it took %d commits only", n)
+			}
+			return
+		}
 	}
 }
 

@@ -288,7 +288,7 @@ func (e *Engine) commitEpoch(ctx context.Context, ep, old *epoch, actor string) 
 			return err
 		}
 		ev := audit.Event{Time: now, Type: audit.CatalogLoaded, Actor: actor,
-			Details: map[string]string{"digest": ep.catalog.Digest(), "previous_digest": was.Digest}}
+			Details: map[string]string{"digest": ep.catalog.Digest(), "previous_digest": was.Digest, "policy_digest": ep.policies().Digest()}}
 		if old != nil {
 			ev.Details["difference"] = broker.Shorten(strings.Join(catalog.Diff(old.catalog, ep.catalog), "; "), 8000)
 		} else if err := appendEvent(t, audit.Event{Time: now, Type: audit.BrokerStarted, Actor: audit.Broker,

@@ -93,6 +93,9 @@ var enders = []struct {
 		r.yaml = text
 		return r.engine.Load(context.Background(), r.snapshot(), "test")
 	}},
+	{"policy", broker.ReasonPolicy, broker.GrantOpen, func(r *rig, _ broker.Incident) error {
+		return r.reloadPolicies(openPolicies + `@id("no") forbid (principal, action == Action::"issue", resource);`)
+	}},
 }
 
 // TestI5_TheCommitReadsAgain: from the commit of an end on nothing becomes

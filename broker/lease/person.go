@@ -37,6 +37,22 @@ func newPersonRecord(p broker.Person, now time.Time) personRecord {
 	return personRecord{Name: p.Name, Issuer: p.Issuer, Subject: p.Subject, Groups: groups, AuthTime: p.AuthTime, SeenAt: now}
 }
 
+// next is the record after the identity provider said p. What it said at an
+// earlier sign-in than the last takes groups away, and gives none.
+func (r personRecord) next(p broker.Person, now time.Time) personRecord {
+	is := newPersonRecord(p, now)
+	if p.AuthTime.Before(r.AuthTime) {
+		is.AuthTime = r.AuthTime
+		is.Groups = slices.DeleteFunc(is.Groups, func(g string) bool { return !slices.Contains(r.Groups, g) })
+	}
+	return is
+}
+
+// same reports whether two records say the same, but for when.
+func (r personRecord) same(o personRecord) bool {
+	return r.Name == o.Name && slices.Equal(r.Groups, o.Groups) && r.AuthTime.Equal(o.AuthTime)
+}
+
 // subject is a caller as policies see it now. A person is in the groups that
 // the identity provider said last, whatever their session began with, and in
 // those of this epoch's catalog; one whom it never told of is in what the caller
@@ -92,19 +108,28 @@ func (e *Engine) PersonSeen(ctx context.Context, p broker.Person) error {
 	}
 	digest := personDigest(p.Issuer, p.Subject)
 	now := e.clock.now()
+	// Whoever shows a token does so with each call: most of them tell nothing new.
+	told := false
+	err := e.view(ctx, func(r store.Reader) error {
+		was, known, err := get[personRecord](r, keyPerson(digest))
+		told = known && was.same(was.next(p, now))
+		return err
+	})
+	if err != nil || told {
+		return err
+	}
 	var lost []string
-	err := e.update(ctx, now, func(t store.Txn) error {
+	err = e.update(ctx, now, func(t store.Txn) error {
 		lost = nil
 		was, known, err := get[personRecord](t, keyPerson(digest))
 		if err != nil {
 			return err
 		}
 		is := newPersonRecord(p, now)
-		if known && p.AuthTime.Before(was.AuthTime) {
-			is.AuthTime = was.AuthTime
-			is.Groups = slices.DeleteFunc(is.Groups, func(g string) bool { return !slices.Contains(was.Groups, g) })
+		if known {
+			is = was.next(p, now)
 		}
-		if known && was.Name == is.Name && slices.Equal(was.Groups, is.Groups) && was.AuthTime.Equal(is.AuthTime) {
+		if known && was.same(is) {
 			return nil
 		}
 		if err := put(t, keyPerson(digest), is); err != nil {

@@ -329,8 +329,7 @@ type EventFilter struct {
 func (f EventFilter) match(e audit.Event) bool {
 	return (f.Agent == "" || e.Agent == f.Agent) && (f.Tool == "" || e.Tool == f.Tool) &&
 		(f.Lease == "" || e.Lease == f.Lease) && (f.Grant == "" || e.Grant == f.Grant) &&
-		(f.Incident == "" || e.Incident == f.Incident) &&
-		(f.Request == "" || e.Request == f.Request) && (f.Type == "" || e.Type == f.Type)
+		(f.Incident == "" || e.Incident == f.Incident) && (f.Request == "" || e.Request == f.Request) && (f.Type == "" || e.Type == f.Type)
 }
 
 // Events lists the evidence after a sequence number, to those who may read it;

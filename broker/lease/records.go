@@ -15,7 +15,10 @@ import (
 // recordVersion is the newest version of a record that this code writes and
 // reads. A record of an older version is read as it is; one of a newer version
 // is refused, for this code cannot know what it would overlook.
-const recordVersion = 1
+//
+// Version 2 binds grants to their approval rule, to those who voted and to what
+// policies say, which a broker of version 1 would not look at.
+const recordVersion = 2
 
 var errNewerRecord = errors.New("written by a newer Mayfly: run that version, or restore a backup of this one's")
 

@@ -115,12 +115,18 @@ func (r *requestRecord) end(t store.Txn, now time.Time, state broker.RequestStat
 }
 
 // endPending ends a request if it is pending still.
-func endPending(t store.Txn, id broker.RequestID, now time.Time, state broker.RequestState, who by, why string) error {
+func endPending(t store.Txn, id broker.RequestID, now time.Time, state broker.RequestState, who by, why string) (ended bool, err error) {
 	rec, ok, err := get[requestRecord](t, keyRequest(id))
 	if err != nil || !ok || rec.State != broker.RequestPending {
-		return err
+		return false, err
 	}
-	return rec.end(t, now, state, who, why)
+	return true, rec.end(t, now, state, who, why)
+}
+
+// requestsEnded follows the commit that ended requests.
+func (e *Engine) requestsEnded(state broker.RequestState, n int) {
+	e.metrics.requests.WithLabelValues(string(state)).Add(float64(n))
+	e.asks.signal()
 }
 
 // WithdrawRequest takes back a request that is pending: its agent does, or
@@ -149,7 +155,9 @@ func (e *Engine) withdrawRequest(ctx context.Context, caller broker.Caller, id b
 		}
 	}
 	now := e.clock.now()
+	ended := 0
 	err = e.update(ctx, now, func(t store.Txn) error {
+		ended = 0
 		rec, ok, err := get[requestRecord](t, keyRequest(id))
 		switch {
 		case err != nil:
@@ -161,25 +169,28 @@ func (e *Engine) withdrawRequest(ctx context.Context, caller broker.Caller, id b
 		case rec.State != broker.RequestPending:
 			return requestOver(rec.Request)
 		}
+		ended = 1
 		return rec.end(t, now, broker.RequestWithdrawn, byCaller(caller), reason)
 	})
 	if err != nil {
 		return RequestView{}, err
 	}
-	e.asks.signal()
+	e.requestsEnded(broker.RequestWithdrawn, ended)
 	return e.Request(context.WithoutCancel(ctx), caller, id)
 }
 
 // expireRequest ends a request that nobody decided in time.
 func (e *Engine) expireRequest(ctx context.Context, key string, id broker.RequestID, now time.Time) error {
-	err := e.update(ctx, now, func(t store.Txn) error {
+	ended := false
+	err := e.update(ctx, now, func(t store.Txn) (err error) {
 		if err := t.Delete(key); err != nil {
 			return err
 		}
-		return endPending(t, id, now, broker.RequestExpired, brokerCaller, "nobody decided it in time")
+		ended, err = endPending(t, id, now, broker.RequestExpired, brokerCaller, "nobody decided it in time")
+		return err
 	})
-	if err == nil {
-		e.asks.signal()
+	if err == nil && ended {
+		e.requestsEnded(broker.RequestExpired, 1)
 	}
 	return err
 }
@@ -220,7 +231,9 @@ func (e *Engine) sweepRequests(ctx context.Context, incident broker.IncidentID) 
 		return err
 	}
 	for part := range slices.Chunk(ids, requestChunk) {
+		ended := 0
 		err := e.update(ctx, now, func(t store.Txn) error {
+			ended = 0
 			if err := ep.same(t); err != nil {
 				return err
 			}
@@ -239,6 +252,7 @@ func (e *Engine) sweepRequests(ctx context.Context, incident broker.IncidentID) 
 				if b.void == "" {
 					continue
 				}
+				ended++
 				if err := rec.end(t, now, broker.RequestVoid, brokerCaller, b.void); err != nil {
 					return err
 				}
@@ -251,9 +265,7 @@ func (e *Engine) sweepRequests(ctx context.Context, incident broker.IncidentID) 
 		if err != nil {
 			return err
 		}
-	}
-	if len(ids) > 0 {
-		e.asks.signal()
+		e.requestsEnded(broker.RequestVoid, ended)
 	}
 	return nil
 }

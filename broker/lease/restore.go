@@ -107,7 +107,8 @@ func (e *Engine) restore(ctx context.Context) error {
 		return fmt.Errorf("withdrawing grants: %w", err)
 	}
 	requests, err := e.forAll(ctx, prefixWaiting, every, func(t store.Txn, id string) error {
-		return endPending(t, broker.RequestID(id), now, broker.RequestVoid, brokerCaller, why.Reason)
+		_, err := endPending(t, broker.RequestID(id), now, broker.RequestVoid, brokerCaller, why.Reason)
+		return err
 	})
 	if err != nil {
 		return fmt.Errorf("ending requests: %w", err)

@@ -302,6 +302,7 @@ func vaultDrivers(files []string) map[string]providers.Driver {
 			} `yaml:"providers"`
 			Tools   json.RawMessage `yaml:"tools"`
 			Openers json.RawMessage `yaml:"openers"`
+			Rules   json.RawMessage `yaml:"approval_rules"`
 		}
 		if _, err := strictyaml.ReadFile(name, &f); err != nil {
 			continue // catalog.Load says what is wrong with it, in full
