@@ -183,6 +183,9 @@ func TestWrong(t *testing.T) {
 		{"broker/lease", "store/bolt"},
 		{"broker/server", "broker/client"},
 		{"broker/server", "attestation/spiffe"},
+		{"broker/server", "attestation/oidc"},
+		{"attestation/oidc", "attestation/devidp"},
+		{"cmd/mayflyd", "attestation/oidctest"},
 		{"broker/client", "broker/policy"},
 		{"cmd/mayfly", "broker/lease"},
 		{"cmd/mayfly", "store"},
@@ -202,7 +205,7 @@ func TestWrong(t *testing.T) {
 	}
 	for _, c := range []struct{ from, to string }{
 		{"broker/server", "broker/lease"}, {"broker/server", "attestation"}, {"broker/client", "broker/api/mayfly/v1"},
-		{"cmd/mayflyd", "store/bolt"}, {"cmd/mayflyd", "deploy/examples"}, {"cmd/mayfly", "broker/client"}, {"broker/catalog", "broker/policy"},
+		{"cmd/mayflyd", "store/bolt"}, {"cmd/mayflyd", "attestation/devidp"}, {"cmd/mayflyd", "deploy/examples"}, {"cmd/mayfly", "broker/client"}, {"broker/catalog", "broker/policy"},
 	} {
 		if problem := wrong(c.from, c.to); problem != "" {
 			t.Error(problem)

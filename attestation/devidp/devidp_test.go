@@ -208,6 +208,9 @@ func TestSessions(t *testing.T) {
 	if again["auth_time"] != began+600 || again["acr"] != devidp.ACRSecurityKey || again["email"] != "bob@acme.example" || again["sub"] == first["sub"] {
 		t.Errorf("%v", again)
 	}
+	if page := r.get(b, r.url(param("max_age", "0"))); page.Stopped {
+		t.Errorf("max_age=0 at the moment of a sign-in: %s", page.URL)
+	}
 	home := r.get(b, r.Issuer()+"/")
 	if !strings.Contains(home.Body, "bob@acme.example") || len(home.Forms) != 1 {
 		t.Fatalf("home:\n%s", home.Body)
@@ -459,12 +462,12 @@ func TestDevice(t *testing.T) {
 	if _, body := r.post("/device_authorization", url.Values{"client_id": {"public"}, "scope": {"email"}}); body["error"] != "invalid_scope" {
 		t.Errorf("%v", body)
 	}
-	if got := func() any {
-		_, body := r.post("/token", url.Values{"grant_type": {"urn:ietf:params:oauth:grant-type:device_code"}, "device_code": {code}}, "secret", "a secret")
-		return body["error"]
-	}(); got == nil {
-		t.Error("another client got the tokens")
+	code, user = begin()
+	r.walk(browser(), r.Issuer()+"/device?user_code="+user, password)
+	if _, body := r.post("/token", url.Values{"grant_type": {"urn:ietf:params:oauth:grant-type:device_code"}, "device_code": {code}}, "secret", "a secret"); body["error"] != "invalid_grant" {
+		t.Errorf("another client polls: %v", body)
 	}
+	steps(alice)
 }
 
 func TestMint(t *testing.T) {

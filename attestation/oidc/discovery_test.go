@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -102,7 +103,9 @@ func TestKeys(t *testing.T) {
 	f.keys[jose.ES256] = newEC(t, elliptic.P256())
 	f.mu.Unlock()
 	c.Add(5 * time.Second)
-	if err := verify(f.sign(jose.ES256, nil, shown(f, c))); err != nil {
+	fresh := f.sign(jose.ES256, nil, shown(f, c))
+	err := again(func() error { return verify(fresh) })
+	if err != nil {
 		t.Errorf("a new key: %v", err)
 	}
 	if n := f.count("/.well-known/openid-configuration"); n != 1 {
@@ -118,7 +121,7 @@ func TestKeys(t *testing.T) {
 		f.answers["/keys"] = a
 		f.mu.Unlock()
 		c.Add(5 * time.Second)
-		err := verify(forged)
+		err := again(func() error { return verify(forged) })
 		refused(t, err, broker.ReasonSignIn, "away")
 		if err != nil {
 			hides(t, err, "secret trouble")
@@ -127,8 +130,23 @@ func TestKeys(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	c.Add(5 * time.Second)
-	_, _, err := p.VerifyBearer(ctx, forged, c.Now())
+	_, _, err = p.VerifyBearer(ctx, forged, c.Now())
 	refused(t, err, broker.ReasonSignIn, "away")
+}
+
+// again asks until the signature is not refused. The library may still be
+// putting its last answer away and give it once more; whoever asks after that
+// is told of the new one.
+func again(ask func() error) error {
+	err := ask()
+	for range 1000 {
+		if broker.ReasonOf(err) != broker.ReasonTokenInvalid {
+			break
+		}
+		runtime.Gosched()
+		err = ask()
+	}
+	return err
 }
 
 func TestDocuments(t *testing.T) {

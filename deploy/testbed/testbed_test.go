@@ -182,6 +182,10 @@ func TestMissingBinary(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "run `make testbed-vault`") {
 		t.Errorf("without its binary: %v; want what to do", err)
 	}
+	_, err = StartOIDC(t.Context(), OIDCConfig{Server: filepath.Join(t.TempDir(), "server.mjs")})
+	if err == nil || !strings.Contains(err.Error(), "run `make testbed-oidc`") {
+		t.Errorf("without its program: %v; want what to do", err)
+	}
 	if _, err := findBinary("no-such-server", ""); err == nil || !strings.Contains(err.Error(), "make testbed-no-such-server") {
 		t.Errorf("without its binary: %v; want what to do", err)
 	}
