@@ -627,9 +627,15 @@ func TestAnIncidentHasRoomForSoMany(t *testing.T) {
 		}
 		_, err := r.ask("docs.search", under)
 		r.wantReason(err, broker.ReasonIncidentLimit)
+		for range 256 - 199 {
+			r.mustAsk("docs.search")
+		}
+		_, err = r.ask("docs.search") // nor are there ever more of what is given for the asking
+		r.wantReason(err, broker.ReasonRequestLimit)
 		if _, _, err := r.engine.CloseIncident(bg, as(pager), in.ID, ""); err != nil {
 			t.Fatal(err)
 		}
+		r.mustAsk("docs.search")
 		p, err := r.engine.Grants(bg, lease.GrantFilter{All: true, Incident: in.ID}, "", lease.MaxPage)
 		if err != nil || len(p.Items) != 200 {
 			t.Fatal(len(p.Items), err)
@@ -641,6 +647,39 @@ func TestAnIncidentHasRoomForSoMany(t *testing.T) {
 		}
 		if got := r.request(last.ID); got.State != broker.RequestGranted {
 			t.Errorf("the request is %s", got.State)
+		}
+	})
+}
+
+// TestTheCatalogsGroupsCount: a person whom the catalog puts into a group
+// votes for it, and a grant that stands on that ends when the catalog does not
+// any more.
+func TestTheCatalogsGroupsCount(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := governedRig(t, func(r *rig) {
+			r.yaml = replaceOnce(r.yaml, "  - name: closers\n", "  - name: finance\n    people: [ann, amy]\n  - name: closers\n")
+		})
+		v := r.mustApprove(r.mustAsk("db.read"), person("ann"))
+		v = r.mustApprove(v, person("bob", "security"))
+		if v.State != broker.RequestGranted {
+			t.Fatalf("%s, missing %v", v.State, v.Missing)
+		}
+		d := r.mustIssue("db.read")
+		r.seen(person("ann")) // the identity provider has nothing to say of it
+		if _, ok, err := r.engine.Usable(bg, d.Lease.ID); !ok || err != nil {
+			t.Fatalf("usable %v, %v", ok, err)
+		}
+		if err := r.reload("people: [ann, amy]", "people: [amy]"); err != nil {
+			t.Fatal(err)
+		}
+		if l := r.wantState(d.Lease.ID, broker.LeaseRevoked, time.Second); l.Cause != broker.CauseVoterLost {
+			t.Errorf("the cause is %s", l.Cause)
+		}
+		if err := r.reload("people: [amy]", "people: [ann, amy]"); err != nil {
+			t.Fatal(err)
+		}
+		if g := r.grantNow(v.Grant); g.State != broker.GrantWithdrawn {
+			t.Errorf("the grant is %s: it is over for good", g.State)
 		}
 	})
 }
