@@ -515,7 +515,7 @@ func TestActFor(t *testing.T) {
 	ask := func(c *client, token string) answer {
 		return c.post("RequestService/CreateRequest", `{"tool": "db.asked", "reason": "for finn", "subjectToken": "`+token+`"}`)
 	}
-	token := r.mint(devidp.Mint{Person: finn})
+	token := r.mint(devidp.Mint{Person: finn, Audience: userAudience})
 	a := ask(r.client(support), token)
 	if a.status != 200 || !bytes.Contains(a.body, []byte(`"onBehalfOf":"person:`+finn+`"`)) {
 		t.Fatalf("asking for finn: %d %s", a.status, a.body)
@@ -523,6 +523,7 @@ func TestActFor(t *testing.T) {
 	ask(r.client(other), token).wantRefused(t, "the same token by another agent", 403, broker.ReasonTokenReplayed)
 	for name, token := range map[string]string{
 		"another audience": r.mint(devidp.Mint{Person: finn, Audience: "https://other.acme.test"}),
+		"a bearer token":   r.mint(devidp.Mint{Person: finn}),
 		"no token":         "x",
 		"a session's":      r.login(finn).GetToken(),
 		"a changed one":    token[:len(token)-5] + "AAAAA",
@@ -530,6 +531,8 @@ func TestActFor(t *testing.T) {
 	} {
 		ask(r.client(support), token).wantRefused(t, name, 401, broker.ReasonTokenInvalid)
 	}
+	// What the agent was shown does not make it the user.
+	r.person(token).post("AccessService/WhoAmI", "{}").wantRefused(t, "coming as the user", 401, broker.ReasonTokenInvalid)
 	without := newRig(t)
 	ask(without.client(support), token).wantRefused(t, "a broker without an identity provider", 401, broker.ReasonTokenInvalid)
 }
