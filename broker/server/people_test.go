@@ -520,6 +520,19 @@ func TestActFor(t *testing.T) {
 	if a.status != 200 || !bytes.Contains(a.body, []byte(`"onBehalfOf":"person:`+finn+`"`)) {
 		t.Fatalf("asking for finn: %d %s", a.status, a.body)
 	}
+	list, err := r.client(support).requests().ListRequests(bounded(t), connect.NewRequest(&mayflyv1.ListRequestsRequest{}))
+	if err != nil || len(list.Msg.GetRequests()) != 1 {
+		t.Fatal(list, err)
+	}
+	if a := r.person(r.login(ada).GetToken()).post("RequestService/ApproveRequest", approve(list.Msg.GetRequests()[0])); a.status != 200 {
+		t.Fatalf("approving: %d %s", a.status, a.body)
+	}
+	if got := r.client(support).issue("db.asked").GetLease().GetOnBehalfOf(); got != "person:"+finn {
+		t.Errorf("the lease is on behalf of %q", got)
+	}
+	if a := r.client(support).post("AccessService/ListLeases", "{}"); !bytes.Contains(a.body, []byte(`"onBehalfOf":"person:`+finn+`"`)) {
+		t.Errorf("leases: %s", a.body)
+	}
 	ask(r.client(other), token).wantRefused(t, "the same token by another agent", 403, broker.ReasonTokenReplayed)
 	for name, token := range map[string]string{
 		"another audience": r.mint(devidp.Mint{Person: finn, Audience: "https://other.acme.test"}),
