@@ -12,6 +12,7 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 
+	"github.com/mayfly-security/mayfly/attestation/oidc"
 	"github.com/mayfly-security/mayfly/broker"
 )
 
@@ -23,6 +24,12 @@ func damaged(raw string) string {
 		other = 'B'
 	}
 	return raw[:len(raw)-10] + string(other) + raw[len(raw)-9:]
+}
+
+// forUsers takes the tokens for the audience as those of users.
+func forUsers(c oidc.Config) oidc.Config {
+	c.Audience, c.UserAudience = "", c.Audience
+	return c
 }
 
 // shown are the claims of a good token for the broker's audience.
@@ -38,7 +45,7 @@ func shown(f *forge, c *clock) map[string]any {
 func TestShownTokens(t *testing.T) {
 	t.Parallel()
 	f, c := newForge(t), newClock()
-	p := open(t, f.config(c))
+	p, users := open(t, f.config(c)), open(t, forUsers(f.config(c)))
 	now, good := c.Now(), shown(f, c)
 	signed := f.sign(jose.ES256, nil, good)
 	parts := strings.Split(signed, ".")
@@ -65,7 +72,7 @@ func TestShownTokens(t *testing.T) {
 		if person, _, err := p.VerifyBearer(t.Context(), raw, now); err != nil || person.Name != alice {
 			t.Errorf("bearer, %s: %+v, %v", name, person, err)
 		}
-		if u, _, _, err := p.VerifyUser(t.Context(), raw, now); err != nil || u.Name != alice {
+		if u, _, _, err := users.VerifyUser(t.Context(), raw, now); err != nil || u.Name != alice {
 			t.Errorf("user, %s: %+v, %v", name, u, err)
 		}
 	}
@@ -160,7 +167,7 @@ func TestShownTokens(t *testing.T) {
 	for _, a := range attacks {
 		_, _, err := p.VerifyBearer(t.Context(), a.raw, now)
 		refusedOneOf(t, a.name, err, a.why)
-		_, id, _, err := p.VerifyUser(t.Context(), a.raw, now)
+		_, id, _, err := users.VerifyUser(t.Context(), a.raw, now)
 		refusedOneOf(t, a.name+" (user)", err, a.why)
 		if id != "" {
 			t.Errorf("%s: refused, and has the id %s", a.name, id)
@@ -174,8 +181,30 @@ func TestShownTokens(t *testing.T) {
 	acted := f.sign(jose.ES256, nil, with(good, m{"act": m{"sub": "agent"}}))
 	_, _, err := p.VerifyBearer(t.Context(), acted, now)
 	refused(t, err, broker.ReasonTokenInvalid, "somebody else acts")
-	if _, _, _, err := p.VerifyUser(t.Context(), acted, now); err != nil {
+	if _, _, _, err := users.VerifyUser(t.Context(), acted, now); err != nil {
 		t.Error(err)
+	}
+
+	// The two kinds have two audiences: what a user lets an agent have is no
+	// sign-in of the user's, and what a person comes with is for no agent.
+	_, _, _, err = p.VerifyUser(t.Context(), signed, now)
+	refused(t, err, broker.ReasonTokenInvalid, "no audience configured")
+	config := f.config(c)
+	config.UserAudience = "https://agents.mayfly.acme.example"
+	both := open(t, config)
+	_, _, _, err = both.VerifyUser(t.Context(), signed, now)
+	refused(t, err, broker.ReasonTokenInvalid, "another audience")
+	lent := f.sign(jose.ES256, nil, with(good, m{"aud": config.UserAudience}))
+	if _, _, _, err := both.VerifyUser(t.Context(), lent, now); err != nil {
+		t.Error(err)
+	}
+	_, _, err = both.VerifyBearer(t.Context(), lent, now)
+	refused(t, err, broker.ReasonTokenInvalid, "another audience")
+	for _, same := range []string{config.Audience, config.ClientID} {
+		config.UserAudience = same
+		if _, err := oidc.New(config); err == nil {
+			t.Errorf("users' tokens are for %s, as others are", same)
+		}
 	}
 }
 
@@ -207,7 +236,7 @@ func many(n int) (all []string) {
 func TestOneTokenOneID(t *testing.T) {
 	t.Parallel()
 	f, c := newForge(t), newClock()
-	p := open(t, f.config(c))
+	p := open(t, forUsers(f.config(c)))
 	raw := f.sign(jose.ES256, nil, shown(f, c))
 	parts := strings.Split(raw, ".")
 	signature, err := base64.RawURLEncoding.DecodeString(parts[2])

@@ -25,7 +25,7 @@ func TestProviderAway(t *testing.T) {
 	raw := w.jwt(t, alice)
 	w.stop()
 	config := w.config
-	config.Now = c.Now
+	config.Now, config.UserAudience = c.Now, "https://agents.mayfly.acme.example"
 	p := open(t, config)
 	away := func(err error) {
 		t.Helper()

@@ -49,10 +49,15 @@ type Config struct {
 	// browser; AuthCodeURL and Exchange refuse.
 	RedirectURL string
 	// Audience is what the broker is called in the tokens that others show it.
-	// It must be the broker's alone. Empty: VerifyBearer and VerifyUser refuse
-	// every token. If it is ClientID, ID tokens are taken as bearer tokens too:
-	// for providers that issue no others.
+	// It must be the broker's alone. Empty: VerifyBearer refuses every token. If
+	// it is ClientID, ID tokens are taken as bearer tokens too: for providers
+	// that issue no others.
 	Audience string
+	// UserAudience is what the broker is called in the tokens of users that
+	// agents show. It must be the broker's alone, and another than Audience and
+	// ClientID: or the agent, and whoever sees its request, could come as the
+	// user, and approve what it asks for. Empty: VerifyUser refuses every token.
+	UserAudience string
 	// Scopes are asked for at a sign-in; "openid" must be among them. Empty:
 	// openid, email, profile, and groups where the provider knows that scope.
 	Scopes []string
@@ -102,6 +107,9 @@ func New(config Config) (*Provider, error) {
 		if err := checkURL(config.RedirectURL, true); err != nil {
 			return nil, fmt.Errorf("identity provider: redirect URL: %w", err)
 		}
+	}
+	if config.UserAudience != "" && (config.UserAudience == config.Audience || config.UserAudience == config.ClientID) {
+		return nil, errors.New("identity provider: the audience of users' tokens is that of others: an agent that is shown such a token could come as its user")
 	}
 	if len(config.Scopes) > 0 && !slices.Contains(config.Scopes, "openid") {
 		return nil, errors.New(`identity provider: "openid" is not among the scopes, and without it nobody is told who signed in`)

@@ -259,14 +259,15 @@ func TestShown(t *testing.T) {
 		if diff := cmp.Diff(want, person); diff != "" || person.Subject == "" || w.now().Sub(person.AuthTime) > time.Minute {
 			t.Errorf("%s: %+v (-want +got)\n%s", w.name, person, diff)
 		}
-		u, id, userUntil, err := p.VerifyUser(t.Context(), raw, w.now())
+		users := open(t, forUsers(w.config))
+		u, id, userUntil, err := users.VerifyUser(t.Context(), raw, w.now())
 		if err != nil || u != (broker.User{Name: alice, Issuer: person.Issuer, Subject: person.Subject, AuthTime: person.AuthTime, ACR: person.ACR}) || !userUntil.Equal(until) || len(id) != 64 {
 			t.Errorf("as a user: %+v, %q, %s, %v", u, id, userUntil, err)
 		}
-		if _, again, _, err := p.VerifyUser(t.Context(), raw, w.now()); err != nil || again != id {
+		if _, again, _, err := users.VerifyUser(t.Context(), raw, w.now()); err != nil || again != id {
 			t.Errorf("the same token is %q and %q, %v", id, again, err)
 		}
-		if _, other, _, err := p.VerifyUser(t.Context(), w.jwt(t, bob), w.now()); err != nil || other == id {
+		if _, other, _, err := users.VerifyUser(t.Context(), w.jwt(t, bob), w.now()); err != nil || other == id {
 			t.Errorf("two tokens are one: %q, %v", other, err)
 		}
 		_, _, err = p.VerifyBearer(t.Context(), raw, until)

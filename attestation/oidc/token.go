@@ -28,7 +28,7 @@ var (
 // VerifyBearer verifies a JWT of the provider's that somebody sent to show who
 // they are: a JWT access token (RFC 9068) or one like it.
 func (p *Provider) VerifyBearer(ctx context.Context, raw string, now time.Time) (broker.Person, time.Time, error) {
-	person, _, until, err := p.shown(ctx, raw, now, true)
+	person, _, until, err := p.shown(ctx, raw, now, p.config.Audience, true)
 	if err != nil {
 		return broker.Person{}, time.Time{}, bearer.refuse(err)
 	}
@@ -39,7 +39,7 @@ func (p *Provider) VerifyBearer(ctx context.Context, raw string, now time.Time) 
 // is a digest of what is signed, header and claims: whoever has a token can
 // write its signature in another way, and it stays the same token.
 func (p *Provider) VerifyUser(ctx context.Context, raw string, now time.Time) (broker.User, string, time.Time, error) {
-	person, id, until, err := p.shown(ctx, raw, now, false)
+	person, id, until, err := p.shown(ctx, raw, now, p.config.UserAudience, false)
 	if err != nil {
 		return broker.User{}, "", time.Time{}, user.refuse(err)
 	}
@@ -47,14 +47,14 @@ func (p *Provider) VerifyUser(ctx context.Context, raw string, now time.Time) (b
 	return u, id, until, nil
 }
 
-// shown verifies a token that somebody showed. self says that it is to be the
+// shown verifies a token for an audience that somebody showed. self says that it is to be the
 // person's own, not one that they let somebody else have.
-func (p *Provider) shown(ctx context.Context, raw string, now time.Time, self bool) (broker.Person, string, time.Time, error) {
+func (p *Provider) shown(ctx context.Context, raw string, now time.Time, audience string, self bool) (broker.Person, string, time.Time, error) {
 	refuse := func(err error) (broker.Person, string, time.Time, error) {
 		return broker.Person{}, "", time.Time{}, err
 	}
-	if p.config.Audience == "" {
-		return refuse(fault("this broker has no audience configured, and so takes no tokens"))
+	if audience == "" {
+		return refuse(fault("this broker has no audience configured for such tokens, and so takes none"))
 	}
 	t, err := readToken(raw, bearerTypes)
 	if err != nil {
@@ -64,7 +64,7 @@ func (p *Provider) shown(ctx context.Context, raw string, now time.Time, self bo
 	if err != nil {
 		return refuse(err)
 	}
-	if err := v.claims.onlyFor(p.config.Audience); err != nil {
+	if err := v.claims.onlyFor(audience); err != nil {
 		return refuse(err)
 	}
 	if err := v.claims.shows(v.subject, self); err != nil {

@@ -32,7 +32,8 @@ type world struct {
 	name   string
 	config oidc.Config
 	now    func() time.Time
-	// pass lets time go by for whoever signed in before.
+	// answers are for the forms of a sign-in; the built-in provider has no "ago",
+	// so its clock moves by it.
 	answers          func(person, acr string, ago time.Duration) map[string]string
 	password, strong string // classes of authentication
 	stop, start      func()
@@ -115,7 +116,7 @@ func devWorld(t *testing.T) world {
 			if acr == devidp.ACRSecurityKey {
 				how = "key"
 			}
-			c.Add(ago) // the session is older by what the clock moves afterwards; see signIn
+			c.Add(ago)
 			return map[string]string{"person": person, "how": how}
 		},
 		jwt: func(t *testing.T, person string) string {

@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/mayfly-security/mayfly/broker"
@@ -413,7 +414,7 @@ func TestPreviewEndsExactlyThose(t *testing.T) {
 		docs := r.mustAsk("docs.search")
 		doc := r.mustIssue("docs.search")
 		v := r.mustApprove(r.mustAsk("db.read"), person("ann", "finance"))
-		v = r.mustApprove(v, person("bob", "security"))
+		r.mustApprove(v, person("bob", "security"))
 		db := r.mustIssue("db.read")
 		unused := r.grant(other, "docs.search", time.Hour)
 
@@ -556,6 +557,129 @@ func TestUserTokenIsForgotten(t *testing.T) {
 		time.Sleep(2 * time.Minute)
 		if err := ask(other, time.Now().Add(time.Minute)); err != nil {
 			t.Errorf("after its end: %v", err)
+		}
+	})
+}
+
+// TestBreakGlass: a rule for emergencies is a rule like another, and loud.
+func TestBreakGlass(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		reg := prometheus.NewRegistry()
+		r := governedRig(t, func(r *rig) { r.tune = func(c *lease.Config) { c.Metrics = reg } })
+		r.mustAsk("crm.read")
+		v := r.mustAsk("crm.read", func(q *lease.AccessRequest) { q.BreakGlass = true })
+		if v.Rule != "emergency" || !v.BreakGlass || v.Duration != 30*time.Minute || fmt.Sprint(v.Missing) != "[1 of oncall]" {
+			t.Fatalf("the request: %+v", v)
+		}
+		_, err := r.approve(v, person("ann", "finance")) // the ordinary rule's group is not asked
+		r.wantReason(err, broker.ReasonNotEligible)
+		v = r.mustApprove(v, person("ona", "oncall"))
+		d := r.mustIssue("crm.read")
+		p, err := r.engine.Requests(bg, as(sam), lease.RequestFilter{All: true, BreakGlass: true}, "", 0)
+		if err != nil || len(p.Items) != 1 || p.Items[0].ID != v.ID {
+			t.Errorf("for review: %+v, %v", p.Items, err)
+		}
+		if n := strings.Count(string(r.logs.Bytes()), "BREAK-GLASS"); n != 2 {
+			t.Errorf("%d lines in the log; want one for the asking and one for the giving", n)
+		}
+		if evs := r.events(lease.EventFilter{Request: v.ID, Type: audit.GrantCreated}); len(evs) != 1 || evs[0].Details["break_glass"] != "true" {
+			t.Errorf("the evidence: %+v", evs)
+		}
+		metrics := map[string]float64{}
+		families, err := reg.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range families {
+			for _, m := range f.Metric {
+				metrics[f.GetName()] += m.GetCounter().GetValue() + m.GetGauge().GetValue()
+			}
+		}
+		if metrics["mayfly_break_glass_requests_total"] != 1 || metrics["mayfly_requests_waiting"] != 1 || metrics["mayfly_recovery_open"] != 0 || metrics["mayfly_requests_total"] != 3 {
+			t.Errorf("the metrics: %v", metrics)
+		}
+		// The grant is bound to its own rule.
+		if err := r.reload("max_duration: 1h\n    expires", "max_duration: 2h\n    expires"); err != nil {
+			t.Fatal(err)
+		}
+		if _, ok, err := r.engine.Usable(bg, d.Lease.ID); !ok || err != nil {
+			t.Errorf("after the other rule was changed: usable %v, %v", ok, err)
+		}
+		if err := r.reload("max_duration: 30m", "max_duration: 20m"); err != nil {
+			t.Fatal(err)
+		}
+		if l := r.wantState(d.Lease.ID, broker.LeaseRevoked, time.Second); l.Cause != broker.CauseRuleChanged {
+			t.Errorf("the cause is %s", l.Cause)
+		}
+	})
+}
+
+// TestAnIncidentHasRoomForSoMany: what is asked for under an incident ends with
+// it, and one incident takes so many.
+func TestAnIncidentHasRoomForSoMany(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := governedRig(t)
+		in := windowFor(r, support)
+		under := func(q *lease.AccessRequest) { q.Incident = in.ID }
+		var last lease.RequestView
+		for range 199 { // and one of the window
+			last = r.mustAsk("docs.search", under)
+		}
+		_, err := r.ask("docs.search", under)
+		r.wantReason(err, broker.ReasonIncidentLimit)
+		for range 256 - 199 {
+			r.mustAsk("docs.search")
+		}
+		_, err = r.ask("docs.search") // nor are there ever more of what is given for the asking
+		r.wantReason(err, broker.ReasonRequestLimit)
+		if _, _, err := r.engine.CloseIncident(bg, as(pager), in.ID, ""); err != nil {
+			t.Fatal(err)
+		}
+		r.mustAsk("docs.search")
+		p, err := r.engine.Grants(bg, lease.GrantFilter{All: true, Incident: in.ID}, "", lease.MaxPage)
+		if err != nil || len(p.Items) != 200 {
+			t.Fatal(len(p.Items), err)
+		}
+		for _, g := range p.Items {
+			if g.State != broker.GrantClosed {
+				t.Errorf("grant %s is %s", g.ID, g.State)
+			}
+		}
+		if got := r.request(last.ID); got.State != broker.RequestGranted {
+			t.Errorf("the request is %s", got.State)
+		}
+	})
+}
+
+// TestTheCatalogsGroupsCount: a person whom the catalog puts into a group
+// votes for it, and a grant that stands on that ends when the catalog does not
+// any more.
+func TestTheCatalogsGroupsCount(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := governedRig(t, func(r *rig) {
+			r.yaml = replaceOnce(r.yaml, "  - name: closers\n", "  - name: finance\n    people: [ann, amy]\n  - name: closers\n")
+		})
+		v := r.mustApprove(r.mustAsk("db.read"), person("ann"))
+		v = r.mustApprove(v, person("bob", "security"))
+		if v.State != broker.RequestGranted {
+			t.Fatalf("%s, missing %v", v.State, v.Missing)
+		}
+		d := r.mustIssue("db.read")
+		r.seen(person("ann")) // the identity provider has nothing to say of it
+		if _, ok, err := r.engine.Usable(bg, d.Lease.ID); !ok || err != nil {
+			t.Fatalf("usable %v, %v", ok, err)
+		}
+		if err := r.reload("people: [ann, amy]", "people: [amy]"); err != nil {
+			t.Fatal(err)
+		}
+		if l := r.wantState(d.Lease.ID, broker.LeaseRevoked, time.Second); l.Cause != broker.CauseVoterLost {
+			t.Errorf("the cause is %s", l.Cause)
+		}
+		if err := r.reload("people: [amy]", "people: [ann, amy]"); err != nil {
+			t.Fatal(err)
+		}
+		if g := r.grantNow(v.Grant); g.State != broker.GrantWithdrawn {
+			t.Errorf("the grant is %s: it is over for good", g.State)
 		}
 	})
 }

@@ -3,6 +3,7 @@ package lease_test
 import (
 	"context"
 	"fmt"
+	"maps"
 	"strings"
 	"testing"
 	"time"
@@ -42,6 +43,36 @@ func TestPolicyGrantsAtOnce(t *testing.T) {
 			if ev.Request != v.ID || ev.Details["policies"] != "issue" {
 				t.Errorf("the evidence of the lease: %+v", ev)
 			}
+		}
+	})
+}
+
+// TestToolsThatCanBeAskedFor: an agent sees what policies let it ask for, and
+// nothing else that it has no grant for.
+func TestToolsThatCanBeAskedFor(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := governedRig(t, func(r *rig) { r.cedar = "" }) // the built-in set
+		r.grant(support, "docs.search", time.Hour)
+		views, err := r.engine.Tools(bg, as(support))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := map[string]bool{}
+		for _, v := range views {
+			got[v.Name] = v.Requestable
+		}
+		want := map[string]bool{"crm.read": true, "db.read": true, "vault.read": true, "docs.search": false}
+		if !maps.Equal(got, want) {
+			t.Errorf("it sees %v; want %v", got, want)
+		}
+		if views, err := r.engine.Tools(bg, person("eve")); err != nil || len(views) != 0 {
+			t.Errorf("a person sees %v, %v", views, err)
+		}
+		_, err = r.ask("docs.search") // a tool without a rule is not given for the asking
+		r.wantReason(err, broker.ReasonPolicy)
+		evs := r.events(lease.EventFilter{Type: audit.RequestRefused})
+		if len(evs) != 1 || len(evs[0].Details["policy_digest"]) != 64 || evs[0].Cause != string(broker.ReasonPolicy) {
+			t.Errorf("the evidence of the refusal: %+v", evs)
 		}
 	})
 }
@@ -178,6 +209,11 @@ func TestRequestRefusals(t *testing.T) {
 				r.t.Fatal(err)
 			}
 		}, want: broker.ReasonAgentDisabled},
+		"too many people": {change: func(r *rig, _ *lease.AccessRequest) {
+			if err := r.reload("name: one\n    need: [{group: finance}]", "name: one\n    need: [{group: finance, count: 20}, {group: security}]"); err != nil {
+				r.t.Fatal(err)
+			}
+		}, want: broker.ReasonPolicyInvalid},
 		"too many": {change: func(r *rig, _ *lease.AccessRequest) {
 			for range 32 {
 				r.mustAsk("crm.read")

@@ -48,6 +48,14 @@ func (l *limbo) over(g broker.Grant) (why sweepRecord, is bool) {
 	return why, is
 }
 
+// closed reports whether an incident is in limbo: it takes no more requests and votes.
+func (l *limbo) closed(id broker.IncidentID) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_, is := l.incidents[id]
+	return is
+}
+
 func (l *limbo) all() (map[broker.IncidentID]sweepRecord, map[broker.GrantID]sweepRecord) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -9,6 +9,7 @@ import (
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/audit"
+	"github.com/mayfly-security/mayfly/broker/policy"
 	"github.com/mayfly-security/mayfly/store"
 )
 
@@ -71,6 +72,10 @@ func (e *Engine) Refused(ctx context.Context, caller broker.Caller, act, tool st
 		Tool: broker.Clean(broker.Shorten(tool, 64)), Cause: string(reason),
 		Reason:      broker.Clean(broker.Shorten(messageOf(err), 500)),
 		Correlation: caller.Correlation, Details: map[string]string{"act": act},
+	}
+	var denied policy.DeniedBy
+	if errors.As(err, &denied) {
+		tellVerdict(ev.Details, denied.Verdict)
 	}
 	if _, isAgent := e.Catalog().Agent(caller.ID); isAgent {
 		ev.Agent = actor

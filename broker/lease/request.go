@@ -18,6 +18,11 @@ import (
 // maxWaiting is how many requests of one agent may be pending at once.
 const maxWaiting = 32
 
+// maxGiven is how many open grants of one tool an agent may have and still be
+// given another at once. It is counted outside of the transaction: what matters
+// is that there is an end to it.
+const maxGiven = 256
+
 // maxVoters is the most people that one rule can need, and maxApprovals the
 // most votes that one request can have: what is known of each is read in one
 // transaction.
@@ -230,6 +235,11 @@ func (e *Engine) tryRequest(ctx context.Context, ep *epoch, caller broker.Caller
 		if subject, err = ep.subject(r, caller); err != nil {
 			return err
 		}
+		if rule == nil {
+			if err := fewGiven(r, rec); err != nil {
+				return err
+			}
+		}
 		in, err = incidentFor(r, rec, func(in broker.Incident) bool { return seesAll || ep.sees(caller, in) }, now)
 		return err
 	})
@@ -262,6 +272,9 @@ func (e *Engine) tryRequest(ctx context.Context, ep *epoch, caller broker.Caller
 		}
 		if err := bindUserToken(t, req, now); err != nil {
 			return err
+		}
+		if e.limbo.closed(rec.Incident) {
+			return incidentOver(rec.Incident)
 		}
 		if _, err := incidentFor(t, rec, func(broker.Incident) bool { return true }, now); err != nil {
 			return err
@@ -298,6 +311,21 @@ func (e *Engine) tryRequest(ctx context.Context, ep *epoch, caller broker.Caller
 	}
 	e.asks.signal()
 	return made.ID, nil
+}
+
+// fewGiven refuses an agent that has been given a tool very often already.
+func fewGiven(r store.Reader, rec requestRecord) error {
+	n := 0
+	for _, err := range r.Scan(store.Prefix(prefixGrantsFor(rec.Agent, rec.Tool))) {
+		if err != nil {
+			return err
+		}
+		if n++; n == maxGiven {
+			return broker.Refusef(broker.ReasonRequestLimit, "use one of them (`mayfly grants`)",
+				"%s has %d open grants for %s already", rec.Agent, n, rec.Tool)
+		}
+	}
+	return nil
 }
 
 // userFresh refuses a user whose authentication is not what the rule asks for,

@@ -144,6 +144,9 @@ func (e *Engine) beginRestore(ctx context.Context) error {
 		if err := put(t, keyBackup, mark); err != nil {
 			return err
 		}
+		if err := t.Delete(keyRecovery); err != nil {
+			return err
+		}
 		cat, ok, err := get[catalogRecord](t, keyCatalog)
 		if err != nil {
 			return err

@@ -122,6 +122,9 @@ func (b *ballot) cast(t store.Txn) error {
 	if !b.e.clock.late().Before(b.rec.ExpiresAt) {
 		return broker.Refusef(broker.ReasonRequestOver, "let it be asked again", "request %s expired at %s", b.rec.ID, b.rec.ExpiresAt.Format(time.RFC3339))
 	}
+	if b.e.limbo.closed(b.rec.Incident) {
+		return incidentOver(b.rec.Incident)
+	}
 	basis, err := b.ep.basis(t, b.rec, b.now)
 	if err != nil {
 		return err
@@ -251,12 +254,7 @@ func votedBy(rec requestRecord, p broker.Person) (broker.Approval, bool) {
 
 // requestOver is the refusal of what needs a request that is pending.
 func requestOver(r broker.Request) *broker.Error {
-	why := ""
-	if r.Why != "" {
-		why = ": " + broker.Clean(broker.Shorten(r.Why, 300))
-	}
-	return broker.Refusef(broker.ReasonRequestOver, "look at its state; ask again if it is void or expired",
-		"request %s is %s%s", r.ID, r.State, why)
+	return broker.Refusef(broker.ReasonRequestOver, "look at its state; ask again if it is void or expired", "request %s is %s", r.ID, r.State)
 }
 
 // mayApprove asks the policy set whether a person may decide a request.

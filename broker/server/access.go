@@ -120,13 +120,13 @@ func (q requestService) WatchRequest(ctx context.Context, req *connect.Request[m
 		var seen broker.Request
 		for {
 			v, news, err := q.await(ctx, st, id, seen)
-			if err != nil {
-				return err
-			}
-			if !news {
+			if err == nil && !news {
 				continue
 			}
-			if _, err := st.authorize(); err != nil { // for this very message
+			if _, err := st.authorize(); err != nil { // for this very message, which may be a refusal
+				return err
+			}
+			if err != nil {
 				return err
 			}
 			if err := out.Send(requestMessage(v, q.s.survives(v.Tool))); err != nil {

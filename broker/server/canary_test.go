@@ -227,7 +227,7 @@ func TestI7_NoSecretOfPeople(t *testing.T) {
 	c.heard(r.person("").post("SignInService/PollDevice", `{"handle": "`+device.Msg.GetHandle()+`x"}`))
 
 	// Bearer tokens and users' tokens, good and bad.
-	good, elsewhere, user := r.mint(devidp.Mint{Person: ada}), r.mint(devidp.Mint{Person: ada, Audience: "https://other.acme.test"}), r.mint(devidp.Mint{Person: finn})
+	good, elsewhere, user := r.mint(devidp.Mint{Person: ada}), r.mint(devidp.Mint{Person: ada, Audience: "https://other.acme.test"}), r.mint(devidp.Mint{Person: finn, Audience: userAudience})
 	for what, token := range map[string]string{"bearer token": good, "token for another audience": elsewhere, "user's token": user} {
 		watch(what, token)
 		watch(what+"'s signature", token[strings.LastIndexByte(token, '.')+1:])

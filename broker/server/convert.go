@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"strings"
 	"time"
 
@@ -68,14 +69,32 @@ func requiredID(field, s string) (spiffeid.ID, error) {
 	return spiffeID(field, s)
 }
 
-func leaseMessage(l broker.Lease, now time.Time) *mayflyv1.Lease {
+// leaseMessages are leases as the API has them. On whose behalf they are is left
+// out where it cannot be read: a credential that was made is not held back for it.
+func (s *Server) leaseMessages(ctx context.Context, leases ...broker.Lease) (messages []*mayflyv1.Lease) {
+	users, err := s.engine.UsersOf(context.WithoutCancel(ctx), leases...)
+	if err != nil {
+		s.log.ErrorContext(ctx, "reading on whose behalf leases are", "error", err)
+	}
+	now := s.engine.Now()
+	for _, l := range leases {
+		messages = append(messages, leaseMessage(l, users[l.Grant], now))
+	}
+	return messages
+}
+
+func (s *Server) leaseMessage(ctx context.Context, l broker.Lease) *mayflyv1.Lease {
+	return s.leaseMessages(ctx, l)[0]
+}
+
+func leaseMessage(l broker.Lease, user broker.Principal, now time.Time) *mayflyv1.Lease {
 	return &mayflyv1.Lease{
 		Id: string(l.ID), Agent: l.Agent.String(), Tool: l.Tool, Provider: l.Provider,
 		Parameters: l.Params, GrantId: string(l.Grant), IncidentId: string(l.Incident),
 		Reason: l.Reason, CorrelationId: string(l.Correlation),
 		State: string(l.State), Progress: string(l.Progress), Cause: string(l.Cause), Overdue: l.Overdue(now),
 		CreatedAt: stamp(l.CreatedAt), End: stamp(l.End), DiesAt: stamp(l.DiesAt), EndedAt: stamp(l.EndedAt),
-		Survives: l.Survives, IsStatic: l.Static, Left: l.Left,
+		Survives: l.Survives, IsStatic: l.Static, Left: l.Left, OnBehalfOf: user.String(),
 	}
 }
 

@@ -25,7 +25,7 @@ func (o operatorService) ForgetLease(ctx context.Context, req *connect.Request[m
 		if err != nil {
 			return nil, err
 		}
-		return leaseMessage(l, o.s.engine.Now()), nil
+		return o.s.leaseMessage(ctx, l), nil
 	})
 }
 

@@ -515,14 +515,28 @@ func TestActFor(t *testing.T) {
 	ask := func(c *client, token string) answer {
 		return c.post("RequestService/CreateRequest", `{"tool": "db.asked", "reason": "for finn", "subjectToken": "`+token+`"}`)
 	}
-	token := r.mint(devidp.Mint{Person: finn})
+	token := r.mint(devidp.Mint{Person: finn, Audience: userAudience})
 	a := ask(r.client(support), token)
 	if a.status != 200 || !bytes.Contains(a.body, []byte(`"onBehalfOf":"person:`+finn+`"`)) {
 		t.Fatalf("asking for finn: %d %s", a.status, a.body)
 	}
+	list, err := r.client(support).requests().ListRequests(bounded(t), connect.NewRequest(&mayflyv1.ListRequestsRequest{}))
+	if err != nil || len(list.Msg.GetRequests()) != 1 {
+		t.Fatal(list, err)
+	}
+	if a := r.person(r.login(ada).GetToken()).post("RequestService/ApproveRequest", approve(list.Msg.GetRequests()[0])); a.status != 200 {
+		t.Fatalf("approving: %d %s", a.status, a.body)
+	}
+	if got := r.client(support).issue("db.asked").GetLease().GetOnBehalfOf(); got != "person:"+finn {
+		t.Errorf("the lease is on behalf of %q", got)
+	}
+	if a := r.client(support).post("AccessService/ListLeases", "{}"); !bytes.Contains(a.body, []byte(`"onBehalfOf":"person:`+finn+`"`)) {
+		t.Errorf("leases: %s", a.body)
+	}
 	ask(r.client(other), token).wantRefused(t, "the same token by another agent", 403, broker.ReasonTokenReplayed)
 	for name, token := range map[string]string{
 		"another audience": r.mint(devidp.Mint{Person: finn, Audience: "https://other.acme.test"}),
+		"a bearer token":   r.mint(devidp.Mint{Person: finn}),
 		"no token":         "x",
 		"a session's":      r.login(finn).GetToken(),
 		"a changed one":    token[:len(token)-5] + "AAAAA",
@@ -530,6 +544,8 @@ func TestActFor(t *testing.T) {
 	} {
 		ask(r.client(support), token).wantRefused(t, name, 401, broker.ReasonTokenInvalid)
 	}
+	// What the agent was shown does not make it the user.
+	r.person(token).post("AccessService/WhoAmI", "{}").wantRefused(t, "coming as the user", 401, broker.ReasonTokenInvalid)
 	without := newRig(t)
 	ask(without.client(support), token).wantRefused(t, "a broker without an identity provider", 401, broker.ReasonTokenInvalid)
 }

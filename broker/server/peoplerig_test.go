@@ -34,6 +34,8 @@ const (
 	loopback = "http://127.0.0.1:54321/callback"
 	verifier = "a-verifier-of-the-program-that-is-long-enough-0123456789"
 	audience = "https://mayfly.acme.test"
+	// userAudience is that of the tokens of users that agents show.
+	userAudience = "https://mayfly.acme.test/on-behalf-of"
 )
 
 // peopleCatalog is what the catalog has more where people come in: a tool that
@@ -121,7 +123,7 @@ func (p *peopleRig) open(r *rig) *server.People {
 			r.t.Fatal(err)
 		}
 		r.t.Cleanup(func() { p.idp.Close() })
-		p.provider, err = oidc.New(oidc.Config{Issuer: p.idp.Issuer(), ClientID: "mayfly", RedirectURL: redirect, Audience: audience, Sample: true})
+		p.provider, err = oidc.New(oidc.Config{Issuer: p.idp.Issuer(), ClientID: "mayfly", RedirectURL: redirect, Audience: audience, UserAudience: userAudience, Sample: true})
 		if err != nil {
 			r.t.Fatal(err)
 		}

@@ -113,9 +113,6 @@ func (a accessService) ListTools(ctx context.Context, _ *connect.Request[mayflyv
 func (a accessService) IssueLease(ctx context.Context, req *connect.Request[mayflyv1.IssueLeaseRequest]) (*connect.Response[mayflyv1.IssueLeaseResponse], error) {
 	return call(ctx, a.s, "issue", func(caller broker.Caller) (*mayflyv1.IssueLeaseResponse, error) {
 		m := req.Msg
-		if caller.Person != nil { // the engine says so, too
-			return nil, unheard{broker.Refuse(broker.ReasonPermissionDenied, "a person gets no credential of an agent's", "ask for it as the agent, with its SVID")}
-		}
 		ttl, err := span("ttl", broker.ReasonTTL, m.GetTtl())
 		if err != nil {
 			return nil, err
@@ -128,7 +125,7 @@ func (a accessService) IssueLease(ctx context.Context, req *connect.Request[mayf
 		}
 		visitOf(ctx).carry(d.Done)
 		return &mayflyv1.IssueLeaseResponse{
-			Lease: leaseMessage(d.Lease, a.s.engine.Now()), Secret: d.Secret.RevealAll(), Env: d.Env,
+			Lease: a.s.leaseMessage(ctx, d.Lease), Secret: d.Secret.RevealAll(), Env: d.Env,
 		}, nil
 	})
 }
@@ -147,7 +144,7 @@ func (a accessService) GetLease(ctx context.Context, req *connect.Request[mayfly
 		if err != nil {
 			return nil, err
 		}
-		return leaseMessage(l, a.s.engine.Now()), nil
+		return a.s.leaseMessage(ctx, l), nil
 	})
 }
 
@@ -182,12 +179,7 @@ func (a accessService) ListLeases(ctx context.Context, req *connect.Request[mayf
 		if err != nil {
 			return nil, err
 		}
-		res := &mayflyv1.ListLeasesResponse{NextPageToken: p.Next}
-		now := a.s.engine.Now()
-		for _, l := range p.Items {
-			res.Leases = append(res.Leases, leaseMessage(l, now))
-		}
-		return res, nil
+		return &mayflyv1.ListLeasesResponse{NextPageToken: p.Next, Leases: a.s.leaseMessages(ctx, p.Items...)}, nil
 	})
 }
 
@@ -201,7 +193,7 @@ func (a accessService) RevokeLease(ctx context.Context, req *connect.Request[may
 		if err != nil {
 			return nil, err
 		}
-		return leaseMessage(l, a.s.engine.Now()), nil
+		return a.s.leaseMessage(ctx, l), nil
 	})
 }
 

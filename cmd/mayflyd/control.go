@@ -53,7 +53,7 @@ type control struct {
 	ln     net.Listener
 	engine controlled
 	copy   func(io.Writer) (int64, error)
-	token  func(person string) (string, error) // of a sample person's; nil but in dev; set before serve
+	token  func(person string, forAgent bool) (string, error) // of a sample person's; nil but in dev; set before serve
 	log    *slog.Logger
 	one    chan struct{} // one backup at a time
 }

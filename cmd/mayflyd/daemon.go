@@ -52,7 +52,7 @@ type settings struct {
 	people       *peopleSettings // nil: people do not come in
 	log          *slog.Logger
 	// sampleToken makes a token of a sample person's; nil but in dev.
-	sampleToken func(person string) (string, error)
+	sampleToken func(person string, forAgent bool) (string, error)
 
 	drivers   map[string]providers.Driver   // nil: drivers(), with the broker's identity
 	wrapStore func(store.Store) store.Store // nil: the store as it is; tests crash in it

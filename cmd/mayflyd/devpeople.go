@@ -100,13 +100,21 @@ func openDevPeople(f devFlags) (_ *devPeople, err error) {
 		return nil, errors.Join(err, idp.Close())
 	}
 	d.settings.provider, err = oidc.New(oidc.Config{
-		Issuer: d.provider.Issuer(), ClientID: devClient, RedirectURL: redirect, Audience: d.settings.url, Sample: true,
+		Issuer: d.provider.Issuer(), ClientID: devClient, RedirectURL: redirect, Audience: d.settings.url, UserAudience: d.userAudience(), Sample: true,
 	})
 	return d, err
 }
 
-func (d *devPeople) token(person string) (string, error) {
-	return d.provider.MintToken(devidp.Mint{Person: person})
+// userAudience is that of the tokens that agents show of their users: another
+// than people's own, so that no agent can come as its user.
+func (d *devPeople) userAudience() string { return d.settings.url + "/on-behalf-of" }
+
+func (d *devPeople) token(person string, forAgent bool) (string, error) {
+	m := devidp.Mint{Person: person}
+	if forAgent {
+		m.Audience = d.userAudience()
+	}
+	return d.provider.MintToken(m)
 }
 
 func (d *devPeople) close() error {

@@ -39,7 +39,8 @@ type identityProvider struct {
 	Issuer           string   `yaml:"issuer"`             // its URL, exactly as its discovery document has it; required
 	ClientID         string   `yaml:"client_id"`          // the broker's there; required
 	ClientSecretFile string   `yaml:"client_secret_file"` // file with the client's secret, readable by its owner alone, read at each use; a public client
-	Audience         string   `yaml:"audience"`           // the broker's alone, in tokens of the provider's that others show it; such tokens are refused
+	Audience         string   `yaml:"audience"`           // the broker's alone, in tokens of the provider's that people show it; such tokens are refused
+	UserAudience     string   `yaml:"user_audience"`      // the broker's alone and another, in tokens of users that agents show it; agents act for nobody
 	GroupsClaim      string   `yaml:"groups_claim"`       // the claim with a person's groups; groups
 	NameClaim        string   `yaml:"name_claim"`         // the claim that people are called by, which nobody can choose for themselves; email, if it is verified
 	Scopes           []string `yaml:"scopes"`             // asked for at a sign-in, openid among them; openid, email, profile, and groups where the provider knows it
@@ -97,7 +98,7 @@ func (p peopleSection) check(relative func(string) string, log *slog.Logger, fai
 		var err error
 		s.provider, err = oidc.New(oidc.Config{
 			Issuer: ip.Issuer, ClientID: ip.ClientID, ClientSecretFile: relative(ip.ClientSecretFile), RedirectURL: redirect,
-			Audience: ip.Audience, Scopes: ip.Scopes, GroupsClaim: ip.GroupsClaim, NameClaim: ip.NameClaim, CAFile: relative(ip.CAFile),
+			Audience: ip.Audience, UserAudience: ip.UserAudience, Scopes: ip.Scopes, GroupsClaim: ip.GroupsClaim, NameClaim: ip.NameClaim, CAFile: relative(ip.CAFile),
 		})
 		if err != nil {
 			fail("people.identity_provider", "%s", strings.TrimPrefix(err.Error(), "identity provider: "))

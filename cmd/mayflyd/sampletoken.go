@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
@@ -16,13 +17,15 @@ import (
 // script that comes as a person, and for an agent that acts on their behalf.
 func sampleTokenCommand() *cobra.Command {
 	var dir, person string
+	var forAgent bool
 	cmd := &cobra.Command{
 		Use:   "token",
 		Short: "Make a sample person's token, of a running mayflyd dev",
 		Long: `Token prints a token of one of the sample people of a running "mayflyd dev", for
-the broker's audience and good for five minutes: what a real identity provider
-would give the person's programs. It serves as a bearer token (MAYFLY_TOKEN), and
-for a request that an agent makes on the person's behalf.`,
+the broker and good for five minutes: what a real identity provider would give the
+person's programs. It serves as a bearer token (MAYFLY_TOKEN). With --for-agent it
+is for an agent instead, which asks on the person's behalf with it, and cannot
+come as the person.`,
 		Example: "  MAYFLY_TOKEN=$(mayflyd dev token --person ada@acme.test) mayfly whoami",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -30,7 +33,7 @@ for a request that an agent makes on the person's behalf.`,
 				dir = defaultDevDir()
 			}
 			which := storeFlags{dir: dir}
-			token, err := which.ask(cmd.Context(), "/v1/sample-token", url.Values{"person": {person}})
+			token, err := which.ask(cmd.Context(), "/v1/sample-token", url.Values{"person": {person}, "for_agent": {strconv.FormatBool(forAgent)}})
 			if err == nil {
 				_, err = fmt.Fprintln(cmd.OutOrStdout(), token)
 			}
@@ -39,6 +42,7 @@ for a request that an agent makes on the person's behalf.`,
 	}
 	cmd.Flags().StringVar(&dir, "dir", "", "state directory; default: mayfly-dev-<uid> in the temporary directory")
 	cmd.Flags().StringVar(&person, "person", "", "the sample person's name, such as ada@acme.test")
+	cmd.Flags().BoolVar(&forAgent, "for-agent", false, "a token for an agent that acts on the person's behalf, and no bearer token")
 	_ = cmd.MarkFlagRequired("person") // fails only for a flag that is not defined
 	return cmd
 }
@@ -53,7 +57,7 @@ func (c *control) sampleToken(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "this broker has no sample people: its identity provider makes tokens", http.StatusNotFound)
 		return
 	}
-	token, err := c.token(r.PostFormValue("person"))
+	token, err := c.token(r.PostFormValue("person"), r.PostFormValue("for_agent") == "true")
 	if err != nil {
 		http.Error(w, broker.Clean(broker.Shorten(err.Error(), 300)), http.StatusBadRequest)
 		return

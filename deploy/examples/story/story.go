@@ -52,7 +52,7 @@ func (s *Story) StartBroker() error {
 	}
 	s.Addr = "https://localhost:" + ports[0]
 	if err := s.Daemon("Ready.", nil, filepath.Join(s.Bin, "mayflyd"), "dev", "--dir", s.State(),
-		"--listen", "127.0.0.1:"+ports[0], "--ops-listen", ""); err != nil {
+		"--listen", "127.0.0.1:"+ports[0], "--ops-listen", "", "--people-listen", "127.0.0.1:0", "--idp-listen", "127.0.0.1:0"); err != nil {
 		return err
 	}
 	s.Say("mayflyd dev serves " + s.Addr)
