@@ -286,7 +286,7 @@ func seedCommand(ts *testscript.TestScript, _ bool, args []string) {
 	}
 	r.Grants = []*mayflyv1.Grant{grant}
 	r.Incidents = []*mayflyv1.Incident{{
-		Id: "i0" + strings.Repeat("0", 24), Title: text, Reference: text, OpenedBy: agent, OpenedAt: at(-time.Minute), EndsAt: at(time.Hour + time.Second),
+		Id: "i0" + strings.Repeat("0", 24), Title: text, Reference: text, OpenedBy: agent, OpenedAt: at(-time.Minute), EndsAt: at(time.Hour + 30*time.Second),
 		Grants: []*mayflyv1.Grant{grant}, State: "open", ClosedBy: text, LeasesOpen: 2,
 	}}
 	r.Requests = []*mayflyv1.Request{{
@@ -305,7 +305,7 @@ func seedCommand(ts *testscript.TestScript, _ bool, args []string) {
 		Turns: []*mayflyv1.PreviewDecision{{At: at(0), Principal: text, Action: text, About: text, WasAllowed: true, Why: text}},
 	}
 	r.Strays = []*mayflyv1.Stray{
-		{Provider: "vault-main", Name: "mf_a", Kind: text, LeaseId: "l0stray" + strings.Repeat("0", 19), DiesAt: at(time.Hour + time.Second), FoundAt: at(-2*time.Minute - time.Second), Why: "lease_unknown"},
+		{Provider: "vault-main", Name: "mf_a", Kind: text, LeaseId: "l0stray" + strings.Repeat("0", 19), DiesAt: at(time.Hour + 30*time.Second), FoundAt: at(-2*time.Minute - time.Second), Why: "lease_unknown"},
 		{Provider: "vault-main", Name: "mf_b", Kind: "stubborn", FoundAt: at(0), Why: "lease_unknown", EndedBy: "spiffe://acme.test/operator/sam", Reason: text},
 	}
 	if text != "plain" {

@@ -63,13 +63,13 @@ func runChild(text string) error {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	bomb := &bombStore{}
+	var bomb *bombStore
 	all := drivers(nil)
 	all["world"] = providertest.Driver{}
 	d, err := start(ctx, settings{
 		store: c.Store, listen: "127.0.0.1:0", workload: c.Workload, catalog: []string{c.Catalog},
 		log: newLog(os.Stderr, slog.LevelError), drivers: all,
-		wrapStore: func(s store.Store) store.Store { bomb.Store = s; return bomb },
+		wrapStore: func(s store.Store) store.Store { bomb = newBombStore(s); return bomb },
 		tune: func(c *lease.Config) {
 			c.RetryMin, c.RetryMax, c.EndWait = 50*time.Millisecond, 200*time.Millisecond, 2*time.Second
 		},
@@ -101,11 +101,24 @@ type bombStore struct {
 	mu     sync.Mutex
 	in     int
 	before bool
+	lit    int        // commits under way that are to kill
+	out    *sync.Cond // one of them failed, and does not
 }
 
+func newBombStore(s store.Store) *bombStore {
+	b := &bombStore{Store: s}
+	b.out = sync.NewCond(&b.mu)
+	return b
+}
+
+// arm returns once no commit is under way that kills by what was armed before:
+// whoever disarms then knows that the process goes on.
 func (b *bombStore) arm(n int, before bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	for b.lit > 0 {
+		b.out.Wait()
+	}
 	b.in, b.before = n, before
 }
 
@@ -122,6 +135,9 @@ func (b *bombStore) Update(ctx context.Context, fn func(store.Txn) error) error 
 		if b.in > 0 {
 			b.in--
 		}
+		if hit {
+			b.lit++
+		}
 		b.mu.Unlock()
 		if hit && before {
 			die()
@@ -130,6 +146,12 @@ func (b *bombStore) Update(ctx context.Context, fn func(store.Txn) error) error 
 	})
 	if hit && err == nil {
 		die()
+	}
+	if hit {
+		b.mu.Lock()
+		b.lit--
+		b.out.Broadcast()
+		b.mu.Unlock()
 	}
 	return err
 }
