@@ -54,7 +54,7 @@ func TestConditionsHoldAsLongAsLeases(t *testing.T) {
 				in := windowFor(r, support)
 				v := r.mustAsk("db.read", func(q *lease.AccessRequest) { q.Incident = in.ID })
 				r.mustApprove(v, person("ann", "finance"))
-				v = r.mustApprove(v, person("bob", "security"))
+				r.mustApprove(v, person("bob", "security"))
 				d := r.mustIssue("db.read")
 				if _, ok, err := r.engine.Usable(bg, d.Lease.ID); !ok || err != nil {
 					t.Fatalf("before: usable %v, %v", ok, err)
@@ -660,7 +660,7 @@ func TestTheCatalogsGroupsCount(t *testing.T) {
 			r.yaml = replaceOnce(r.yaml, "  - name: closers\n", "  - name: finance\n    people: [ann, amy]\n  - name: closers\n")
 		})
 		v := r.mustApprove(r.mustAsk("db.read"), person("ann"))
-		v = r.mustApprove(v, person("bob", "security"))
+		r.mustApprove(v, person("bob", "security"))
 		if v.State != broker.RequestGranted {
 			t.Fatalf("%s, missing %v", v.State, v.Missing)
 		}
