@@ -660,7 +660,7 @@ func TestTheCatalogsGroupsCount(t *testing.T) {
 			r.yaml = replaceOnce(r.yaml, "  - name: closers\n", "  - name: finance\n    people: [ann, amy]\n  - name: closers\n")
 		})
 		v := r.mustApprove(r.mustAsk("db.read"), person("ann"))
-		r.mustApprove(v, person("bob", "security"))
+		v = r.mustApprove(v, person("bob", "security"))
 		if v.State != broker.RequestGranted {
 			t.Fatalf("%s, missing %v", v.State, v.Missing)
 		}
