@@ -42,6 +42,8 @@ type scripted struct {
 	nonces  map[string]bool // that AuthCodeURL was given
 	device  attestation.DeviceSignIn
 	noCodes bool
+	away    bool      // nobody can sign in with a browser
+	named   bool      // it says that its answers name it
 	until   time.Time // of bearer tokens
 }
 
@@ -53,8 +55,18 @@ func (s *scripted) AuthCodeURL(state, nonce, verifier string, need broker.StepUp
 	if s.nonces == nil {
 		s.nonces = map[string]bool{}
 	}
+	if s.away {
+		return ""
+	}
 	s.nonces[nonce] = true
 	return "https://idp.test/authorize?" + url.Values{"state": {state}}.Encode()
+}
+
+func (s *scripted) CheckResponse(_ context.Context, iss string) error {
+	if iss != s.Issuer() && (iss != "" || s.named) {
+		return broker.Refuse(broker.ReasonSignIn, "another's answer", "begin again")
+	}
+	return nil
 }
 
 func (s *scripted) answer() (broker.Person, error) {
