@@ -1,13 +1,16 @@
 package server_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
+	"io"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -373,6 +376,55 @@ func TestI10_SessionsStandAlone(t *testing.T) {
 	}
 }
 
+// TestI10_AVoteThatWaited: a vote whose message arrives after its session was
+// ended does not count, though its header was there before.
+func TestI10_AVoteThatWaited(t *testing.T) {
+	t.Parallel()
+	for name, token := range map[string]func(r *rig) string{
+		"a session": func(r *rig) string { return r.login(ada).GetToken() },
+		"a token":   func(r *rig) string { r.login(ada); return r.mint(devidp.Mint{Person: ada}) },
+	} {
+		r := newRig(t, withPeople)
+		q := r.ask()
+		conn, err := tls.Dial("tcp", r.people.ln.Addr().String(), &tls.Config{RootCAs: r.people.roots, ServerName: "localhost"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		in := bufio.NewReader(conn)
+		send := func(text string) *http.Response {
+			t.Helper()
+			if _, err := io.WriteString(conn, text); err != nil {
+				t.Fatal(err)
+			}
+			res, err := http.ReadResponse(in, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return res
+		}
+		body := approve(q)
+		// The server asks for the body when it has let the request in.
+		res := send("POST /mayfly.v1.RequestService/ApproveRequest HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer " + token(r) +
+			"\r\nContent-Type: application/json\r\nExpect: 100-continue\r\nContent-Length: " + strconv.Itoa(len(body)) + "\r\n\r\n")
+		if res.StatusCode != http.StatusContinue {
+			t.Fatalf("%s: %s", name, res.Status)
+		}
+		r.endSessions(ada)
+		res = send(body)
+		text, err := io.ReadAll(res.Body)
+		if err != nil || res.StatusCode != 401 {
+			t.Errorf("%s: %s %s, %v", name, res.Status, text, err)
+		}
+		if a := r.client(support).post("RequestService/GetRequest", `{"id": "`+q.GetId()+`"}`); !bytes.Contains(a.body, []byte(`"pending"`)) {
+			t.Errorf("%s: the vote counted: %s", name, a.body)
+		}
+	}
+}
+
 // endSessions has an operator end all of a person's sessions.
 func (r *rig) endSessions(person string) {
 	r.t.Helper()
@@ -396,7 +448,7 @@ func TestSignOutOfOthers(t *testing.T) {
 	}
 	r.person(second.GetToken()).post("AccessService/WhoAmI", "{}").wantRefused(t, "the other of hers", 401, broker.ReasonSessionOver)
 	r.person("").post("SignInService/SignOut", "{}").wantRefused(t, "nobody's", 401, broker.ReasonUnauthenticated)
-	r.person(r.mint(devidp.Mint{Person: ada})).post("SignInService/SignOut", "{}").wantRefused(t, "a bearer token", 400, broker.ReasonInvalidArgument)
+	r.person(r.mint(devidp.Mint{Person: finn})).post("SignInService/SignOut", "{}").wantRefused(t, "a bearer token", 400, broker.ReasonInvalidArgument)
 }
 
 // TestSignInsAreLimited: strangers get so many tries, and those who are signed

@@ -266,6 +266,13 @@ func (m *Manager) Redeem(ctx context.Context, secret, verifier, redirectURI stri
 		m.metrics.signIn(broker.SignInBrowser, "refused")
 		return Session{}, failed("the code is not of this program: redirect_uri or code_verifier is another")
 	}
+	switch at, err := m.cutAt(ctx, c.person.Principal()); {
+	case err != nil:
+		return Session{}, err
+	case c.made.Before(at):
+		m.metrics.signIn(broker.SignInBrowser, "refused")
+		return Session{}, failed("all that this person had was ended since")
+	}
 	s, err := m.start(ctx, c.person, correlation)
 	if err == nil {
 		c.session = s.digest

@@ -136,6 +136,7 @@ type rig struct {
 	late  time.Duration // how far the machine's clock is ahead
 	seen  []broker.Person
 	deny  error // of PersonSeen
+	cfg   signin.Config
 }
 
 func newRig(t *testing.T, change ...func(*signin.Config)) *rig {
@@ -146,7 +147,7 @@ func newRig(t *testing.T, change ...func(*signin.Config)) *rig {
 	}
 	t.Cleanup(func() { db.Close() })
 	r := &rig{t: t, store: &breakable{Store: db}, now: time.Date(2026, 5, 6, 7, 8, 9, 0, time.UTC)}
-	r.idp = &scripted{person: broker.Person{Name: "ada@acme.test", Issuer: "https://idp.test", Subject: "u1", Groups: []string{"support-leads"}, AuthTime: r.now},
+	r.idp = &scripted{person: broker.Person{Name: "ada@acme.test", Issuer: "https://idp.test", Subject: "u1", Groups: []string{"support-leads"}, AuthTime: r.now, IssuedAt: r.now},
 		until: r.now.Add(time.Hour)}
 	cfg := signin.Config{
 		Store: r.store, Provider: r.idp, Log: slog.New(slog.DiscardHandler),
@@ -156,11 +157,22 @@ func newRig(t *testing.T, change ...func(*signin.Config)) *rig {
 	for _, c := range change {
 		c(&cfg)
 	}
+	r.cfg = cfg
 	if r.m, err = signin.New(cfg); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(r.m.Close)
+	t.Cleanup(func() { r.m.Close() })
 	return r
+}
+
+// restart is another Manager on the same store.
+func (r *rig) restart() {
+	r.t.Helper()
+	r.m.Close()
+	var err error
+	if r.m, err = signin.New(r.cfg); err != nil {
+		r.t.Fatal(err)
+	}
 }
 
 func start() signin.Start {

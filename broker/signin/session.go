@@ -19,6 +19,7 @@ import (
 //
 //	session|SHA-256 of the token   the session
 //	sessions|principal|ID          the SHA-256 of the token of a person's session
+//	sessioncut|principal           see cut.go
 const (
 	prefixSession  = "session|"
 	prefixSessions = "sessions|"
@@ -260,11 +261,11 @@ func (m *Manager) bearer(ctx context.Context, token string) (p broker.Person, un
 	if p, until, err = m.cfg.Provider.VerifyBearer(ctx, token, now); err != nil {
 		return broker.Person{}, time.Time{}, err
 	}
-	if !m.cfg.Late().Before(until) {
-		return broker.Person{}, time.Time{}, broker.Refuse(broker.ReasonTokenInvalid, "the bearer token has expired", "get a new one of the identity provider")
-	}
 	p.Method, p.Session = broker.SignInBearer, ""
 	if err := m.checkPerson(p); err != nil {
+		return broker.Person{}, time.Time{}, err
+	}
+	if until, err = m.current(ctx, p, until); err != nil {
 		return broker.Person{}, time.Time{}, err
 	}
 	if _, known := m.bearers.get(token, now); !known {
