@@ -10,8 +10,10 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -19,6 +21,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/testing/protocmp"
 
+	"github.com/mayfly-security/mayfly/attestation"
 	"github.com/mayfly-security/mayfly/attestation/devidp"
 	"github.com/mayfly-security/mayfly/attestation/oidctest"
 	"github.com/mayfly-security/mayfly/broker"
@@ -470,6 +473,53 @@ func TestSignInsAreLimited(t *testing.T) {
 	}
 	if a := r.person(token).post("AccessService/WhoAmI", "{}"); a.status != 200 {
 		t.Errorf("somebody who is signed in: %d %s", a.status, a.body)
+	}
+}
+
+// hanging is an identity provider that does not answer when tokens are shown.
+type hanging struct {
+	attestation.IdentityProvider
+	asked chan struct{}
+}
+
+func (h *hanging) VerifyBearer(ctx context.Context, _ string, _ time.Time) (broker.Person, time.Time, error) {
+	h.asked <- struct{}{}
+	<-ctx.Done()
+	return broker.Person{}, time.Time{}, ctx.Err()
+}
+
+// TestForgedTokensKeepNobodyOut: while the identity provider hangs, tokens that
+// need its keys wait for them. Those who have a session do not wait with them,
+// or strangers could keep people from the kill switch.
+func TestForgedTokensKeepNobodyOut(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, withPeople)
+	token := r.login(olga).GetToken()
+	places := 4 * runtime.GOMAXPROCS(0)
+	h := &hanging{r.people.provider, make(chan struct{}, 2*places)}
+	r.stop()
+	r.people.shown = h
+	r.start()
+	var strangers sync.WaitGroup
+	ctx, cancel := context.WithCancel(bounded(t))
+	defer strangers.Wait()
+	defer cancel()
+	for range 2 * places {
+		req := request(t, "POST", r.people.url+"/mayfly.v1.AccessService/WhoAmI", "application/json", strings.NewReader("{}")).WithContext(ctx)
+		req.Header.Set("Authorization", "Bearer x.y.z")
+		strangers.Go(func() {
+			if res, err := r.person("").http.Do(req); err == nil {
+				res.Body.Close()
+			}
+		})
+	}
+	for range places {
+		<-h.asked
+	}
+	p := r.person(token)
+	p.http.Timeout = 5 * time.Second
+	if a := p.post("AccessService/WhoAmI", "{}"); a.status != 200 {
+		t.Errorf("somebody with a session: %d %s", a.status, a.body)
 	}
 }
 

@@ -216,6 +216,9 @@ func (m *Manager) sessionsOf(ctx context.Context, p broker.Principal) (found []d
 	return found, err
 }
 
+// IsSession reports whether a bearer token has the form of a session's.
+func IsSession(token string) bool { return strings.HasPrefix(token, tokenPrefix) }
+
 // Authenticate finds out who shows a bearer token (RFC 6750): a session's, or
 // one of the identity provider's for the broker's audience. It is asked anew for
 // each request. until is when the token is over.
@@ -225,7 +228,7 @@ func (m *Manager) Authenticate(ctx context.Context, token string) (p broker.Pers
 		return p, until, broker.Refuse(broker.ReasonUnauthenticated, "there is no bearer token", "sign in with `mayfly login`")
 	case len(token) > MaxToken:
 		return p, until, broker.Refuse(broker.ReasonTokenInvalid, "the bearer token is too long to be one", "sign in with `mayfly login`")
-	case strings.HasPrefix(token, tokenPrefix):
+	case IsSession(token):
 		return m.session(ctx, token)
 	}
 	return m.bearer(ctx, token)
