@@ -24,7 +24,11 @@ type IdentityProvider interface {
 	// AuthCodeURL is where the browser goes to sign in: authorization code with
 	// PKCE S256 (RFC 7636). need asks for a fresh or stronger authentication
 	// (max_age, acr_values); Exchange's caller compares.
+	// Empty: nobody can sign in at present.
 	AuthCodeURL(state, nonce, verifier string, need broker.StepUp) string
+	// CheckResponse judges the parameter iss of what the browser brought back
+	// (RFC 9207); empty if there was none. A provider that says it sends one must.
+	CheckResponse(ctx context.Context, iss string) error
 	// Exchange redeems the code that the browser brought back.
 	Exchange(ctx context.Context, code, verifier, nonce string, now time.Time) (broker.Person, error)
 	// CanDevice reports whether the provider takes device codes (RFC 8628).

@@ -19,6 +19,7 @@ type Person struct {
 
 	AuthTime time.Time // when they last proved who they are (auth_time); zero if the identity provider did not say
 	ACR      string    // how, as a class (acr); empty if it did not say
+	IssuedAt time.Time // when the identity provider said all this (iat)
 	Method   SignInMethod
 	Session  SessionID // of the broker's session; empty for a bearer token of the identity provider's
 }

@@ -62,7 +62,10 @@ func TestSignIn(t *testing.T) {
 				t.Errorf("%s: signed in %s ago", c.name, age)
 			}
 			want := broker.Person{Name: alice, Issuer: config.Issuer, Groups: []string{"finance", "security"}, ACR: w.strong, Method: broker.SignInBrowser}
-			person.Subject, person.AuthTime = "", time.Time{}
+			if age := w.now().Sub(person.IssuedAt); age < -time.Second || age > time.Minute {
+				t.Errorf("%s: issued %s ago", c.name, age)
+			}
+			person.Subject, person.AuthTime, person.IssuedAt = "", time.Time{}, time.Time{}
 			if diff := cmp.Diff(want, person); diff != "" {
 				t.Errorf("%s: (-want +got)\n%s", c.name, diff)
 			}
@@ -255,7 +258,7 @@ func TestShown(t *testing.T) {
 			t.Errorf("good for %s", left)
 		}
 		want := broker.Person{Name: alice, Issuer: w.config.Issuer, Groups: []string{"finance", "security"}, ACR: w.password, Method: broker.SignInBearer,
-			Subject: person.Subject, AuthTime: person.AuthTime}
+			Subject: person.Subject, AuthTime: person.AuthTime, IssuedAt: until.Add(-5 * time.Minute)}
 		if diff := cmp.Diff(want, person); diff != "" || person.Subject == "" || w.now().Sub(person.AuthTime) > time.Minute {
 			t.Errorf("%s: %+v (-want +got)\n%s", w.name, person, diff)
 		}

@@ -129,6 +129,55 @@ func TestOlderSignInGivesNothingBack(t *testing.T) {
 	})
 }
 
+// TestOlderTokenGivesNothingBack: neither does one of the same sign-in, which the
+// identity provider made before it took the group away, nor one that does not
+// say when the person signed in. It would be good for hours otherwise.
+func TestOlderTokenGivesNothingBack(t *testing.T) {
+	for name, authTime := range map[string]func(time.Time) time.Time{
+		"the same sign-in": func(t time.Time) time.Time { return t },
+		"no auth_time":     func(time.Time) time.Time { return time.Time{} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				r := governedRig(t)
+				signedIn := authTime(time.Now())
+				token := func(groups ...string) broker.Caller {
+					c := person("ann", groups...)
+					c.Person.AuthTime, c.Person.IssuedAt = signedIn, time.Now()
+					return c
+				}
+				first := token()
+				old := token("finance")
+				r.seen(old)
+				time.Sleep(time.Minute)
+				r.seen(token())
+				r.seen(old)
+				r.seen(first)
+				_, err := r.approve(r.mustAsk("crm.read"), old)
+				r.wantReason(err, broker.ReasonNotEligible)
+				if n := len(r.events(lease.EventFilter{Type: audit.PersonChanged})); n != 1 {
+					t.Errorf("%d pieces of evidence that a group was lost", n)
+				}
+				// A token that says the same as the last moves it on all the same:
+				// one of between the two gives nothing back.
+				time.Sleep(time.Minute)
+				between := token("finance")
+				time.Sleep(time.Minute)
+				r.seen(token())
+				r.seen(between)
+				_, err = r.approve(r.mustAsk("crm.read"), between)
+				r.wantReason(err, broker.ReasonNotEligible)
+				time.Sleep(time.Minute)
+				back := token("finance")
+				r.seen(back)
+				if back.Person.AuthTime = time.Now(); r.mustApprove(r.mustAsk("crm.read"), back).State != broker.RequestGranted {
+					t.Error("back in the group, the vote does not count")
+				}
+			})
+		})
+	}
+}
+
 // TestVoteOfOneWhoLeftDoesNotCount: between two votes the first voter leaves.
 func TestVoteOfOneWhoLeftDoesNotCount(t *testing.T) {
 	bubble(t, func(t *testing.T) {

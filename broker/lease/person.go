@@ -22,6 +22,7 @@ type personRecord struct {
 	Name, Issuer, Subject string
 	Groups                []string  `json:",omitempty"`
 	AuthTime              time.Time `json:",omitzero"` // the latest that was seen
+	IssuedAt              time.Time `json:",omitzero"` // of the latest token that was seen
 	SeenAt                time.Time
 }
 
@@ -34,15 +35,16 @@ func personDigest(issuer, subject string) string {
 
 func newPersonRecord(p broker.Person, now time.Time) personRecord {
 	groups := slices.Compact(slices.Sorted(slices.Values(p.Groups)))
-	return personRecord{Name: p.Name, Issuer: p.Issuer, Subject: p.Subject, Groups: groups, AuthTime: p.AuthTime, SeenAt: now}
+	return personRecord{Name: p.Name, Issuer: p.Issuer, Subject: p.Subject, Groups: groups, AuthTime: p.AuthTime, IssuedAt: p.IssuedAt, SeenAt: now}
 }
 
-// next is the record after the identity provider said p. What it said at an
-// earlier sign-in than the last takes groups away, and gives none.
+// next is the record after the identity provider said p. What it said earlier
+// than the last, or of an earlier sign-in, takes groups away, and gives none:
+// else whoever lost a group would show the token of before.
 func (r personRecord) next(p broker.Person, now time.Time) personRecord {
 	is := newPersonRecord(p, now)
-	if p.AuthTime.Before(r.AuthTime) {
-		is.AuthTime = r.AuthTime
+	if p.AuthTime.Before(r.AuthTime) || p.IssuedAt.Before(r.IssuedAt) {
+		is.AuthTime, is.IssuedAt = later(is.AuthTime, r.AuthTime), later(is.IssuedAt, r.IssuedAt)
 		is.Groups = slices.DeleteFunc(is.Groups, func(g string) bool { return !slices.Contains(r.Groups, g) })
 	}
 	return is
@@ -50,7 +52,7 @@ func (r personRecord) next(p broker.Person, now time.Time) personRecord {
 
 // same reports whether two records say the same, but for when.
 func (r personRecord) same(o personRecord) bool {
-	return r.Name == o.Name && slices.Equal(r.Groups, o.Groups) && r.AuthTime.Equal(o.AuthTime)
+	return r.Name == o.Name && slices.Equal(r.Groups, o.Groups) && r.AuthTime.Equal(o.AuthTime) && r.IssuedAt.Equal(o.IssuedAt)
 }
 
 // subject is a caller as policies see it now. A person is in the groups that

@@ -47,6 +47,25 @@ func (v *visit) carry(done func()) {
 	v.done = append(v.done, done)
 }
 
+// current is who is calling, now that the whole message is there: it may have
+// taken its time to arrive, and a person's session may have been ended meanwhile.
+// What an agent's request stands on besides its SVID, the engine reads anew.
+func (v *visit) current() (broker.Caller, error) {
+	if v.caller.Person == nil {
+		return v.caller, nil
+	}
+	return own(v.anew())
+}
+
+// anew finds out again who is calling, and refuses somebody else.
+func (v *visit) anew() (broker.Caller, error) {
+	caller, err := v.again()
+	if err == nil && caller.Principal() != v.caller.Principal() {
+		err = broker.Refuse(broker.ReasonUnauthenticated, "the caller is not who it was", "ask again")
+	}
+	return caller, err
+}
+
 func (v *visit) finish() {
 	v.mu.Lock()
 	defer v.mu.Unlock()

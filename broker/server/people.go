@@ -157,11 +157,16 @@ func (p *people) admit(d *door, r *http.Request, now time.Time) (broker.Caller, 
 	if err != nil {
 		return broker.Caller{}, err
 	}
-	leave, err := d.enter(r)
-	if err != nil {
-		return broker.Caller{}, err
+	if !signin.IsSession(token) {
+		// A session costs a look at the store. A token of the identity provider's
+		// costs a signature, or the wait for a provider that is away: those who
+		// show one wait for each other, and keep nobody out who has signed in.
+		leave, err := d.enter(r)
+		if err != nil {
+			return broker.Caller{}, err
+		}
+		defer leave()
 	}
-	defer leave()
 	person, until, err := p.signIn.Authenticate(r.Context(), token)
 	if err != nil {
 		return broker.Caller{}, err

@@ -1,14 +1,19 @@
 package server_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
+	"io"
 	"net/http"
 	"net/url"
+	"runtime"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -16,6 +21,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/testing/protocmp"
 
+	"github.com/mayfly-security/mayfly/attestation"
 	"github.com/mayfly-security/mayfly/attestation/devidp"
 	"github.com/mayfly-security/mayfly/attestation/oidctest"
 	"github.com/mayfly-security/mayfly/broker"
@@ -373,6 +379,55 @@ func TestI10_SessionsStandAlone(t *testing.T) {
 	}
 }
 
+// TestI10_AVoteThatWaited: a vote whose message arrives after its session was
+// ended does not count, though its header was there before.
+func TestI10_AVoteThatWaited(t *testing.T) {
+	t.Parallel()
+	for name, token := range map[string]func(r *rig) string{
+		"a session": func(r *rig) string { return r.login(ada).GetToken() },
+		"a token":   func(r *rig) string { r.login(ada); return r.mint(devidp.Mint{Person: ada}) },
+	} {
+		r := newRig(t, withPeople)
+		q := r.ask()
+		conn, err := tls.Dial("tcp", r.people.ln.Addr().String(), &tls.Config{RootCAs: r.people.roots, ServerName: "localhost"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		in := bufio.NewReader(conn)
+		send := func(text string) *http.Response {
+			t.Helper()
+			if _, err := io.WriteString(conn, text); err != nil {
+				t.Fatal(err)
+			}
+			res, err := http.ReadResponse(in, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return res
+		}
+		body := approve(q)
+		// The server asks for the body when it has let the request in.
+		res := send("POST /mayfly.v1.RequestService/ApproveRequest HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer " + token(r) +
+			"\r\nContent-Type: application/json\r\nExpect: 100-continue\r\nContent-Length: " + strconv.Itoa(len(body)) + "\r\n\r\n")
+		if res.StatusCode != http.StatusContinue {
+			t.Fatalf("%s: %s", name, res.Status)
+		}
+		r.endSessions(ada)
+		res = send(body)
+		text, err := io.ReadAll(res.Body)
+		if err != nil || res.StatusCode != 401 {
+			t.Errorf("%s: %s %s, %v", name, res.Status, text, err)
+		}
+		if a := r.client(support).post("RequestService/GetRequest", `{"id": "`+q.GetId()+`"}`); !bytes.Contains(a.body, []byte(`"pending"`)) {
+			t.Errorf("%s: the vote counted: %s", name, a.body)
+		}
+	}
+}
+
 // endSessions has an operator end all of a person's sessions.
 func (r *rig) endSessions(person string) {
 	r.t.Helper()
@@ -396,7 +451,7 @@ func TestSignOutOfOthers(t *testing.T) {
 	}
 	r.person(second.GetToken()).post("AccessService/WhoAmI", "{}").wantRefused(t, "the other of hers", 401, broker.ReasonSessionOver)
 	r.person("").post("SignInService/SignOut", "{}").wantRefused(t, "nobody's", 401, broker.ReasonUnauthenticated)
-	r.person(r.mint(devidp.Mint{Person: ada})).post("SignInService/SignOut", "{}").wantRefused(t, "a bearer token", 400, broker.ReasonInvalidArgument)
+	r.person(r.mint(devidp.Mint{Person: finn})).post("SignInService/SignOut", "{}").wantRefused(t, "a bearer token", 400, broker.ReasonInvalidArgument)
 }
 
 // TestSignInsAreLimited: strangers get so many tries, and those who are signed
@@ -418,6 +473,53 @@ func TestSignInsAreLimited(t *testing.T) {
 	}
 	if a := r.person(token).post("AccessService/WhoAmI", "{}"); a.status != 200 {
 		t.Errorf("somebody who is signed in: %d %s", a.status, a.body)
+	}
+}
+
+// hanging is an identity provider that does not answer when tokens are shown.
+type hanging struct {
+	attestation.IdentityProvider
+	asked chan struct{}
+}
+
+func (h *hanging) VerifyBearer(ctx context.Context, _ string, _ time.Time) (broker.Person, time.Time, error) {
+	h.asked <- struct{}{}
+	<-ctx.Done()
+	return broker.Person{}, time.Time{}, ctx.Err()
+}
+
+// TestForgedTokensKeepNobodyOut: while the identity provider hangs, tokens that
+// need its keys wait for them. Those who have a session do not wait with them,
+// or strangers could keep people from the kill switch.
+func TestForgedTokensKeepNobodyOut(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, withPeople)
+	token := r.login(olga).GetToken()
+	places := 4 * runtime.GOMAXPROCS(0)
+	h := &hanging{r.people.provider, make(chan struct{}, 2*places)}
+	r.stop()
+	r.people.shown = h
+	r.start()
+	var strangers sync.WaitGroup
+	ctx, cancel := context.WithCancel(bounded(t))
+	defer strangers.Wait()
+	defer cancel()
+	for range 2 * places {
+		req := request(t, "POST", r.people.url+"/mayfly.v1.AccessService/WhoAmI", "application/json", strings.NewReader("{}")).WithContext(ctx)
+		req.Header.Set("Authorization", "Bearer x.y.z")
+		strangers.Go(func() {
+			if res, err := r.person("").http.Do(req); err == nil {
+				res.Body.Close()
+			}
+		})
+	}
+	for range places {
+		<-h.asked
+	}
+	p := r.person(token)
+	p.http.Timeout = 5 * time.Second
+	if a := p.post("AccessService/WhoAmI", "{}"); a.status != 200 {
+		t.Errorf("somebody with a session: %d %s", a.status, a.body)
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/mayfly-security/mayfly/attestation"
 	"github.com/mayfly-security/mayfly/attestation/devidp"
 	"github.com/mayfly-security/mayfly/attestation/oidc"
 	"github.com/mayfly-security/mayfly/attestation/oidctest"
@@ -54,6 +55,7 @@ approval_rules:
 type peopleRig struct {
 	idp      *devidp.Provider
 	provider *oidc.Provider
+	shown    attestation.IdentityProvider // to the broker, if it is not provider
 	signIn   *signin.Manager
 	cert     tls.Certificate
 	roots    *x509.CertPool
@@ -128,8 +130,12 @@ func (p *peopleRig) open(r *rig) *server.People {
 			r.t.Fatal(err)
 		}
 	}
+	shown := p.shown
+	if shown == nil {
+		shown = p.provider
+	}
 	p.signIn, err = signin.New(signin.Config{
-		Store: r.db, Provider: p.provider, Log: r.log(), Now: r.engine.Now, Late: r.engine.Late, PersonSeen: r.engine.PersonSeen, Metrics: r.metrics,
+		Store: r.db, Provider: shown, Log: r.log(), Now: r.engine.Now, Late: r.engine.Late, PersonSeen: r.engine.PersonSeen, Metrics: r.metrics,
 	})
 	if err != nil {
 		r.t.Fatal(err)

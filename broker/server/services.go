@@ -30,7 +30,11 @@ func own[T any](v T, err error) (T, error) {
 // act is what was asked for, as the evidence names it.
 func call[Res any](ctx context.Context, s *Server, act string, body func(caller broker.Caller) (*Res, error)) (*connect.Response[Res], error) {
 	v := visitOf(ctx)
-	res, err := body(v.caller)
+	var res *Res
+	caller, err := v.current()
+	if err == nil {
+		res, err = body(caller)
+	}
 	if err != nil {
 		if u := (unheard{}); errors.As(err, &u) {
 			s.engine.Refused(ctx, v.caller, act, "", u.error)

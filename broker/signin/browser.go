@@ -128,8 +128,12 @@ func (m *Manager) Begin(s Start) (Begun, error) {
 		nonce: newSecret(), verifier: newSecret(), browser: digestOf(browser), began: now,
 	}
 	state := newSecret()
+	to := m.cfg.Provider.AuthCodeURL(state, f.nonce, f.verifier, s.Need)
+	if to == "" {
+		return Begun{}, broker.Refuse(broker.ReasonSignIn, "the identity provider is away, or does not work with this broker", "try again in a minute; if it stays so, tell an operator")
+	}
 	m.flows.add(state, f, now)
-	return Begun{URL: m.cfg.Provider.AuthCodeURL(state, f.nonce, f.verifier, s.Need), Browser: browser}, nil
+	return Begun{URL: to, Browser: browser}, nil
 }
 
 // Callback ends the browser's part. It returns the loopback URI for the browser
@@ -149,9 +153,9 @@ func (m *Manager) Callback(ctx context.Context, r Return) (string, error) {
 		m.metrics.signIn(broker.SignInBrowser, "other_browser")
 		return "", failed("this sign-in was begun in another browser, or this one keeps no cookies")
 	}
-	if r.Issuer != "" && r.Issuer != m.cfg.Provider.Issuer() { // RFC 9207, section 2.4
+	if err := m.cfg.Provider.CheckResponse(ctx, r.Issuer); err != nil { // RFC 9207, section 2.4
 		m.metrics.signIn(broker.SignInBrowser, "other_issuer")
-		return "", failed("the answer is not of the identity provider that was asked")
+		return "", err
 	}
 	if _, first := m.flows.take(r.State, now); !first {
 		m.metrics.signIn(broker.SignInBrowser, "unknown")
@@ -261,6 +265,13 @@ func (m *Manager) Redeem(ctx context.Context, secret, verifier, redirectURI stri
 		subtle.ConstantTimeCompare([]byte(proof), []byte(c.challenge)) != 1:
 		m.metrics.signIn(broker.SignInBrowser, "refused")
 		return Session{}, failed("the code is not of this program: redirect_uri or code_verifier is another")
+	}
+	switch at, err := m.cutAt(ctx, c.person.Principal()); {
+	case err != nil:
+		return Session{}, err
+	case c.made.Before(at):
+		m.metrics.signIn(broker.SignInBrowser, "refused")
+		return Session{}, failed("all that this person had was ended since")
 	}
 	s, err := m.start(ctx, c.person, correlation)
 	if err == nil {

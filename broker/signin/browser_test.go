@@ -365,3 +365,37 @@ func TestFlowsAreBounded(t *testing.T) {
 		t.Errorf("%d under way after ten minutes", n)
 	}
 }
+
+// TestAnAnswerWithoutItsIssuer: where the identity provider says that its answers
+// name it (RFC 9207), one that does not is another's.
+func TestAnAnswerWithoutItsIssuer(t *testing.T) {
+	r := newRig(t)
+	r.idp.named = true
+	state, browser := r.begin(start())
+	for name, ret := range map[string]signin.Return{
+		"a code":   {State: state, Code: "idp-code", Browser: browser},
+		"an error": {State: state, Error: "access_denied", Browser: browser},
+	} {
+		to, err := r.m.Callback(t.Context(), ret)
+		wantReason(t, name, err, broker.ReasonSignIn)
+		if to != "" || r.idp.asked != 0 {
+			t.Errorf("%s: the browser would be sent to %q, and %d codes were redeemed", name, to, r.idp.asked)
+		}
+	}
+	to, err := r.m.Callback(t.Context(), signin.Return{State: state, Code: "idp-code", Browser: browser, Issuer: "https://idp.test"})
+	if err != nil || !strings.Contains(to, "code=") {
+		t.Errorf("the provider's own answer: %q, %v", to, err)
+	}
+}
+
+// TestNobodyIsSentNowhere: while the identity provider is away there is no
+// address to send a browser to.
+func TestNobodyIsSentNowhere(t *testing.T) {
+	r := newRig(t)
+	r.idp.away = true
+	b, err := r.m.Begin(start())
+	wantReason(t, "a sign-in", err, broker.ReasonSignIn)
+	if b != (signin.Begun{}) || r.m.Pending() != 0 {
+		t.Errorf("it began: %+v, %d under way", b, r.m.Pending())
+	}
+}

@@ -70,7 +70,8 @@ func (m *Manager) SignOut(ctx context.Context, p broker.Person, reason string, c
 }
 
 // EndSessions ends all sessions of the person of that name, and says how many
-// there were. Its caller has found out that actor may.
+// there were. Tokens of the identity provider's of before are over, too. Its
+// caller has found out that actor may.
 func (m *Manager) EndSessions(ctx context.Context, actor broker.Principal, person, reason string, correlation broker.CorrelationID) (int, error) {
 	if person == "" || len(person) > broker.MaxPersonName {
 		return 0, broker.Refuse(broker.ReasonInvalidArgument, "person is no name of a person", "give the name as it is in the evidence, without \"person:\"")
@@ -78,6 +79,9 @@ func (m *Manager) EndSessions(ctx context.Context, actor broker.Principal, perso
 	if err := broker.CheckText("reason", reason, broker.MaxReason); err != nil {
 		return 0, err
 	}
+	why := ending{actor: actor.String(), cause: "ended", reason: reason, correlation: correlation}
+	// Whatever comes of this, the sessions are ended as well.
+	unwritten := storeRefusal(m.cutOff(ctx, broker.PersonPrincipal(person), why))
 	total := 0
 	for {
 		found, err := m.sessionsOf(ctx, broker.PersonPrincipal(person))
@@ -85,15 +89,15 @@ func (m *Manager) EndSessions(ctx context.Context, actor broker.Principal, perso
 			return total, storeRefusal(err)
 		}
 		if len(found) == 0 {
-			return total, nil
+			return total, unwritten
 		}
-		n, err := m.end(ctx, found, ending{actor: actor.String(), cause: "ended", reason: reason, correlation: correlation})
+		n, err := m.end(ctx, found, why)
 		total += n
 		if err != nil {
 			return total, err
 		}
 		if n == 0 {
-			return total, nil // others are ending them
+			return total, unwritten // others are ending them
 		}
 	}
 }
@@ -107,8 +111,7 @@ func (m *Manager) end(ctx context.Context, which []digest, why ending) (int, err
 			m.over[d] = ended{why, m.cfg.Late().Add(MaxSessionTTL)}
 		}
 	}
-	close(m.changed)
-	m.changed = make(chan struct{})
+	m.signal()
 	m.mu.Unlock()
 	n, err := m.remove(context.WithoutCancel(ctx), which, func(digest) ending { return why })
 	return n, storeRefusal(err)
@@ -154,6 +157,9 @@ func (m *Manager) isOver(d digest) bool {
 
 // sweep takes what is over out of the store.
 func (m *Manager) sweep(ctx context.Context) error {
+	if err := m.sweepCuts(ctx); err != nil {
+		return err
+	}
 	late := m.cfg.Late()
 	m.mu.Lock()
 	why := maps.Clone(m.over)
@@ -200,8 +206,9 @@ func (m *Manager) sweep(ctx context.Context) error {
 	return nil
 }
 
-// EndAll ends every session in a store that no broker serves from: one that
-// came back from a backup has sessions that were signed out since.
+// EndAll ends every session in a store that no broker serves from, and every
+// token of before: one that came back from a backup has sessions that were
+// signed out since, and does not know whose tokens were ended.
 func EndAll(ctx context.Context, s store.Store, now time.Time) (int, error) {
 	m := &Manager{cfg: Config{Store: s, Now: func() time.Time { return now }}}
 	var which []digest
@@ -220,6 +227,9 @@ func EndAll(ctx context.Context, s store.Store, now time.Time) (int, error) {
 		}
 		return nil
 	})
+	if err == nil {
+		err = s.Update(ctx, func(t store.Txn) error { return putCut(t, everybody, now) })
+	}
 	if err == nil {
 		n, rerr := m.remove(ctx, which, func(digest) ending { return ending{actor: actorBroker, cause: string(broker.CauseRestored)} })
 		if rerr == nil {

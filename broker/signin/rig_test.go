@@ -42,6 +42,8 @@ type scripted struct {
 	nonces  map[string]bool // that AuthCodeURL was given
 	device  attestation.DeviceSignIn
 	noCodes bool
+	away    bool      // nobody can sign in with a browser
+	named   bool      // it says that its answers name it
 	until   time.Time // of bearer tokens
 }
 
@@ -53,8 +55,18 @@ func (s *scripted) AuthCodeURL(state, nonce, verifier string, need broker.StepUp
 	if s.nonces == nil {
 		s.nonces = map[string]bool{}
 	}
+	if s.away {
+		return ""
+	}
 	s.nonces[nonce] = true
 	return "https://idp.test/authorize?" + url.Values{"state": {state}}.Encode()
+}
+
+func (s *scripted) CheckResponse(_ context.Context, iss string) error {
+	if iss != s.Issuer() && (iss != "" || s.named) {
+		return broker.Refuse(broker.ReasonSignIn, "another's answer", "begin again")
+	}
+	return nil
 }
 
 func (s *scripted) answer() (broker.Person, error) {
@@ -124,6 +136,7 @@ type rig struct {
 	late  time.Duration // how far the machine's clock is ahead
 	seen  []broker.Person
 	deny  error // of PersonSeen
+	cfg   signin.Config
 }
 
 func newRig(t *testing.T, change ...func(*signin.Config)) *rig {
@@ -134,7 +147,7 @@ func newRig(t *testing.T, change ...func(*signin.Config)) *rig {
 	}
 	t.Cleanup(func() { db.Close() })
 	r := &rig{t: t, store: &breakable{Store: db}, now: time.Date(2026, 5, 6, 7, 8, 9, 0, time.UTC)}
-	r.idp = &scripted{person: broker.Person{Name: "ada@acme.test", Issuer: "https://idp.test", Subject: "u1", Groups: []string{"support-leads"}, AuthTime: r.now},
+	r.idp = &scripted{person: broker.Person{Name: "ada@acme.test", Issuer: "https://idp.test", Subject: "u1", Groups: []string{"support-leads"}, AuthTime: r.now, IssuedAt: r.now},
 		until: r.now.Add(time.Hour)}
 	cfg := signin.Config{
 		Store: r.store, Provider: r.idp, Log: slog.New(slog.DiscardHandler),
@@ -144,11 +157,22 @@ func newRig(t *testing.T, change ...func(*signin.Config)) *rig {
 	for _, c := range change {
 		c(&cfg)
 	}
+	r.cfg = cfg
 	if r.m, err = signin.New(cfg); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(r.m.Close)
+	t.Cleanup(func() { r.m.Close() })
 	return r
+}
+
+// restart is another Manager on the same store.
+func (r *rig) restart() {
+	r.t.Helper()
+	r.m.Close()
+	var err error
+	if r.m, err = signin.New(r.cfg); err != nil {
+		r.t.Fatal(err)
+	}
 }
 
 func start() signin.Start {

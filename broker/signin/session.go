@@ -19,6 +19,7 @@ import (
 //
 //	session|SHA-256 of the token   the session
 //	sessions|principal|ID          the SHA-256 of the token of a person's session
+//	sessioncut|principal           see cut.go
 const (
 	prefixSession  = "session|"
 	prefixSessions = "sessions|"
@@ -215,6 +216,9 @@ func (m *Manager) sessionsOf(ctx context.Context, p broker.Principal) (found []d
 	return found, err
 }
 
+// IsSession reports whether a bearer token has the form of a session's.
+func IsSession(token string) bool { return strings.HasPrefix(token, tokenPrefix) }
+
 // Authenticate finds out who shows a bearer token (RFC 6750): a session's, or
 // one of the identity provider's for the broker's audience. It is asked anew for
 // each request. until is when the token is over.
@@ -224,7 +228,7 @@ func (m *Manager) Authenticate(ctx context.Context, token string) (p broker.Pers
 		return p, until, broker.Refuse(broker.ReasonUnauthenticated, "there is no bearer token", "sign in with `mayfly login`")
 	case len(token) > MaxToken:
 		return p, until, broker.Refuse(broker.ReasonTokenInvalid, "the bearer token is too long to be one", "sign in with `mayfly login`")
-	case strings.HasPrefix(token, tokenPrefix):
+	case IsSession(token):
 		return m.session(ctx, token)
 	}
 	return m.bearer(ctx, token)
@@ -260,11 +264,11 @@ func (m *Manager) bearer(ctx context.Context, token string) (p broker.Person, un
 	if p, until, err = m.cfg.Provider.VerifyBearer(ctx, token, now); err != nil {
 		return broker.Person{}, time.Time{}, err
 	}
-	if !m.cfg.Late().Before(until) {
-		return broker.Person{}, time.Time{}, broker.Refuse(broker.ReasonTokenInvalid, "the bearer token has expired", "get a new one of the identity provider")
-	}
 	p.Method, p.Session = broker.SignInBearer, ""
 	if err := m.checkPerson(p); err != nil {
+		return broker.Person{}, time.Time{}, err
+	}
+	if until, err = m.current(ctx, p, until); err != nil {
 		return broker.Person{}, time.Time{}, err
 	}
 	if _, known := m.bearers.get(token, now); !known {

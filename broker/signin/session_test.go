@@ -118,6 +118,92 @@ func TestEndSessions(t *testing.T) {
 	}
 }
 
+// TestEndSessionsEndsTokens: a token of the identity provider's that was made
+// before a person's sessions were ended is over with them, and so is a code that
+// waits to be redeemed. What the person does after is not.
+func TestEndSessionsEndsTokens(t *testing.T) {
+	for name, restart := range map[string]bool{"": false, "and the broker starts again": true, "while the store cannot be written": false} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t)
+			r.idp.until = r.now.Add(6 * time.Hour)
+			r.wantSession("good.token", "")
+			code := r.code()
+			r.now = r.now.Add(time.Second)
+			changed := r.m.Changed()
+			broken := strings.Contains(name, "store")
+			r.store.set(broken)
+			n, err := r.m.EndSessions(t.Context(), "person:olga", "ada@acme.test", "laptop stolen", "c1")
+			if n != 0 || (err != nil) != broken {
+				t.Fatal(n, err)
+			}
+			select {
+			case <-changed:
+			default:
+				t.Error("streams that live on a token do not hear of it")
+			}
+			if restart {
+				r.restart()
+			}
+			r.wantSession("good.token", broker.ReasonTokenInvalid)
+			r.wantSession("good.token.written.otherwise", broker.ReasonTokenInvalid)
+			if !restart { // sign-ins under way are in memory
+				_, err = r.redeem(code)
+				wantReason(t, "a code of before", err, broker.ReasonSignIn)
+			}
+			r.store.set(false)
+			if err := r.m.Sweep(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			r.restart()
+			r.wantSession("good.token", broker.ReasonTokenInvalid)
+			var ended []audit.Event
+			for _, e := range r.events() {
+				if e.Type == audit.SessionEnded {
+					ended = append(ended, e)
+				}
+			}
+			if len(ended) != 1 || ended[0].Cause != "ended" || ended[0].Reason != "laptop stolen" || ended[0].Actor != "person:olga" || ended[0].Details["person"] != "person:ada@acme.test" {
+				t.Errorf("the evidence: %+v", ended)
+			}
+
+			token, _ := r.signIn()
+			r.wantSession(token, "")
+			r.idp.person.IssuedAt = r.now.Add(time.Minute) // the identity provider's clock may be ahead by as much
+			r.wantSession("good.early", broker.ReasonTokenInvalid)
+			r.idp.person.IssuedAt = r.now.Add(time.Minute + time.Second)
+			r.now = r.now.Add(2 * time.Minute)
+			r.wantSession("good.new", "")
+			r.idp.person.Name, r.idp.person.Subject, r.idp.person.IssuedAt = "ada@acme.test.evil", "u2", r.now.Add(-time.Hour)
+			r.wantSession("good.alike", "")
+
+			// It is forgotten when no such token is taken any more.
+			r.now = r.now.Add(13 * time.Hour)
+			r.idp.until = r.now.Add(time.Hour)
+			r.wantSession("good.token", broker.ReasonTokenInvalid)
+			if err := r.m.Sweep(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if keys := r.keys(); len(keys) != 0 {
+				t.Errorf("left behind: %v", keys)
+			}
+		})
+	}
+}
+
+// TestOldTokens: a token is taken for as long as a session may last, and no
+// longer, whatever it says itself.
+func TestOldTokens(t *testing.T) {
+	r := newRig(t)
+	r.idp.until = r.now.Add(30 * 24 * time.Hour)
+	r.now = r.now.Add(signin.MaxSessionTTL - time.Second)
+	p, until, err := r.m.Authenticate(t.Context(), "good.token")
+	if err != nil || !until.Equal(r.now.Add(time.Second)) {
+		t.Errorf("%v, %s, %v", p, until, err)
+	}
+	r.now = r.now.Add(time.Second)
+	r.wantSession("good.token", broker.ReasonTokenInvalid)
+}
+
 // TestAStoreThatCannotBeWritten: nothing begins without evidence, and what ends
 // is over at once.
 func TestAStoreThatCannotBeWritten(t *testing.T) {
@@ -314,6 +400,7 @@ func TestEndAll(t *testing.T) {
 		token, _ := r.signIn()
 		tokens = append(tokens, token)
 	}
+	r.wantSession("good.token", "")
 	n, err := signin.EndAll(t.Context(), r.store, r.now)
 	if err != nil || n != len(tokens) {
 		t.Fatalf("%d, %v", n, err)
@@ -321,6 +408,7 @@ func TestEndAll(t *testing.T) {
 	for _, token := range tokens {
 		r.wantSession(token, broker.ReasonSessionOver)
 	}
+	r.wantSession("good.token", broker.ReasonTokenInvalid)
 	if c := slices.Compact(r.causes()); !slices.Equal(c, []string{"store_restored"}) {
 		t.Errorf("causes: %v", c)
 	}

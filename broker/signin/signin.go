@@ -79,6 +79,7 @@ type Manager struct {
 	mu      sync.Mutex
 	changed chan struct{}    // closed when a session ends
 	over    map[digest]ended // sessions that are over although the store may have them still
+	cuts    map[string]cut   // by principal; those that the store may not have yet
 	ctx     context.Context  // ends when Close is called
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
@@ -112,7 +113,7 @@ func New(cfg Config) (*Manager, error) {
 		codes:   newPending[*code](mostFlows, codeMemory),
 		devices: newPending[*device](mostFlows, 2*flowLife),
 		bearers: newPending[struct{}](mostBearers, bearerLife),
-		changed: make(chan struct{}), over: map[digest]ended{},
+		changed: make(chan struct{}), over: map[digest]ended{}, cuts: map[string]cut{},
 	}
 	m.metrics = newMetrics(cfg.Metrics, m)
 	m.ctx, m.cancel = context.WithCancel(context.Background())
@@ -130,12 +131,18 @@ func (m *Manager) Close() {
 // Provider is who signs people in.
 func (m *Manager) Provider() attestation.IdentityProvider { return m.cfg.Provider }
 
-// Changed returns a channel that is closed when a session ends by somebody's
-// act: what goes on by a session asks again then.
+// Changed returns a channel that is closed when a session or a token ends by
+// somebody's act: what goes on by one asks again then.
 func (m *Manager) Changed() <-chan struct{} {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.changed
+}
+
+// signal closes that channel. Its caller holds mu.
+func (m *Manager) signal() {
+	close(m.changed)
+	m.changed = make(chan struct{})
 }
 
 func (m *Manager) run() {
