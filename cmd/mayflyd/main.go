@@ -53,7 +53,7 @@ machine, for trying things out.`,
 func newLog(w io.Writer, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 		if err, ok := a.Value.Any().(error); ok {
-			a.Value = slog.StringValue(broker.Clean(broker.Shorten(err.Error(), maxLogged)))
+			a.Value = slog.StringValue(broker.OneLine(broker.Shorten(err.Error(), maxLogged)))
 		} else if a.Value.Kind() == slog.KindString && len(a.Value.String()) > maxLogged {
 			a.Value = slog.StringValue(broker.Shorten(a.Value.String(), maxLogged))
 		}
