@@ -63,6 +63,9 @@ var commands = map[string]func(*testscript.TestScript, bool, []string){
 
 // TestStories tells the five cases.
 func TestStories(t *testing.T) {
+	if err := story.LookAtSources("../../.."); err != nil {
+		t.Fatal(err)
+	}
 	testscript.Run(t, testscript.Params{
 		Dir:   "testdata/script",
 		Setup: setUp,

@@ -20,6 +20,7 @@ import (
 	"github.com/mayfly-security/mayfly/broker/catalog"
 	"github.com/mayfly-security/mayfly/broker/catalog/strictyaml"
 	"github.com/mayfly-security/mayfly/deploy/examples"
+	"github.com/mayfly-security/mayfly/deploy/examples/story"
 	"github.com/mayfly-security/mayfly/deploy/testbed"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/token"
@@ -34,6 +35,9 @@ const (
 // a certified OpenID provider of somebody else's signs in: sign-in and groups,
 // step-up, device codes, and tokens of the provider's.
 func TestCertifiedProvider(t *testing.T) {
+	if err := story.LookAtSources("../../.."); err != nil {
+		t.Fatal(err)
+	}
 	cmds := map[string]func(*testscript.TestScript, bool, []string){"apptoken": appTokenCommand}
 	for name, cmd := range commands {
 		cmds[name] = cmd
