@@ -38,7 +38,7 @@ func TestCertifiedProvider(t *testing.T) {
 	if err := story.LookAtSources("../../.."); err != nil {
 		t.Fatal(err)
 	}
-	cmds := map[string]func(*testscript.TestScript, bool, []string){"apptoken": appTokenCommand}
+	cmds := map[string]func(*testscript.TestScript, bool, []string){"apptoken": appTokenCommand, "provider": providerCommand}
 	for name, cmd := range commands {
 		cmds[name] = cmd
 	}
@@ -81,7 +81,7 @@ func setUpCertified(env *testscript.Env) error {
 			env.T().Fatal(err)
 		}
 	})
-	env.Values["issuer"] = o.Issuer
+	env.Values["provider"] = o
 	if err := a.configure(ports, workload, o.Issuer); err != nil {
 		return err
 	}
@@ -183,6 +183,22 @@ func sampleAccounts() (accounts []testbed.OIDCAccount, err error) {
 	return append(accounts, testbed.OIDCAccount{Subject: "m-666", Email: "mallory@acme.test", Groups: []string{"finance", "security"}}), nil
 }
 
+// provider stop|start: the identity provider goes away, or comes back, with
+// keys that nobody has seen.
+func providerCommand(ts *testscript.TestScript, _ bool, args []string) {
+	o := ts.Value("provider").(*testbed.OIDC)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	switch {
+	case len(args) == 1 && args[0] == "stop":
+		ts.Check(o.Stop(ctx))
+	case len(args) == 1 && args[0] == "start":
+		ts.Check(o.Start(ctx))
+	default:
+		ts.Fatalf("usage: provider stop|start")
+	}
+}
+
 // apptoken WHO AUDIENCE FILE: an application gets a JWT access token of WHO's at
 // the certified provider, for the broker ("people") or for agents that act for
 // WHO ("users"), and writes it into FILE and VAR TOKEN.
@@ -191,7 +207,7 @@ func appTokenCommand(ts *testscript.TestScript, _ bool, args []string) {
 	if len(args) != 3 || audiences[args[1]] == "" {
 		ts.Fatalf("usage: apptoken WHO people|users FILE")
 	}
-	issuer := ts.Value("issuer").(string)
+	issuer := ts.Value("provider").(*testbed.OIDC).Issuer
 	app := oidctest.App{ClientID: "app", RedirectURI: appRedirect, AuthorizeURL: issuer + "/auth", TokenURL: issuer + "/token", Scopes: []string{"openid", "email", "groups"}}
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
