@@ -206,7 +206,11 @@ func (p *program) countDown(ctx context.Context, c *client.Client, s client.Sele
 			}
 			break // --wait is over
 		}
+		same := heard && !live && p.output != "json" && aliveText(r) == aliveText(last)
 		heard, last = true, r
+		if same {
+			continue // where lines stay, one says it
+		}
 		if err := p.tick(r, live); err != nil {
 			return err
 		}
