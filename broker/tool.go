@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -70,7 +71,7 @@ func (p Param) Check(value string) error {
 			return nil
 		}
 		if p.Pattern == nil || !p.Pattern.MatchString(value) {
-			return p.refuse("is %q, which does not match the pattern %s", Shorten(value, 60), p.Pattern)
+			return p.refuse("is %q, which does not match the pattern %s", Shorten(value, 60), bare(p.Pattern))
 		}
 	case ParamInteger:
 		n, err := strconv.ParseInt(value, 10, 64)
@@ -78,7 +79,7 @@ func (p Param) Check(value string) error {
 			return p.refuse("is %q, which is no decimal integer in its shortest form", Clean(Shorten(value, 60)))
 		}
 		if p.Min != nil && n < *p.Min || p.Max != nil && n > *p.Max {
-			return p.refuse("is %d, outside its bounds", n)
+			return p.refuse("is %d; it must be %s", n, p.bounds())
 		}
 	case ParamBoolean:
 		if value != "true" && value != "false" {
@@ -92,7 +93,32 @@ func (p Param) Check(value string) error {
 
 func (p Param) refuse(format string, args ...any) error {
 	return Refuse(ReasonParameter, fmt.Sprintf("parameter %s "+format, append([]any{p.Name}, args...)...),
-		"see the tool's parameters with `mayfly tools`")
+		"`mayfly tools TOOL` shows the tool's parameters")
+}
+
+// bare is a pattern as the catalog has it: without what anchors it.
+func bare(pattern *regexp.Regexp) string {
+	if pattern == nil {
+		return ""
+	}
+	s := pattern.String()
+	if inner, ok := strings.CutPrefix(s, "^(?:"); ok {
+		if inner, ok = strings.CutSuffix(inner, ")$"); ok {
+			return inner
+		}
+	}
+	return s
+}
+
+// bounds says what an integer may be.
+func (p Param) bounds() string {
+	switch {
+	case p.Min == nil:
+		return fmt.Sprintf("%d or less", *p.Max)
+	case p.Max == nil:
+		return fmt.Sprintf("%d or more", *p.Min)
+	}
+	return fmt.Sprintf("from %d to %d", *p.Min, *p.Max)
 }
 
 // CheckParams validates a request's parameters against the tool's declarations:
@@ -101,8 +127,12 @@ func (t Tool) CheckParams(params map[string]string) error {
 	for _, name := range slices.Sorted(maps.Keys(params)) {
 		i := slices.IndexFunc(t.Params, func(p Param) bool { return p.Name == name })
 		if i < 0 {
-			return Refusef(ReasonParameter, "see the tool's parameters with `mayfly tools`",
-				"tool %s has no parameter %q", t.Name, Clean(Shorten(name, 60)))
+			var known []string
+			for _, p := range t.Params {
+				known = append(known, p.Name)
+			}
+			return Refusef(ReasonParameter, fmt.Sprintf("`mayfly tools %s` shows its parameters", t.Name),
+				"tool %s has no parameter %q%s", t.Name, Clean(Shorten(name, 60)), Suggest(name, "parameters", known))
 		}
 		if err := t.Params[i].Check(params[name]); err != nil {
 			return err

@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/mayfly-security/mayfly/broker"
 )
 
 // request is an authorization request that was found good.
@@ -114,7 +116,7 @@ func (r *request) check(q url.Values, prompt []string) (refusal, why string) {
 // need tells a person what is asked of them beside a sign-in.
 func (r *request) need() (all []string) {
 	if r.maxAge != nil {
-		all = append(all, "a sign-in that is not older than "+r.maxAge.String())
+		all = append(all, "a sign-in that is not older than "+broker.Span(*r.maxAge))
 	}
 	for _, a := range r.acr {
 		switch a {

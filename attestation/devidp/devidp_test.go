@@ -290,7 +290,7 @@ func TestPages(t *testing.T) {
 	t.Parallel()
 	r := start(t)
 	page := r.get(browser(), r.url(param("acr_values", `"><script>alert(1)</script>`), param("max_age", "300")))
-	for _, want := range []string{"Sample.", "mayflyd dev", "Alice &lt;b&gt;Doe", "not older than 5m0s", "security"} {
+	for _, want := range []string{"Sample.", "mayflyd dev", "Alice &lt;b&gt;Doe", "not older than 5m", "security"} {
 		if !strings.Contains(page.Body, want) {
 			t.Errorf("no %q in\n%s", want, page.Body)
 		}

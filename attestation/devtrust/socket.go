@@ -88,7 +88,7 @@ func listen(dir, name string, mode fs.FileMode) (_ net.Listener, path string, er
 		return nil, "", fmt.Errorf("the path %s is %d bytes too long for a socket; choose a shorter directory", path, n-maxSocketPath)
 	}
 	if served(path) {
-		return nil, "", fmt.Errorf("another process serves %s", path)
+		return nil, "", fmt.Errorf("another process serves %s: stop it, or take another directory", path)
 	}
 	private, err := os.MkdirTemp(dir, ".")
 	if err != nil {

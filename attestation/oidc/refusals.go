@@ -35,8 +35,8 @@ type purpose struct {
 
 var (
 	signIn = purpose{broker.ReasonSignIn, "the sign-in was refused", "begin again with `mayfly login`; if it stays so, tell an operator"}
-	bearer = purpose{broker.ReasonTokenInvalid, "the bearer token was refused", "get a token of the configured identity provider for the broker's audience"}
-	user   = purpose{broker.ReasonTokenInvalid, "the user's token was refused", "get a token of the configured identity provider for the broker's audience"}
+	bearer = purpose{broker.ReasonTokenInvalid, "the bearer token was refused", "get a token of the configured identity provider for the audience that the broker has for people (audience)"}
+	user   = purpose{broker.ReasonTokenInvalid, "the user's token was refused", "have the user get a token of the configured identity provider, for the audience that the broker has for users' tokens (user_audience)"}
 )
 
 // refuse makes the refusal of err, which is a fault or away.

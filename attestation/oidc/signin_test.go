@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/oauth2"
 
 	"github.com/mayfly-security/mayfly/attestation/oidc"
 	"github.com/mayfly-security/mayfly/attestation/oidctest"
@@ -22,20 +21,12 @@ import (
 // its user signs in (RFC 8707), at the certified provider.
 func appToken(t *testing.T, issuer, redirect string, answers map[string]string) string {
 	t.Helper()
-	config := oauth2.Config{ClientID: "app", RedirectURL: redirect, Scopes: []string{"openid", "email", "groups"},
-		Endpoint: oauth2.Endpoint{AuthURL: issuer + "/auth", TokenURL: issuer + "/token", AuthStyle: oauth2.AuthStyleInParams}}
-	b := oidctest.New(nil)
-	b.StopAt(redirect)
-	resource := oauth2.SetAuthURLParam("resource", audience)
-	end, err := b.Walk(t.Context(), config.AuthCodeURL(state, oauth2.S256ChallengeOption(verifier), resource), answers)
-	if err != nil || !end.Stopped {
-		t.Fatalf("signing in at the application: %v, %+v", err, end)
-	}
-	tokens, err := config.Exchange(t.Context(), end.URL.Query().Get("code"), oauth2.VerifierOption(verifier), resource)
+	app := oidctest.App{ClientID: "app", RedirectURI: redirect, AuthorizeURL: issuer + "/auth", TokenURL: issuer + "/token", Scopes: []string{"openid", "email", "groups"}}
+	raw, err := app.AccessToken(t.Context(), audience, answers)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return tokens.AccessToken
+	return raw
 }
 
 func TestSignIn(t *testing.T) {

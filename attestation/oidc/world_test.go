@@ -133,7 +133,7 @@ func devWorld(t *testing.T) world {
 func certifiedWorld(t *testing.T, claimsInIDToken bool) world {
 	const app = "http://127.0.0.1:9/app"
 	o := testbed.TestOIDC(t, testbed.OIDCConfig{
-		Audience: audience, ACR: []string{"pwd", "mfa"}, ClaimsInIDToken: claimsInIDToken,
+		Audiences: []string{audience}, ACR: []string{"pwd", "mfa"}, ClaimsInIDToken: claimsInIDToken,
 		Accounts: []testbed.OIDCAccount{
 			{Subject: "a-1", Email: alice, EmailVerified: true, Name: "Alice Doe", Groups: []string{"security", "finance", "security"}},
 			{Subject: "b-2", Email: bob, EmailVerified: true},

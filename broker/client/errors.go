@@ -111,7 +111,7 @@ func (c *Client) explain(err error) *ConnectionError {
 	}
 	isRunning := fmt.Sprintf("is the broker running at %s? Another address goes into %s (or --addr)", c.addr, variable)
 	if cert, ok := asType[*tls.CertificateVerificationError](err); ok {
-		return identityError(err, fmt.Sprintf("if the certificate is of your own authority, name its PEM file in %s; if not, do not trust it", EnvPeopleCA),
+		return identityError(err, fmt.Sprintf("if it is the listener for people, with a certificate of your own authority, name the authority's PEM file in %s; if not, do not trust it", EnvPeopleCA),
 			"who answers at %s cannot prove to be it: %s", c.addr, clean(broker.Shorten(cert.Err.Error(), 300)))
 	}
 	if dns, ok := asType[*net.DNSError](err); ok {

@@ -54,7 +54,7 @@ func openWorkloadAPI(ctx context.Context, addr string) (Source, error) {
 	}
 	if addr == "" {
 		return nil, identityError(nil,
-			fmt.Sprintf("set %s to the Workload API's socket, such as unix:///run/spire/agent/public/api.sock, or %s, %s and %s to PEM files", EnvWorkload, EnvCert, EnvKey, EnvBundle),
+			fmt.Sprintf("set %s to the Workload API's socket, such as unix:///run/spire/agent/public/api.sock, or %s, %s and %s to PEM files; to come as a person, set %s and `mayfly login`", EnvWorkload, EnvCert, EnvKey, EnvBundle, EnvPeopleAddr),
 			"there is no identity to connect with: %s is not set", EnvWorkload)
 	}
 	if err := workloadapi.ValidateAddress(addr); err != nil {

@@ -134,7 +134,7 @@ func (e *Engine) Owner(ctx context.Context, caller broker.Caller) (spiffeid.ID, 
 		return spiffeid.ID{}, nil
 	case caller.ID.IsZero():
 		return spiffeid.ID{}, broker.Refuse(broker.ReasonPermissionDenied,
-			"a person has no leases or grants of their own, and may not see everybody's", "ask an operator; `mayfly policy explain --verb all.see` says what would allow it")
+			"a person has no leases or grants of their own, and may not see everybody's", "ask an operator; `mayfly policy explain administer --verb all.see` says what would allow it")
 	}
 	return caller.ID, nil
 }

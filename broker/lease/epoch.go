@@ -146,7 +146,7 @@ func (e *Engine) loadRefused(ctx context.Context, cause error, actor string) {
 	now := e.clock.now()
 	err := e.update(ctx, now, func(t store.Txn) error {
 		return appendEvent(t, audit.Event{Time: now, Type: audit.CatalogRefused, Actor: actor,
-			Reason: broker.Clean(broker.Shorten(cause.Error(), 2000))})
+			Reason: broker.OneLine(broker.Shorten(cause.Error(), 2000))})
 	})
 	if err != nil {
 		e.log.Error("recording a refused catalog", "error", err)

@@ -45,7 +45,7 @@ func (e *Engine) Recover(ctx context.Context, p broker.Principal, d time.Duratio
 			`name a person as "person:NAME", or a workload by its SPIFFE ID`)
 	case d <= 0 || d > maxRecovery:
 		return broker.Refusef(broker.ReasonInvalidArgument, "ask for a shorter time, and repair the policies in it",
-			"a recovery of %s was asked for; it can be open for up to %s", d, maxRecovery)
+			"a recovery of %s was asked for; it can be open for up to %s", broker.Span(d), broker.Span(maxRecovery))
 	case who == "":
 		return broker.Refuse(broker.ReasonInvalidArgument, "a recovery needs somebody who opens it", "this is a fault of the caller within the broker")
 	}

@@ -178,8 +178,8 @@ func (ep *epoch) newRequest(caller broker.Caller, req AccessRequest, now time.Ti
 		duration = *req.Duration
 	}
 	if duration <= 0 || duration > longest {
-		return refuse(broker.Refusef(broker.ReasonInvalidArgument, fmt.Sprintf("ask for more than zero and at most %s", longest),
-			"access for %s was asked for; tool %s can be asked for for up to %s", duration, tool.Name, longest))
+		return refuse(broker.Refusef(broker.ReasonInvalidArgument, fmt.Sprintf("ask for more than zero and at most %s", broker.Span(longest)),
+			"access for %s was asked for; tool %s is given for %s at most", broker.Span(duration), tool.Name, broker.Span(longest)))
 	}
 	uses := req.MaxUses
 	switch {

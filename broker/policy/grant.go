@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"fmt"
 	"time"
 
 	"github.com/mayfly-security/mayfly/broker"
@@ -103,7 +104,7 @@ func (f GrantFacts) Issue(ask Ask, now time.Time) (end time.Time, d Decision) {
 	}
 	if f.Grant.MaxUses > 0 && f.Grant.Uses >= f.Grant.MaxUses {
 		return time.Time{}, Deny(broker.Refusef(broker.ReasonGrantUsed, "ask an operator for a new grant",
-			"grant %s for %s allowed %d use(s), and they are used up", f.Grant.ID, f.Grant.Tool, f.Grant.MaxUses))
+			"grant %s for %s was for %s, and is used up", f.Grant.ID, f.Grant.Tool, uses(f.Grant.MaxUses)))
 	}
 	for name, value := range f.Grant.Params {
 		// A value that is left out is none, also where the fixed one is empty.
@@ -226,4 +227,11 @@ func earliest(a, b time.Time) time.Time {
 		return b
 	}
 	return a
+}
+
+func uses(n int) string {
+	if n == 1 {
+		return "one use"
+	}
+	return fmt.Sprintf("%d uses", n)
 }

@@ -18,15 +18,16 @@ func (d DeniedBy) Error() string {
 // Refusal is what whoever asked is told of a Verdict that denies: who may not
 // do what, and by which policies.
 func (v Verdict) Refusal(who, what string) *broker.Error {
-	return v.refusal(broker.ReasonPolicy, who, what)
+	return v.refusal(broker.ReasonPolicy, "`mayfly policy explain` says what would allow it", who, what)
 }
 
 // AdminRefusal is Refusal for what operators do.
 func (v Verdict) AdminRefusal(who string, verb Verb) *broker.Error {
-	return v.refusal(broker.ReasonPermissionDenied, who, fmt.Sprintf("administer (%s)", verb))
+	return v.refusal(broker.ReasonPermissionDenied,
+		fmt.Sprintf("`mayfly policy explain administer --verb %s` says what would allow it", verb), who, fmt.Sprintf("administer (%s)", verb))
 }
 
-func (v Verdict) refusal(reason broker.Reason, who, what string) *broker.Error {
+func (v Verdict) refusal(reason broker.Reason, next, who, what string) *broker.Error {
 	why := "no policy permits it"
 	switch {
 	case len(v.Errors) > 0:
@@ -34,7 +35,7 @@ func (v Verdict) refusal(reason broker.Reason, who, what string) *broker.Error {
 	case len(v.Policies) > 0:
 		why = "forbidden by " + listed(v.Policies)
 	}
-	return broker.Refusef(reason, "`mayfly policy explain` says what would allow it",
+	return broker.Refusef(reason, next,
 		"%s may not %s: %s (policy set %s)", who, what, why, Short(v.Digest)).Because(DeniedBy{v})
 }
 

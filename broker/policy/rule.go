@@ -211,9 +211,9 @@ func StepUp(need broker.StepUp, authTime time.Time, acr string, method broker.Si
 	case authTime.After(now.Add(maxSkew)):
 		return refuse("the sign-in is in the future, by the broker's clock")
 	case need.MaxAge > 0 && authTime.IsZero():
-		return refuse("the identity provider did not say when the sign-in was; it must be no older than %s", need.MaxAge)
+		return refuse("the identity provider did not say when the sign-in was; it must be no older than %s", broker.Span(need.MaxAge))
 	case need.MaxAge > 0 && now.Sub(authTime) > need.MaxAge:
-		return refuse("the sign-in is %s old; it must be no older than %s", now.Sub(authTime).Round(time.Second), need.MaxAge)
+		return refuse("the sign-in is %s old; it must be no older than %s", broker.Span(now.Sub(authTime).Round(time.Second)), broker.Span(need.MaxAge))
 	case len(need.ACR) > 0 && !slices.Contains(need.ACR, acr):
 		return refuse("the sign-in is of class %q; it must be one of %q", broker.Clean(broker.Shorten(acr, 60)), need.ACR)
 	}

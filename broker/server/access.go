@@ -238,8 +238,12 @@ func (p policyService) Explain(ctx context.Context, req *connect.Request[mayflyv
 				"there is no action %q", broker.Clean(broker.Shorten(m.GetAction(), 40)))}
 		}
 		if r.Verb != "" && !slices.Contains(policy.Verbs(), r.Verb) {
+			var known []string
+			for _, v := range policy.Verbs() {
+				known = append(known, string(v))
+			}
 			return nil, unheard{broker.Refusef(broker.ReasonInvalidArgument, "the reference of policies lists the verbs",
-				"there is no verb %q", broker.Clean(broker.Shorten(m.GetVerb(), 40)))}
+				"there is no verb %q%s", broker.Clean(broker.Shorten(m.GetVerb(), 40)), broker.Suggest(m.GetVerb(), "verbs", known))}
 		}
 		if err := checkPrincipal(r.Principal); err != nil {
 			return nil, err

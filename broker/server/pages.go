@@ -1,6 +1,8 @@
 package server
 
 import (
+	"crypto/sha256"
+	"encoding/base64"
 	"errors"
 	"html/template"
 	"net/http"
@@ -9,6 +11,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/signin"
@@ -32,9 +36,22 @@ func isPage(r *http.Request) bool {
 	return r.URL.Path == "/" || r.URL.Path == pathBegin || r.URL.Path == pathCallback
 }
 
+const pageStyle = `:root { color-scheme: light dark }
+body { max-width: 34rem; margin: 18vh auto 0; padding: 0 1.5rem; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { margin: 0 0 .5rem; font-size: 1.5rem }
+p { margin: .5rem 0 }
+footer { margin-top: 2rem; opacity: .6; font-size: .875rem }`
+
+// pagePolicy lets a page have its own style and nothing else.
+var pagePolicy = func() string {
+	sum := sha256.Sum256([]byte(pageStyle))
+	return "default-src 'none'; style-src 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+}()
+
 var page = template.Must(template.New("page").Parse(`<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{{.Title}}</title></head>
-<body><main><h1>{{.Title}}</h1>{{range .Lines}}<p>{{.}}</p>{{end}}</main></body></html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="robots" content="noindex"><title>Mayfly: {{.Title}}</title>
+<style>` + pageStyle + `</style></head>
+<body><main><h1>{{.Title}}</h1>{{range .Lines}}<p>{{.}}</p>{{end}}</main><footer>Mayfly</footer></body></html>
 `))
 
 type pageText struct {
@@ -51,11 +68,11 @@ func (p *people) show(w http.ResponseWriter, status int, text pageText) {
 }
 
 func (p *people) about(w http.ResponseWriter, _ *http.Request) {
-	lines := []string{"This is a Mayfly broker: it gives agents short-lived credentials that people approve. People use it with the command mayfly, which signs in by a browser: mayfly login."}
+	lines := []string{"It gives agents short-lived credentials that people approve. People use it with the command mayfly, which signs in by a browser: mayfly login."}
 	if p.signIn.Provider().Sample() {
 		lines = append(lines, "It is mayflyd dev, with sample people: whoever can reach it can be any of them. It is not for production.")
 	}
-	p.show(w, http.StatusOK, pageText{"Mayfly", lines})
+	p.show(w, http.StatusOK, pageText{"This is a Mayfly broker", lines})
 }
 
 // failedPage says on a page why a sign-in does not go on. Where it is not
@@ -66,13 +83,19 @@ func (p *people) failedPage(w http.ResponseWriter, err error) {
 	status := http.StatusInternalServerError
 	var e *broker.Error
 	if errors.As(err, &e) {
-		text.Lines = []string{broker.Clean(e.Message) + ".", "What to do: " + broker.Clean(strings.ReplaceAll(e.Next, "`", "")) + "."}
+		text.Lines = []string{sentence(broker.Clean(e.Message)) + ".", "What to do: " + broker.Clean(strings.ReplaceAll(e.Next, "`", "")) + "."}
 		status = http.StatusBadRequest
 		if e.Reason == broker.ReasonRateLimited {
 			status = http.StatusTooManyRequests
 		}
 	}
 	p.show(w, status, text)
+}
+
+// sentence begins with a capital letter.
+func sentence(s string) string {
+	first, n := utf8.DecodeRuneInString(s)
+	return string(unicode.ToUpper(first)) + s[n:]
 }
 
 // begin sends the browser to the identity provider, and binds it.

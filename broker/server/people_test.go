@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
@@ -312,9 +313,20 @@ func TestPageHeaders(t *testing.T) {
 	p := r.person("")
 	for _, path := range []string{"/", "/signin", "/signin/callback", "/nothing"} {
 		a := p.send(request(t, "GET", r.people.url+path, "", nil))
+		policy := a.header.Get("Content-Security-Policy")
+		if !strings.HasPrefix(policy, "default-src 'none'; style-src 'sha256-") || !strings.HasSuffix(policy, "'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'") {
+			t.Errorf("%s: Content-Security-Policy is %q", path, policy)
+		}
+		if _, style, ok := strings.Cut(string(a.body), "<style>"); ok {
+			style, _, _ = strings.Cut(style, "</style>")
+			if sum := sha256.Sum256([]byte(style)); !strings.Contains(policy, base64.StdEncoding.EncodeToString(sum[:])) {
+				t.Errorf("%s: the page's style is not the one that the policy allows", path)
+			}
+		} else if path != "/nothing" {
+			t.Errorf("%s: the page has no style: %s", path, a.body)
+		}
 		for name, want := range map[string]string{
-			"Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-			"X-Content-Type-Options":  "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
+			"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
 			"Strict-Transport-Security": "", // it is localhost, and would hold for every other program there
 		} {
 			if got := a.header.Get(name); got != want {

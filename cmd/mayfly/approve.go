@@ -109,6 +109,9 @@ func (p *program) vote(ctx context.Context, arg string, f voteFlags, word string
 				return // nobody is asked, and standard error is for errors as JSON
 			}
 			out.fields("  ", shown...)
+			if !r.Votable {
+				out.line("As things stand you have no vote on it; the broker will say why.")
+			}
 			if length > 0 {
 				out.line("You agree to %s at most.", span(length))
 			}

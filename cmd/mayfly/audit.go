@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"maps"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -97,10 +98,19 @@ func subject(e client.Event) string {
 	return string(e.Incident)
 }
 
+// digest is what a digest looks like.
+var digest = regexp.MustCompile(`^[0-9a-f]{64}$`)
+
+// details are what else an event tells. Digests are cut; --output json has them
+// whole.
 func details(e client.Event) string {
 	var parts []string
 	for _, name := range slices.Sorted(maps.Keys(e.Details)) {
-		parts = append(parts, name+"="+e.Details[name])
+		value := e.Details[name]
+		if digest.MatchString(value) {
+			value = value[:12] + "…"
+		}
+		parts = append(parts, name+"="+value)
 	}
 	return strings.Join(parts, " ")
 }

@@ -247,7 +247,7 @@ func (p *program) giveBack(ctx context.Context, c *client.Client, l client.Lease
 	ended, err := c.Revoke(ctx, l.ID, reason)
 	switch {
 	case err != nil:
-		f := failureOf(err)
+		f := failureOf(err, "")
 		p.warn("lease %s is not revoked: %s%s", l.ID, f.Message, inBrackets(f.Reason))
 		p.warn("  it ends %s; to end it now: mayfly revoke %s", relative(l.End, p.now()), l.ID)
 		return err

@@ -123,7 +123,11 @@ func (l *loopback) callback(w http.ResponseWriter, r *http.Request) {
 		if text := q.Get("error_description"); text != "" {
 			why += ": " + text
 		}
-		c.err = broker.Refusef(broker.ReasonSignIn, "begin again with `mayfly login`",
+		next := "begin again with `mayfly login`"
+		if problem[0] == string(broker.ReasonStepUp) {
+			next = "do it again, and prove anew who you are; if you did, the identity provider did not do what it was asked: tell the broker's operator"
+		}
+		c.err = broker.Refusef(broker.ReasonSignIn, next,
 			"the sign-in was refused: %s", clean(broker.Shorten(why, 300)))
 	}
 	l.codes <- c

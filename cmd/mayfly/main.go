@@ -73,7 +73,8 @@ type program struct {
 	screen         func() bool   // whether standard error is a terminal, where a line can be written over; nil: looked up
 	signInLimit    time.Duration // how long a sign-in in the browser may take; 0: signInLimit
 
-	started bool // a verb's own code runs; what fails before it is a wrong use
+	path    string // the verb that ran, "mayfly grant list"
+	started bool   // a verb's own code runs; what fails before it is a wrong use
 
 	// forPeople: the verb is one that only a person can do.
 	forPeople bool
@@ -93,7 +94,8 @@ func (p *program) run(ctx context.Context) int {
 	root.SetIn(p.stdin)
 	root.SetOut(p.stdout)
 	root.SetErr(p.stderr)
-	err := root.ExecuteContext(ctx)
+	verb, err := root.ExecuteContextC(ctx)
+	p.path = verb.CommandPath()
 	if err != nil && !p.started {
 		err = wrongUse(err)
 	}

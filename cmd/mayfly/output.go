@@ -147,7 +147,7 @@ type failureBody struct {
 	ExitCode  int      `json:"exitCode"`
 }
 
-func failureOf(err error) failureBody {
+func failureOf(err error, path string) failureBody {
 	f := failureBody{Message: err.Error(), ExitCode: codeOf(err)}
 	var refusal *broker.Error
 	var unheard *client.ConnectionError
@@ -159,7 +159,10 @@ func failureOf(err error) failureBody {
 	case errors.As(err, &unheard):
 		f.Message, f.Next = unheard.Message, unheard.Next
 	case codeOf(err) == exitUsage, errors.As(err, new(*exitError)) && codeOf(err) == exitExec:
-		f.Next = "see `mayfly help`, or the verb with --help"
+		f.Next = "see `mayfly help`"
+		if path != "" {
+			f.Next = fmt.Sprintf("see `%s --help`", path)
+		}
 	case codeOf(err) > exitSignal:
 		f.Message = "interrupted"
 	}
@@ -172,7 +175,7 @@ func (p *program) complain(err error) {
 	if errors.As(err, &exit) && exit.err == nil || errors.Is(err, syscall.EPIPE) {
 		return // there is nothing to say, or nobody who reads
 	}
-	f := failureOf(err)
+	f := failureOf(err, p.path)
 	if p.output == "json" {
 		_ = writeJSON(p.stderr, failure{f}) // where standard error is gone, nobody can be told
 		return

@@ -206,7 +206,11 @@ func (p *program) countDown(ctx context.Context, c *client.Client, s client.Sele
 			}
 			break // --wait is over
 		}
+		same := heard && !live && p.output != "json" && aliveText(r) == aliveText(last)
 		heard, last = true, r
+		if same {
+			continue // where lines stay, one says it
+		}
 		if err := p.tick(r, live); err != nil {
 			return err
 		}
@@ -254,6 +258,7 @@ func aliveText(r client.Radius) string {
 // radius writes what the kill switch hits.
 func (p *page) radius(r client.Radius, word string) {
 	p.line("This %s withdraw %s and %s, and end %s.", word, count(r.Grants, "grant"), count(r.Requests, "request"), count(r.Leases, "lease"))
+	p.nothing(r)
 	var rows [][]string
 	for _, of := range []struct {
 		what   string
@@ -274,6 +279,14 @@ func (p *page) radius(r client.Radius, word string) {
 	p.survives(r)
 }
 
+// nothing says that nothing was hit: in haste, what is misspelt looks like what
+// is dead.
+func (p *page) nothing(r client.Radius) {
+	if r.Grants == 0 && r.Requests == 0 && r.Leases == 0 {
+		p.line("Nothing matches. If you expected something, look at the spelling: `mayfly grant list` and `mayfly leases` show names.")
+	}
+}
+
 func (p *page) survives(r client.Radius) {
 	for _, s := range r.Survives {
 		p.line("What survives: %s", s)
@@ -285,6 +298,7 @@ func (p *page) ended(r client.Radius) {
 	dead := max(r.Leases-r.Alive-r.Lapsed, 0)
 	s := fmt.Sprintf("%s and %s are withdrawn; %s", count(r.Grants, "grant"), count(r.Requests, "request"), endedText(client.Ended{Dead: dead, Revoking: r.Alive, Lapsed: r.Lapsed}))
 	p.line("%s.", s)
+	p.nothing(r)
 	p.survives(r)
 }
 

@@ -48,6 +48,10 @@ func sessionAddr(addr string) string { return strings.TrimRight(addr, "/") }
 // loadSession reads the session at a broker. What others could have read or
 // written is not used.
 func (p *program) loadSession(addr string) (session, error) {
+	if addr == "" {
+		return session{}, broker.Refusef(broker.ReasonInvalidArgument, fmt.Sprintf("set %s to https://host:port of the broker's listener for people", client.EnvPeopleAddr),
+			"there is no address to come to as a person")
+	}
 	path, err := p.sessionPath(addr)
 	if err != nil {
 		return session{}, err

@@ -270,7 +270,11 @@ func printDev(out io.Writer, d *daemon, dir string, catalogFiles []string, bundl
 			"Your browser will ask whether to trust this machine's broker, and then who to be:\n\n", sample.settings.url, sample.caFile)
 		w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 		for _, p := range sample.people {
-			fmt.Fprintf(w, "  %s\t%s\n", p.Name, strings.Join(p.Groups, ", "))
+			groups := strings.Join(p.Groups, ", ")
+			if groups == "" {
+				groups = "in no group"
+			}
+			fmt.Fprintf(w, "  %s\t%s\n", p.Name, groups)
 		}
 		w.Flush()
 		fmt.Fprintf(out, "\nWithout a browser: MAYFLY_TOKEN=$(mayflyd dev token --dir %s --person %s)\n", dir, sample.people[0].Name)

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -22,11 +23,47 @@ var version = "unknown"
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := rootCommand().ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(os.Stderr, "mayflyd:", sentence(err))
+	if err := execute(ctx, os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "mayflyd:", err)
 		stop()
 		os.Exit(1) // the deferred stop has nothing left to do
 	}
+}
+
+// execute runs the command. Its error is one for people to read.
+func execute(ctx context.Context, args []string) error {
+	root := rootCommand()
+	began := false
+	markBegin(root, &began)
+	root.SetArgs(args)
+	verb, err := root.ExecuteContextC(ctx)
+	if err != nil && !began {
+		return wrongUse(verb, err)
+	}
+	return sentence(err)
+}
+
+// markBegin has every verb say that its own code has begun: what fails before
+// is a wrong use.
+func markBegin(c *cobra.Command, began *bool) {
+	if inner := c.RunE; inner != nil {
+		c.RunE = func(cmd *cobra.Command, args []string) error {
+			*began = true
+			return inner(cmd, args)
+		}
+	}
+	for _, sub := range c.Commands() {
+		markBegin(sub, began)
+	}
+}
+
+func wrongUse(verb *cobra.Command, err error) error {
+	text := err.Error()
+	if missing, ok := strings.CutPrefix(text, "required flag(s) "); ok {
+		missing = strings.ReplaceAll(strings.TrimSuffix(missing, " not set"), `"`, "")
+		text = verb.CommandPath() + " needs --" + strings.ReplaceAll(missing, ", ", ", --")
+	}
+	return fmt.Errorf("%s; see `%s --help`", text, verb.CommandPath())
 }
 
 func rootCommand() *cobra.Command {
@@ -53,7 +90,7 @@ machine, for trying things out.`,
 func newLog(w io.Writer, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 		if err, ok := a.Value.Any().(error); ok {
-			a.Value = slog.StringValue(broker.Clean(broker.Shorten(err.Error(), maxLogged)))
+			a.Value = slog.StringValue(broker.OneLine(broker.Shorten(err.Error(), maxLogged)))
 		} else if a.Value.Kind() == slog.KindString && len(a.Value.String()) > maxLogged {
 			a.Value = slog.StringValue(broker.Shorten(a.Value.String(), maxLogged))
 		}
@@ -91,6 +128,9 @@ func sentence(err error) error {
 	var e *broker.Error
 	if errors.As(err, &e) && e.Next != "" {
 		return fmt.Errorf("%s; %s", e.Message, e.Next)
+	}
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return fmt.Errorf("%w: another process listens there, perhaps another mayflyd; stop it, or choose another address", err)
 	}
 	return err
 }

@@ -21,10 +21,10 @@ const (
 	keyFile  = "key.pem"
 )
 
-// writeCertificate makes an authority, and a certificate for a server on
-// loopback with its key in dir. It returns the authority's certificate; the
-// authority's key is forgotten.
-func writeCertificate(dir string, names []string) (ca string, err error) {
+// WriteCertificate makes an authority, and a certificate for a server on
+// loopback with its key, in cert.pem and key.pem of dir. It returns the
+// authority's certificate; the authority's key is forgotten.
+func WriteCertificate(dir string, names []string) (ca string, err error) {
 	now := time.Now()
 	authorityKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

@@ -27,9 +27,9 @@ type OIDCConfig struct {
 	Server   string        `json:"-"`
 	Accounts []OIDCAccount `json:"accounts"`
 	Clients  []OIDCClient  `json:"clients"`
-	// Audience is the resource (RFC 8707) that it gives JWT access tokens for:
-	// an absolute URI. Empty: it gives none.
-	Audience string `json:"audience,omitempty"`
+	// Audiences are the resources (RFC 8707) that it gives JWT access tokens for:
+	// absolute URIs. Empty: it gives none.
+	Audiences []string `json:"audiences,omitempty"`
 	// ACR are the classes of authentication that its login page offers.
 	ACR []string `json:"acr,omitempty"`
 	// ClaimsInIDToken puts what scopes ask for into ID tokens. False: they are

@@ -127,7 +127,7 @@ func StartVault(ctx context.Context, config VaultConfig) (_ *Vault, err error) {
 func (v *Vault) setUpHTTP() error {
 	transport := &http.Transport{MaxIdleConnsPerHost: 16, IdleConnTimeout: time.Minute} // no proxy: it is on loopback
 	if v.config.TLS {
-		ca, err := writeCertificate(v.Dir, v.config.Names)
+		ca, err := WriteCertificate(v.Dir, v.config.Names)
 		if err != nil {
 			return fmt.Errorf("making Vault's certificate: %w", err)
 		}

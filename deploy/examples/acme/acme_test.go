@@ -3,7 +3,6 @@
 package acme_test
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -31,7 +30,9 @@ import (
 // bin is where the programs are that TestMain builds.
 const bin = "MAYFLY_TEST_BIN"
 
-func TestMain(m *testing.M) { testscript.Main(builds{m}, map[string]func(){"browser": browser}) }
+func TestMain(m *testing.M) {
+	testscript.Main(builds{m}, map[string]func(){"browser": browser, "device": device})
+}
 
 // builds builds mayfly and mayflyd before the tests run.
 type builds struct{ m *testing.M }
@@ -55,15 +56,20 @@ func (b builds) Run() int {
 	return b.m.Run()
 }
 
+// commands are what stories are told with, besides testscript's own.
+var commands = map[string]func(*testscript.TestScript, bool, []string){
+	"as": asCommand, "keep": keepCommand, "accepts": acceptsCommand, "refuses": refusesCommand, "reload": reloadCommand,
+}
+
 // TestStories tells the five cases.
 func TestStories(t *testing.T) {
+	if err := story.LookAtSources("../../.."); err != nil {
+		t.Fatal(err)
+	}
 	testscript.Run(t, testscript.Params{
 		Dir:   "testdata/script",
 		Setup: setUp,
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"as": asCommand, "keep": keepCommand, "accepts": acceptsCommand, "refuses": refusesCommand,
-			"reload": reloadCommand,
-		},
+		Cmds:  commands,
 	})
 }
 
@@ -71,23 +77,43 @@ func TestStories(t *testing.T) {
 type acme struct {
 	dir          string // its state
 	addr, people string // where workloads and people come in
+	how          string // the button that signs people in, unless a story says otherwise
 	cmd          *exec.Cmd
-	errs         *os.File
+	log          string
+	ended        chan error
+}
+
+// newAcme makes a place for a story's broker, and ports for it.
+func newAcme(env *testscript.Env) (a *acme, ports []string, err error) {
+	dir, err := os.MkdirTemp("", "mf") // a socket's path must be short
+	if err != nil {
+		return nil, nil, err
+	}
+	env.Defer(func() { os.RemoveAll(dir) })
+	if ports, err = story.FreePorts(3); err != nil {
+		return nil, nil, err
+	}
+	return &acme{
+		dir: filepath.Join(dir, "state"), log: filepath.Join(dir, "log"),
+		addr: "https://localhost:" + ports[0], people: "https://localhost:" + ports[1],
+	}, ports, nil
 }
 
 // setUp starts mayflyd dev for one story, and stops it at its end.
 func setUp(env *testscript.Env) error {
-	dir, err := os.MkdirTemp("", "mf") // a socket's path must be short
+	a, ports, err := newAcme(env)
 	if err != nil {
 		return err
 	}
-	env.Defer(func() { os.RemoveAll(dir) })
-	ports, err := story.FreePorts(3)
-	if err != nil {
-		return err
-	}
-	a := &acme{dir: filepath.Join(dir, "state"), addr: "https://localhost:" + ports[0], people: "https://localhost:" + ports[1]}
-	if err := a.start(filepath.Join(dir, "log"), ports); err != nil {
+	a.how = "password"
+	return a.tell(env, "Ready.", "dev", "--dir", a.dir,
+		"--listen", "127.0.0.1:"+ports[0], "--people-listen", "127.0.0.1:"+ports[1], "--idp-listen", "127.0.0.1:"+ports[2], "--ops-listen", "")
+}
+
+// tell starts the broker, which prints sign when it serves, and prepares a story
+// that is told with it.
+func (a *acme) tell(env *testscript.Env, sign string, args ...string) error {
+	if err := a.start(sign, args...); err != nil {
 		return err
 	}
 	env.Defer(func() {
@@ -110,47 +136,40 @@ func setUp(env *testscript.Env) error {
 }
 
 // start starts the broker and returns when it serves.
-func (a *acme) start(log string, ports []string) (err error) {
-	if a.errs, err = os.Create(log); err != nil {
-		return err
-	}
-	a.cmd = exec.Command(filepath.Join(os.Getenv(bin), "mayflyd"), "dev", "--dir", a.dir,
-		"--listen", "127.0.0.1:"+ports[0], "--people-listen", "127.0.0.1:"+ports[1], "--idp-listen", "127.0.0.1:"+ports[2], "--ops-listen", "")
-	a.cmd.Stderr = a.errs
-	out, err := a.cmd.StdoutPipe()
+func (a *acme) start(sign string, args ...string) error {
+	out, err := os.Create(a.log)
 	if err != nil {
 		return err
 	}
+	defer out.Close() // the process has its own
+	a.cmd = exec.Command(filepath.Join(os.Getenv(bin), "mayflyd"), args...)
+	a.cmd.Stdout, a.cmd.Stderr = out, out
 	if err := a.cmd.Start(); err != nil {
 		return err
 	}
-	ready := make(chan error, 1)
-	go func() {
-		lines := bufio.NewScanner(out)
-		for lines.Scan() {
-			if strings.HasPrefix(lines.Text(), "Ready.") {
-				ready <- nil
-				_, _ = io.Copy(io.Discard, out) // ends with the process
-				return
-			}
+	a.ended = make(chan error, 1)
+	go func() { a.ended <- a.cmd.Wait() }()
+	late := time.After(30 * time.Second)
+	for {
+		said, err := os.ReadFile(a.log)
+		if err == nil && strings.Contains(string(said), sign) {
+			return nil
 		}
-		said, _ := os.ReadFile(log)
-		ready <- fmt.Errorf("mayflyd dev ended before it was ready:\n%s", said)
-	}()
-	select {
-	case err := <-ready:
-		return err
-	case <-time.After(30 * time.Second):
-		return errors.Join(errors.New("mayflyd dev was not ready in 30 s"), a.stop())
+		select {
+		case err := <-a.ended:
+			return fmt.Errorf("mayflyd ended before it was ready: %w\n%s", err, said)
+		case <-late:
+			return errors.Join(fmt.Errorf("mayflyd was not ready in 30 s:\n%s", said), a.stop())
+		case <-time.After(20 * time.Millisecond):
+		}
 	}
 }
 
 func (a *acme) stop() error {
-	defer a.errs.Close()
 	if err := a.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		return err
 	}
-	return a.cmd.Wait()
+	return <-a.ended
 }
 
 func acmeOf(ts *testscript.TestScript) *acme { return ts.Value("acme").(*acme) }
@@ -176,7 +195,7 @@ func asCommand(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(os.MkdirAll(home, 0o700))
 	for name, value := range map[string]string{
 		"SPIFFE_ENDPOINT_SOCKET": "", "MAYFLY_PEOPLE_ADDR": a.people, "HOME": home, "XDG_CONFIG_HOME": home,
-		browserPerson: who + "@acme.test", browserHow: "password", browserAge: "",
+		browserPerson: who + "@acme.test", browserHow: a.how, browserClass: "", browserAge: "",
 	} {
 		ts.Setenv(name, value)
 	}

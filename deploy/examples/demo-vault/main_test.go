@@ -12,6 +12,9 @@ import (
 // TestDemoVault builds the programs and tells the story with them, as `make
 // demo-vault` does.
 func TestDemoVault(t *testing.T) {
+	if err := story.LookAtSources("../../.."); err != nil {
+		t.Fatal(err)
+	}
 	bin := t.TempDir()
 	for _, name := range []string{"mayfly", "mayflyd"} {
 		cmd := exec.Command("go", "build", "-o", filepath.Join(bin, name), "github.com/mayfly-security/mayfly/cmd/"+name)

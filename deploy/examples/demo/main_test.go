@@ -11,6 +11,9 @@ import (
 
 // TestDemo builds the programs and tells the story with them, as `make demo` does.
 func TestDemo(t *testing.T) {
+	if err := story.LookAtSources("../../.."); err != nil {
+		t.Fatal(err)
+	}
 	bin := t.TempDir()
 	for out, pkg := range map[string]string{"mayfly": "cmd/mayfly", "mayflyd": "cmd/mayflyd", "examples/crm": "deploy/examples/crm"} {
 		cmd := exec.Command("go", "build", "-o", filepath.Join(bin, out), "github.com/mayfly-security/mayfly/"+pkg)

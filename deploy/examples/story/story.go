@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -211,4 +212,18 @@ func FreePorts(n int) ([]string, error) {
 		ports = append(ports, port)
 	}
 	return ports, nil
+}
+
+// LookAtSources looks at what the programs are built from, below the module's
+// root. `go test` keeps a result for as long as nothing that the test looked at
+// changes, and does not see what a test builds: so that a result of earlier
+// programs is not taken for one of these, a test looks at their sources.
+func LookAtSources(root string) error {
+	for _, dir := range []string{"attestation", "broker", "cmd", "deploy/examples", "providers", "store"} {
+		err := filepath.WalkDir(filepath.Join(root, dir), func(_ string, _ fs.DirEntry, err error) error { return err })
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }

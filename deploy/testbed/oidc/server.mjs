@@ -56,7 +56,7 @@ function provider(issuer) {
       resourceIndicators: {
         enabled: true,
         async getResourceServerInfo(_ctx, resource) {
-          if (resource !== config.audience) throw new errors.InvalidTarget();
+          if (!config.audiences?.includes(resource)) throw new errors.InvalidTarget();
           return { scope: 'openid', audience: resource, accessTokenFormat: 'jwt', accessTokenTTL: 300, jwt: { sign: { alg: 'ES256' } } };
         },
       },
@@ -76,7 +76,7 @@ function provider(issuer) {
       if (grant.accountId !== ctx.oidc.session.accountId) return undefined;
       grant.addOIDCScope('openid email profile groups');
       grant.addOIDCClaims(['email', 'email_verified', 'name', 'preferred_username', 'groups']);
-      if (config.audience) grant.addResourceScope(config.audience, 'openid');
+      for (const audience of config.audiences ?? []) grant.addResourceScope(audience, 'openid');
       await grant.save();
       return grant;
     },

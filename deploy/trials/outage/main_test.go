@@ -8,10 +8,15 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/mayfly-security/mayfly/deploy/examples/story"
 )
 
 // TestOutage is the short form of `make outage`: what is promised is the same.
 func TestOutage(t *testing.T) {
+	if err := story.LookAtSources("../../.."); err != nil {
+		t.Fatal(err)
+	}
 	bin := t.TempDir()
 	for _, name := range []string{"mayfly", "mayflyd"} {
 		cmd := exec.Command("go", "build", "-o", filepath.Join(bin, name), "github.com/mayfly-security/mayfly/cmd/"+name)
