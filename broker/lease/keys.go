@@ -30,6 +30,7 @@ import (
 //	house|time|kind|ID             when a grant, an incident or an ended lease is next looked at
 //	revoking|time|ID               the leases in state revoking, by their end
 //	sweep|kind|ID                  a change whose leases may not all have been told
+//	stands|provider|ID             a lease that is denied at the provider until it dies by itself (standing.go)
 //	meta|restored                  the mark of a backup that was put in place: the restore is not done
 //	stray|provider|name            something at a provider that nobody here answers for
 const (
