@@ -59,7 +59,7 @@ func (p *provider) end(ctx context.Context, endings []providers.Ending, revoke b
 		case p.config.Early.Mode == awsscope.EarlyOff, h.Role == "" && p.config.Early.Mode == awsscope.EarlyDenyList,
 			h.Role != "" && p.config.Early.Mode == awsscope.EarlyMinIO:
 			deaths[i] = p.asked(h, revoke)
-		case p.config.Early.Mode == awsscope.EarlyDenyList && h.Dies.Sub(now) < soon:
+		case p.config.Early.Mode == awsscope.EarlyDenyList && revoke && h.Dies.Sub(now) < soon:
 			deaths[i] = p.asked(h, revoke)
 		default:
 			roles[h.Role] = append(roles[h.Role], at{i, h, e})

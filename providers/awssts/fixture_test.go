@@ -239,3 +239,22 @@ func (w *world) confirm(p *provider, l *lease) providers.Death {
 }
 
 var _ http.Handler = (*fakeaws.Fake)(nil)
+
+// contextWith is a context to give up with.
+func contextWith(t testing.TB) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(t.Context())
+	t.Cleanup(cancel)
+	return ctx, cancel
+}
+
+// waitFor waits until the fake has acted upon so many writes of policies.
+func (w *world) waitFor(writes int) {
+	w.t.Helper()
+	for range 1000 {
+		if w.fake.Count("PutRolePolicy") >= writes {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+	w.t.Fatalf("there were %d writes, not %d", w.fake.Count("PutRolePolicy"), writes)
+}

@@ -1,6 +1,7 @@
 package awssts
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -142,6 +143,9 @@ func (p *provider) must(ctx context.Context, w *writer) (map[broker.LeaseID]deny
 	}
 	all := map[broker.LeaseID]denylist.Known{}
 	for _, k := range stored {
+		if !bytes.Contains(k.Handle, []byte(w.role.ARN)) {
+			continue // most are another role's: reading them takes its time
+		}
 		h, err := decodeHandle(k.Handle)
 		if err != nil || h.Role != w.role.ARN {
 			continue
@@ -205,12 +209,15 @@ func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error
 			delete(w.foreign, e)
 		}
 	}
+	if w.probe != nil && (len(must) == 0 || !p.now().Before(w.probe.expires)) {
+		w.probe = nil // it has nothing more to tell
+	}
 	if w.probe != nil {
 		must[w.probe.entry()] = struct{}{}
 	}
 	for range maxSteps {
 		w.list.Settle(p.now())
-		step, err := w.list.Next(must, fmt.Sprintf("%s%s-%d", w.prefix, p.writers.run, w.serial), tidy)
+		step, err := w.list.Next(must, fmt.Sprintf("%s%s-%d", w.prefix, p.writers.run, w.serial), tidy, p.now())
 		if err != nil {
 			return fmt.Errorf("role %s: %w", w.role.Name, err)
 		}
@@ -278,7 +285,7 @@ func (p *provider) do(ctx context.Context, w *writer, step denylist.Step) error 
 	now := p.now()
 	switch f := asFault(err); {
 	case err == nil, len(step.Set) == 0 && f.kind == missing:
-		w.list.Wrote(step)
+		w.list.Wrote(step, now)
 		w.wrote[step.Policy] = now
 		if w.probe != nil && step.Set.Has(w.probe.entry()) && w.probe.covers == nil {
 			w.probe.covers, w.probe.wrote = maps.Clone(step.Set), now
@@ -322,7 +329,6 @@ func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID
 		}
 	}
 	now, others := p.now(), 0
-	var errs []error
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		text, there := "", names[name]
 		if there {
@@ -358,8 +364,7 @@ func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID
 			was = pol.Stands
 		}
 		if err := w.list.Saw(name, text, there, now, now.Add(landing)); err != nil {
-			p.log.Error("a policy of the deny list was changed by somebody else: it is left as it is, and its entries are written anew", "role", w.role.ARN, "policy", name, "error", err)
-			errs = append(errs, err)
+			p.log.Error("a policy of the deny list was changed by somebody else: what must stand is written again", "role", w.role.ARN, "policy", name, "error", err)
 		}
 		if now := w.list.Policies[name]; now != nil && now.Own && pol != nil && !now.Stands.Equal(was) {
 			p.log.Error("the deny list in IAM is not what was written: it is written again", "role", w.role.ARN, "policy", name,

@@ -145,8 +145,57 @@ func TestRequired(t *testing.T) {
 // cloud is the policies of one role in a model of IAM, with writes under way.
 type cloud struct {
 	policies map[string]Set
+	past     map[string][]past // what policies were, until when
 	flying   []flying
 	others   int
+	now      time.Time
+	forced   Set // entries that were in force whatever order writes come into force in
+}
+
+type past struct {
+	set   Set
+	until time.Time
+}
+
+// change notes what a policy was.
+func (c *cloud) change(name string, set Set) {
+	c.past[name] = append(c.past[name], past{c.policies[name], c.now})
+	if len(set) == 0 {
+		delete(c.policies, name)
+	} else {
+		c.policies[name] = set
+	}
+}
+
+// inForce reports whether an entry denies, whatever of its policies' latest
+// writes are in force already.
+func (c *cloud) inForce(e Entry) bool {
+	for name, set := range c.policies {
+		all := set.Has(e)
+		for _, p := range c.past[name] {
+			if c.now.Before(p.until.Add(Spread)) {
+				all = all && p.set.Has(e)
+			}
+		}
+		if all {
+			return true
+		}
+	}
+	return false
+}
+
+// keptInForce returns an entry that must deny, did, and may not any more.
+func (c *cloud) keptInForce(must Set) (Entry, bool) {
+	for e := range must {
+		is := c.inForce(e)
+		if c.forced.Has(e) && !is {
+			return e, false
+		}
+		if is {
+			c.forced[e] = struct{}{}
+		}
+	}
+	return Entry{}, true
 }
 
 type flying struct {
@@ -156,7 +205,7 @@ type flying struct {
 
 func (c *cloud) put(s Step) bool {
 	if len(s.Set) == 0 {
-		delete(c.policies, s.Policy)
+		c.change(s.Policy, nil)
 		return true
 	}
 	n := c.others + Size(s.Set)
@@ -168,7 +217,7 @@ func (c *cloud) put(s Step) bool {
 	if n > Quota {
 		return false
 	}
-	c.policies[s.Policy] = s.Set
+	c.change(s.Policy, s.Set)
 	return true
 }
 
@@ -188,8 +237,8 @@ func TestNothingIsLost(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		const late = 15 * time.Minute
 		now := time.Unix(1_700_000_000, 0)
-		c := &cloud{policies: map[string]Set{}, others: rapid.SampledFrom([]int{0, 500, 4000}).Draw(t, "others")}
-		capacity := (Quota - c.others - 400) / leaseCost
+		c := &cloud{policies: map[string]Set{}, past: map[string][]past{}, forced: Set{}, now: now, others: rapid.SampledFrom([]int{0, 500, 4000}).Draw(t, "others")}
+		capacity := (Quota - c.others - 840) / leaseCost // as the provider admits leases
 		must, serial, process, fresh := Set{}, 0, 0, 0
 		list := &List{Policies: map[string]*Policy{}, Others: c.others}
 		see := func() {
@@ -215,6 +264,9 @@ func TestNothingIsLost(t *testing.T) {
 					t.Fatalf("%s: %v is counted upon and does not stand", what, e)
 				}
 			}
+			if e, ok := c.keptInForce(must); !ok {
+				t.Fatalf("%s: %v was in force, and may not be any more", what, e)
+			}
 		}
 		land := func(i int) {
 			f := c.flying[i]
@@ -224,9 +276,10 @@ func TestNothingIsLost(t *testing.T) {
 		}
 		// work brings the list to where nothing is missing.
 		work := func(unknown bool, tidy bool) {
+			trail := ""
 			for range 400 {
 				list.Settle(now)
-				step, err := list.Next(must, fmt.Sprintf("p%d-%d", process, fresh), tidy)
+				step, err := list.Next(must, fmt.Sprintf("p%d-%d", process, fresh), tidy, now)
 				if err != nil {
 					// Old writes may hold room until they cannot land any more.
 					if full := (*FullError)(nil); !errors.As(err, &full) {
@@ -234,6 +287,7 @@ func TestNothingIsLost(t *testing.T) {
 					}
 					return
 				}
+				trail = fmt.Sprintf("%s\n%s: %d, used %d of %d, missing %d of %d", trail[max(len(trail)-1500, 0):], step.Policy, len(step.Set), list.Used(), Quota, len(must.Minus(list.Sure())), len(must))
 				if step.Policy == "" {
 					if left := must.Minus(list.Sure()); len(left) > 0 {
 						t.Fatalf("nothing is to be done, and %d entries are not sure", len(left))
@@ -251,13 +305,16 @@ func TestNothingIsLost(t *testing.T) {
 					}
 					unknown = false
 				} else if c.put(step) {
-					list.Wrote(step)
+					list.Wrote(step, now)
 				} else {
+					for name, set := range c.policies {
+						trail += fmt.Sprintf(" refused[%s=%d]", name, len(set))
+					}
 					see() // a write landed that we had not seen
 				}
 				check("after a step")
 			}
-			t.Fatal("there is no end to it")
+			t.Fatalf("there is no end to it: %s", trail)
 		}
 		for range rapid.IntRange(5, 25).Draw(t, "acts") {
 			switch rapid.IntRange(0, 6).Draw(t, "act") {
@@ -277,7 +334,7 @@ func TestNothingIsLost(t *testing.T) {
 				}
 				work(false, rapid.Bool().Draw(t, "tidy"))
 			case 4: // a new process takes over; the old one's last write is under way
-				if step, err := list.Next(must, fmt.Sprintf("p%d-%d", process, fresh), true); err == nil && step.Policy != "" {
+				if step, err := list.Next(must, fmt.Sprintf("p%d-%d", process, fresh), true, now); err == nil && step.Policy != "" {
 					c.flying = append(c.flying, flying{step, now.Add(late)})
 				}
 				process++
@@ -287,8 +344,9 @@ func TestNothingIsLost(t *testing.T) {
 				check("after a takeover")
 				work(false, false)
 			case 5:
+				check("before time passes")
 				now = now.Add(rapid.SampledFrom([]time.Duration{time.Second, time.Minute, 8 * time.Minute}).Draw(t, "passes"))
-				c.flying = keepAlive(c.flying, now)
+				c.now, c.flying = now, keepAlive(c.flying, now)
 				see()
 				work(false, true)
 			case 6:
@@ -297,13 +355,13 @@ func TestNothingIsLost(t *testing.T) {
 				}
 			}
 		}
-		now = now.Add(2 * late)
 		c.flying = nil
-		see()
-		work(false, true)
-		now = now.Add(2 * late) // what was seen from others cannot be under way any more
-		see()
-		work(false, true)
+		for range 40 { // what was seen from others cannot be under way any more
+			now = now.Add(2 * late)
+			c.now = now
+			see()
+			work(false, true)
+		}
 		for e := range must {
 			if !c.has(e) {
 				t.Errorf("%v does not stand in the end", e)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"sort"
 	"strings"
 	"time"
 )
@@ -22,13 +23,43 @@ type List struct {
 	Others int
 }
 
+// Spread is how long a write of IAM may take to be in force everywhere. Two
+// writes of different policies come into force in any order: what was just
+// written to one is not taken out of another before that.
+const Spread = 5 * time.Minute
+
 // Policy is one policy of a List.
 type Policy struct {
-	Stands Set       // what was last seen, or written, in it
-	Late   []Late    // writes that may still land
-	Opaque int       // if not zero, it cannot be read, and has so many characters: it is left alone
-	Own    bool      // this process writes it
-	Seen   time.Time // when it was first seen, if another process wrote it
+	Stands Set    // what was last seen, or written, in it
+	Late   []Late // writes that may still land
+	Opaque int    // if not zero, it cannot be read, and has so many characters: it is left alone
+	Own    bool   // this process writes it
+
+	since map[Entry]time.Time // since when each entry has stood in it
+}
+
+// stand notes what stands in the policy from now on.
+func (p *Policy) stand(set Set, now time.Time) {
+	since := make(map[Entry]time.Time, len(set))
+	for e := range set {
+		if at, ok := p.since[e]; ok {
+			since[e] = at
+		} else {
+			since[e] = now
+		}
+	}
+	p.Stands, p.since = maps.Clone(set), since
+}
+
+// settled is what is sure and in force everywhere.
+func (p *Policy) settled(now time.Time) Set {
+	s := Set{}
+	for e := range p.Sure() {
+		if at, ok := p.since[e]; ok && !now.Before(at.Add(Spread)) {
+			s[e] = struct{}{}
+		}
+	}
+	return s
 }
 
 // Late is a write whose outcome is not known.
@@ -118,7 +149,7 @@ func (e *FullError) Error() string {
 // costs a call.
 //
 // Whatever is done, an entry of must that is sure stays sure.
-func (l *List) Next(must Set, fresh string, tidy bool) (Step, error) {
+func (l *List) Next(must Set, fresh string, tidy bool, now time.Time) (Step, error) {
 	names := slices.Sorted(maps.Keys(l.Policies))
 	active := ""
 	for _, name := range names {
@@ -139,7 +170,7 @@ func (l *List) Next(must Set, fresh string, tidy bool) (Step, error) {
 	stands := Set{}
 	if active == "" {
 		if len(must) == 0 {
-			return l.remove(names, active, must), nil
+			return l.remove(names, active, must, now), nil
 		}
 		active = fresh
 	} else {
@@ -153,13 +184,13 @@ func (l *List) Next(must Set, fresh string, tidy bool) (Step, error) {
 	}
 	if Size(must) <= room {
 		if !stands.Equal(must) && (len(missing) > 0 || tidy) {
-			return Step{Policy: active, Set: must}, nil
+			return Step{Policy: active, Set: maps.Clone(must)}, nil
 		}
-		return l.remove(names, active, must), nil
+		return l.remove(names, active, must, now), nil
 	}
 	// Not all of it fits beside the other policies: what is missing goes first.
 	next := stands.And(must)
-	size, elsewhere := Size(next), l.elsewhere(active)
+	size, elsewhere := Size(next), l.elsewhere(active, now)
 	// What is sure elsewhere makes room for what is sure nowhere.
 	if len(missing) > 0 && size+leaseCost > room {
 		for _, e := range next.And(elsewhere).Sorted() {
@@ -167,13 +198,7 @@ func (l *List) Next(must Set, fresh string, tidy bool) (Step, error) {
 		}
 	}
 	for _, group := range []Set{missing, must.Minus(missing).Minus(next)} {
-		for _, e := range group.Sorted() {
-			next[e] = struct{}{}
-			if size = Size(next); size > room {
-				delete(next, e)
-				break
-			}
-		}
+		next = fill(next, group.Sorted(), room)
 	}
 	if !next.Equal(stands) && (len(next.Minus(stands)) > 0 || tidy) && len(next.And(missing)) > 0 {
 		return Step{Policy: active, Set: next}, nil
@@ -185,11 +210,11 @@ func (l *List) Next(must Set, fresh string, tidy bool) (Step, error) {
 		if name == active || p.Opaque != 0 {
 			continue
 		}
-		if keep := p.Stands.And(must).Minus(l.elsewhere(name)); len(keep) < len(p.Stands) {
+		if keep := p.Stands.And(must).Minus(l.elsewhere(name, now)); len(keep) < len(p.Stands) {
 			return Step{Policy: name, Set: keep}, nil
 		}
 	}
-	if !next.Equal(stands) && len(next.Minus(stands)) > 0 {
+	if len(missing) == 0 && len(next.Minus(stands)) > 0 {
 		return Step{Policy: active, Set: next}, nil
 	}
 	if len(missing) > 0 {
@@ -198,12 +223,29 @@ func (l *List) Next(must Set, fresh string, tidy bool) (Step, error) {
 	return Step{}, nil
 }
 
-// elsewhere is what is sure in other policies than this one.
-func (l *List) elsewhere(than string) Set {
+// fill adds as many of the entries as fit into room.
+func fill(s Set, entries []Entry, room int) Set {
+	fits := func(n int) bool {
+		with := maps.Clone(s)
+		for _, e := range entries[:n] {
+			with[e] = struct{}{}
+		}
+		return Size(with) <= room
+	}
+	n := sort.Search(len(entries), func(i int) bool { return !fits(i + 1) })
+	s = maps.Clone(s)
+	for _, e := range entries[:n] {
+		s[e] = struct{}{}
+	}
+	return s
+}
+
+// elsewhere is what is sure, and in force, in other policies than this one.
+func (l *List) elsewhere(than string, now time.Time) Set {
 	all := Set{}
 	for name, p := range l.Policies {
 		if name != than {
-			all.Add(p.Sure())
+			all.Add(p.settled(now))
 		}
 	}
 	return all
@@ -211,10 +253,10 @@ func (l *List) elsewhere(than string) Set {
 
 // remove gives up a policy that is not needed: what must stand stands in the
 // active one. One in which a write may still land is left until it cannot.
-func (l *List) remove(names []string, active string, must Set) Step {
+func (l *List) remove(names []string, active string, must Set, now time.Time) Step {
 	sure := Set{}
 	if p := l.Policies[active]; p != nil {
-		sure = p.Sure()
+		sure = p.settled(now)
 	}
 	if len(must.Minus(sure)) > 0 {
 		return Step{}
@@ -230,15 +272,17 @@ func (l *List) remove(names []string, active string, must Set) Step {
 }
 
 // Wrote notes a write or deletion that IAM has confirmed.
-func (l *List) Wrote(s Step) {
+func (l *List) Wrote(s Step, now time.Time) {
 	p := l.Policies[s.Policy]
 	switch {
 	case len(s.Set) == 0 && (p == nil || len(p.Late) == 0):
 		delete(l.Policies, s.Policy)
 	case p == nil:
-		l.Policies[s.Policy] = &Policy{Stands: maps.Clone(s.Set), Own: true}
+		p = &Policy{Own: true}
+		l.Policies[s.Policy] = p
+		p.stand(s.Set, now)
 	default:
-		p.Stands = maps.Clone(s.Set)
+		p.stand(s.Set, now)
 	}
 }
 
@@ -260,23 +304,29 @@ func (l *List) Saw(name, policy string, there bool, now, until time.Time) error 
 		if p != nil && len(p.Late) == 0 {
 			delete(l.Policies, name)
 		} else if p != nil {
-			p.Stands, p.Opaque = Set{}, 0
+			p.stand(Set{}, now)
+			p.Opaque = 0
 		}
 		return nil
 	}
 	set, err := Parse(policy)
 	if p == nil {
-		p = &Policy{Seen: now, Late: []Late{{Unknown: true, Until: until}}}
+		p = &Policy{Late: []Late{{Unknown: true, Until: until}}}
 		l.Policies[name] = p
 	}
 	if err != nil {
-		p.Stands, p.Opaque = Set{}, len(strings.Join(strings.Fields(policy), ""))
+		// Our own is written again; another's may hold what we do not know of.
+		p.stand(Set{}, now)
+		if !p.Own {
+			p.Opaque = len(strings.Join(strings.Fields(policy), ""))
+		}
 		return fmt.Errorf("policy %s: %w", name, err)
 	}
 	if !p.Own && p.Stands != nil && !p.Stands.Equal(set) {
 		p.Late = append(p.Late, Late{Unknown: true, Until: until}) // somebody else writes it
 	}
-	p.Stands, p.Opaque = set, 0
+	p.stand(set, now)
+	p.Opaque = 0
 	// A write that is seen has landed, and lands no second time.
 	p.Late = slices.DeleteFunc(p.Late, func(late Late) bool { return !late.Unknown && late.Set.Equal(set) })
 	return nil

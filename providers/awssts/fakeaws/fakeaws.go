@@ -12,7 +12,6 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"path"
 	"regexp"
 	"slices"
 	"strconv"
@@ -55,6 +54,7 @@ type Fake struct {
 	counts   map[string]int
 	problems []string
 	most     int // characters that a role's policies had at most
+	parsed   map[string]policyDocument
 }
 
 type role struct {
@@ -89,7 +89,7 @@ func New(c Config, roles ...string) *Fake {
 	if c.Force == nil {
 		c.Force = none
 	}
-	f := &Fake{c: c, roles: map[string]*role{}, sessions: map[string]*Session{}, counts: map[string]int{}}
+	f := &Fake{c: c, roles: map[string]*role{}, sessions: map[string]*Session{}, counts: map[string]int{}, parsed: map[string]policyDocument{}}
 	for _, name := range roles {
 		f.roles[name] = &role{policies: map[string][]version{}}
 	}
@@ -214,6 +214,7 @@ type policyDocument struct {
 		Action    any
 		Condition map[string]map[string]any
 	}
+	tails map[string]bool // of the session names that are denied with * before them
 }
 
 func texts(v any) (all []string) {
@@ -233,10 +234,24 @@ func (f *Fake) denies(text string, s *Session, now time.Time) bool {
 	if text == "" {
 		return false
 	}
-	var d policyDocument
-	if err := json.Unmarshal([]byte(text), &d); err != nil {
-		f.problems = append(f.problems, "a policy that is no JSON: "+text)
-		return true
+	d, parsed := f.parsed[text]
+	if !parsed {
+		if err := json.Unmarshal([]byte(text), &d); err != nil {
+			f.problems = append(f.problems, "a policy that is no JSON: "+text)
+			return true
+		}
+		if len(f.parsed) > 20_000 {
+			clear(f.parsed)
+		}
+		d.tails = map[string]bool{}
+		for _, st := range d.Statement {
+			for _, v := range texts(st.Condition["StringLike"]["aws:userid"]) {
+				if tail, ok := strings.CutPrefix(v, "*:"); ok {
+					d.tails[tail] = true
+				}
+			}
+		}
+		f.parsed[text] = d
 	}
 	for _, st := range d.Statement {
 		if st.Effect != "Deny" || !slices.Contains(texts(st.Action), "*") {
@@ -245,6 +260,10 @@ func (f *Fake) denies(text string, s *Session, now time.Time) bool {
 		all := true
 		for operator, keys := range st.Condition {
 			for key, values := range keys {
+				if operator == "StringLike" && key == "aws:userid" && len(st.Condition) == 1 {
+					all = all && d.tails[s.Name]
+					continue
+				}
 				all = all && f.holds(operator, key, texts(values), s, now)
 			}
 		}
@@ -280,8 +299,10 @@ func (f *Fake) holds(operator, key string, values []string, s *Session, now time
 		case "StringEquals":
 			return v == have
 		case "StringLike":
-			ok, err := path.Match(v, have) // no name has a slash
-			return ok && err == nil
+			// Mayfly writes * at the beginning, and nowhere else.
+			if tail, ok := strings.CutPrefix(v, "*"); ok && !strings.ContainsAny(tail, "*?") {
+				return strings.HasSuffix(have, tail)
+			}
 		case "DateGreaterThan", "DateLessThanEquals":
 			bound, err1 := time.Parse(time.RFC3339, v)
 			is, err2 := time.Parse(time.RFC3339, have)
