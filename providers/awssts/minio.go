@@ -27,6 +27,9 @@ import (
 // ended though it said so.
 const minioPause = 2 * time.Second
 
+// noSuchAccount is in what MinIO says of an access key that it does not have.
+const noSuchAccount = "temporary account does not exist"
+
 // revokable has MinIO remember the session by its lease, so that it can be
 // revoked alone. AWS knows no such field, and is not sent it.
 func (p *provider) revokable(lease broker.LeaseID) func(*sts.Options) {
@@ -101,7 +104,7 @@ func (p *provider) oneAtMinIO(ctx context.Context, l at, revoke bool) providers.
 
 func (p *provider) minioRevoke(ctx context.Context, lease string) error {
 	// Without a user MinIO revokes what was made with the very keys that ask.
-	status, code, err := p.minio(ctx, http.MethodPost, "/minio/admin/v3/revoke-tokens/builtin", url.Values{"tokenRevokeType": {lease}})
+	status, code, _, err := p.minio(ctx, http.MethodPost, "/minio/admin/v3/revoke-tokens/builtin", url.Values{"tokenRevokeType": {lease}})
 	if err == nil && status != http.StatusNoContent && status != http.StatusOK {
 		err = &fault{kind: minioKind(status), what: "revoking at MinIO", code: code, err: fmt.Errorf("MinIO answered %d %s", status, code)}
 	}
@@ -111,14 +114,14 @@ func (p *provider) minioRevoke(ctx context.Context, lease string) error {
 // minioHas asks whether MinIO has a temporary account with that access key. It
 // makes MinIO load it.
 func (p *provider) minioHas(ctx context.Context, key string) (bool, error) {
-	status, code, err := p.minio(ctx, http.MethodGet, "/minio/admin/v3/temporary-account-info", url.Values{"accessKey": {key}})
+	status, code, message, err := p.minio(ctx, http.MethodGet, "/minio/admin/v3/temporary-account-info", url.Values{"accessKey": {key}})
 	switch {
 	case err != nil:
 		return false, err
 	case status == http.StatusOK:
 		return true, nil
-	case status == http.StatusNotFound && strings.HasPrefix(code, "XMinioAdminNoSuch"):
-		return false, nil
+	case status >= 400 && strings.Contains(message, noSuchAccount):
+		return false, nil // it has no code of its own, and comes as an internal error
 	}
 	return false, &fault{kind: minioKind(status), what: "looking for the session at MinIO", code: code, err: fmt.Errorf("MinIO answered %d %s", status, code)}
 }
@@ -136,31 +139,31 @@ func minioKind(status int) kind {
 }
 
 // minio makes one call to MinIO's admin API with the broker's keys.
-func (p *provider) minio(ctx context.Context, method, path string, query url.Values) (status int, code string, err error) {
+func (p *provider) minio(ctx context.Context, method, path string, query url.Values) (status int, code, message string, err error) {
 	what := "calling MinIO's " + path[strings.LastIndexByte(path, '/')+1:]
 	keys, err := p.clients.keys.Retrieve(ctx)
 	if err != nil {
-		return 0, "", faultOf(ctx, what, err)
+		return 0, "", "", faultOf(ctx, what, err)
 	}
 	r, err := http.NewRequestWithContext(ctx, method, p.config.Endpoint+path+"?"+query.Encode(), nil)
 	if err != nil {
-		return 0, "", fmt.Errorf("%s: %w", what, err)
+		return 0, "", "", fmt.Errorf("%s: %w", what, err)
 	}
 	sum := sha256.Sum256(nil)
 	r.Header.Set("X-Amz-Content-Sha256", hex.EncodeToString(sum[:]))
 	if err := v4.NewSigner().SignHTTP(ctx, keys, r, hex.EncodeToString(sum[:]), "s3", p.config.Region, time.Now()); err != nil {
-		return 0, "", fmt.Errorf("%s: signing: %w", what, err)
+		return 0, "", "", fmt.Errorf("%s: signing: %w", what, err)
 	}
 	answer, err := p.clients.http.Do(r)
 	if err != nil {
-		return 0, "", faultOf(ctx, what, err)
+		return 0, "", "", faultOf(ctx, what, err)
 	}
 	defer answer.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(answer.Body, 64<<10))
 	if err != nil {
-		return 0, "", faultOf(ctx, what, err)
+		return 0, "", "", faultOf(ctx, what, err)
 	}
-	var said struct{ Code string }
+	var said struct{ Code, Message string }
 	_ = json.Unmarshal(body, &said) // a success has another body
-	return answer.StatusCode, broker.Clean(broker.Shorten(said.Code, 80)), nil
+	return answer.StatusCode, broker.Clean(broker.Shorten(said.Code, 80)), said.Message, nil
 }

@@ -275,6 +275,37 @@ func TestLongest(t *testing.T) {
 	}
 }
 
+// TestCompatible: on a server that is not AWS tools have S3, no role, and no
+// managed policies; and what may be a wildcard there is no value.
+func TestCompatible(t *testing.T) {
+	c, err := ParseConfig(json.RawMessage(`{"region":"us-east-1","endpoint_url":"http://127.0.0.1:1","credentials":{"method":"key_file","key_file":"/k"},"early_revoke":{"mode":"minio"}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for scope, want := range map[string]string{
+		`{"statements":[{"Effect":"Allow","Action":"s3:GetObject","Resource":"arn:aws:s3:::crm/*"}]}`:            "",
+		`{"statements":[{"Effect":"Allow","Action":"admin:ServerInfo","Resource":"arn:aws:s3:::crm/*"}]}`:        "statements[0].Action[0]",
+		`{` + role + `,"statements":[{"Effect":"Allow","Action":"s3:GetObject","Resource":"arn:aws:s3:::crm"}]}`: "role",
+		`{"policy_arns":["arn:aws:iam::aws:policy/AmazonS3ReadOnlyAccess"]}`:                                     "policy_arns",
+	} {
+		if _, err := ParseScope(c, tool(scope)); field(err) != want {
+			t.Errorf("%s: %v, want an error of %q", scope, err, want)
+		}
+	}
+	s, err := ParseScope(c, tool(`{"statements":[{"Effect":"Allow","Action":"s3:GetObject","Resource":"arn:aws:s3:::crm/${params.customer}"}]}`, str("customer", ".{1,9}")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := s.Policy(map[string]string{"customer": "acme"}, time.Unix(0, 0)); err != nil || !strings.Contains(got, `"Action":["s3:*"],"Resource":["arn:aws:s3:::*"],"Condition":{"DateGreaterThan"`) {
+		t.Errorf("%s, %v", got, err)
+	}
+	for _, v := range []string{"a*", "a?", "${x}"} {
+		if _, err := s.Policy(map[string]string{"customer": v}, time.Unix(0, 0)); err == nil {
+			t.Errorf("%q was taken", v)
+		}
+	}
+}
+
 func TestPolicy(t *testing.T) {
 	end := time.Date(2026, 11, 26, 10, 0, 0, 999, time.UTC)
 	s, err := ParseScope(config(t), tool(statement(`"Effect":"Allow","Action":"s3:GetObject","Resource":"arn:aws:s3:::crm/<${params.customer}>"`), str("customer", `.{1,40}`)))

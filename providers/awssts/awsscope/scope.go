@@ -239,7 +239,11 @@ func (s Scope) render(value func(string) string, end time.Time) ([]byte, error) 
 		d.Statement = append(d.Statement, Statement{Sid: "MayflyNever", Effect: deny,
 			Action: []string{"iam:*", "sts:AssumeRole*", "sts:GetFederationToken"}, Resource: []string{"*"}})
 	}
-	d.Statement = append(d.Statement, Statement{Sid: "MayflyEnd", Effect: deny, Action: []string{"*"}, Resource: []string{"*"},
+	action, resource := "*", "*"
+	if s.compatible {
+		action, resource = "s3:*", "arn:aws:s3:::*" // MinIO takes no time with *; its tools have actions of S3 alone
+	}
+	d.Statement = append(d.Statement, Statement{Sid: "MayflyEnd", Effect: deny, Action: []string{action}, Resource: []string{resource},
 		Condition: map[string]map[string][]string{"DateGreaterThan": {"aws:CurrentTime": {Instant(end)}}}})
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)

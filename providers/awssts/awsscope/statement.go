@@ -157,6 +157,9 @@ func (s Statement) check(c Config, at string, params []broker.Param) error {
 	} {
 		for i, v := range field.values {
 			where := fmt.Sprintf("%s.%s[%d]", at, field.name, i)
+			if c.Compatible() && s.Effect == allow && field.name == "Action" && !strings.HasPrefix(strings.ToLower(v), "s3:") {
+				return providers.FieldErrorf(where, "is %s; on a compatible server tools have actions of s3 alone: no others are ended with the lease", broker.Clean(broker.Shorten(v, 80)))
+			}
 			if err := field.check(v); err != nil {
 				return providers.FieldErrorf(where, "%v", err)
 			}
