@@ -110,7 +110,6 @@ func trials(t *testing.T) []trial {
 		agent     spiffeid.ID
 		issued    time.Time
 		end       time.Time
-		dead      func(at time.Time) bool // early
 	}
 	var all []session
 	n := 0

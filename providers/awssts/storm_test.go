@@ -90,7 +90,7 @@ func TestStorm(t *testing.T) {
 		verified time.Time
 	}
 	states := make([]state, leases)
-	counts := map[string]int{}
+	counts, why := map[string]int{}, map[string]int{}
 	work := func(p *provider) {
 		now := w.clock.Now()
 		var revoke, confirm []int
@@ -123,6 +123,7 @@ func TestStorm(t *testing.T) {
 					s := &states[i]
 					if d.Err != nil {
 						counts["failed"]++
+						why[d.Err.Error()[:min(90, len(d.Err.Error()))]]++
 						s.next = now.Add(time.Second)
 						continue
 					}
@@ -236,6 +237,9 @@ func TestStorm(t *testing.T) {
 	}
 	if counts["verified"] < leases/4 || counts["expired"] == 0 || counts["stale writes"] == 0 {
 		t.Errorf("the storm was none: %v", counts)
+	}
+	for text, n := range why {
+		t.Logf("%d endings failed: %s", n, text)
 	}
 	t.Logf("%v; PutRolePolicy %d, DeleteRolePolicy %d, GetRolePolicy %d, probes asked %d; at most %d of %d characters",
 		counts, w.fake.Count("PutRolePolicy"), w.fake.Count("DeleteRolePolicy"), w.fake.Count("GetRolePolicy"), w.fake.Count("DecodeAuthorizationMessage"), w.fake.Most(), fakeaws.Quota)

@@ -182,9 +182,16 @@ func (l *List) Next(must Set, fresh string, tidy bool, now time.Time) (Step, err
 			room -= l.Policies[name].size()
 		}
 	}
-	if Size(must) <= room {
-		if !stands.Equal(must) && (len(missing) > 0 || tidy) {
-			return Step{Policy: active, Set: maps.Clone(must)}, nil
+	// What is sure elsewhere stays there while writes may land late: copies take
+	// room. Afterwards everything comes together again.
+	target := stands.And(must)
+	target.Add(missing)
+	if tidy && !l.late() {
+		target = maps.Clone(must)
+	}
+	if Size(target) <= room {
+		if !stands.Equal(target) && (len(missing) > 0 || tidy) {
+			return Step{Policy: active, Set: target}, nil
 		}
 		return l.remove(names, active, must, now), nil
 	}
@@ -221,6 +228,16 @@ func (l *List) Next(must Set, fresh string, tidy bool, now time.Time) (Step, err
 		return Step{}, &FullError{Missing: len(missing)}
 	}
 	return Step{}, nil
+}
+
+// late reports whether a write may still land in any policy.
+func (l *List) late() bool {
+	for _, p := range l.Policies {
+		if len(p.Late) > 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // fill adds as many of the entries as fit into room.
