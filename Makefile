@@ -38,7 +38,7 @@ torture: need-postgres $(TESTBED)/vault ## Kill the broker under load, and compa
 	$(BIN)/torture/torture --mayflyd $(BIN)/torture/mayflyd --vault $(TESTBED)/vault $(ARGS)
 
 .PHONY: test
-test: need-cc need-postgres $(TESTBED)/vault $(TESTBED)/oidc ## Run every test, with the race detector; builds Vault once (minutes)
+test: need-cc need-postgres $(TESTBED)/vault $(TESTBED)/minio $(TESTBED)/oidc testbed-iamsim ## Run every test, with the race detector; builds Vault and MinIO once (minutes)
 	$(GO) test -race -parallel 8 -timeout 15m $(TEST_ARGS) ./...
 
 .PHONY: need-cc
@@ -58,8 +58,8 @@ need-node:
 
 # The servers that tests, demonstrations and the torture use. Each is pinned in
 # a module of its own, and built again when that changes.
-.PHONY: testbed testbed-vault testbed-minio testbed-etcd testbed-oidc
-testbed: testbed-vault testbed-minio testbed-etcd testbed-oidc ## Build the real servers that tests use: Vault, MinIO, etcd, an OpenID provider
+.PHONY: testbed testbed-vault testbed-minio testbed-etcd testbed-oidc testbed-iamsim
+testbed: testbed-vault testbed-minio testbed-etcd testbed-oidc testbed-iamsim ## Build the real servers that tests use: Vault, MinIO, etcd, an OpenID provider
 testbed-vault: $(TESTBED)/vault
 testbed-minio: $(TESTBED)/minio
 testbed-etcd: $(TESTBED)/etcd
@@ -69,6 +69,13 @@ $(TESTBED)/vault: deploy/testbed/vault/main.go deploy/testbed/vault/go.mod deplo
 	@GO='$(GO)' deploy/testbed/build vault . $@
 $(TESTBED)/minio: deploy/testbed/minio/go.mod deploy/testbed/minio/go.sum
 	@GO='$(GO)' deploy/testbed/build minio github.com/minio/minio $@
+# The judge of AWS policies: JavaScript, under the AGPL, and only ever a process of its own.
+testbed-iamsim: deploy/testbed/iamsim/node_modules/.package-lock.json
+deploy/testbed/iamsim/node_modules/.package-lock.json: deploy/testbed/iamsim/package-lock.json
+	@command -v npm >/dev/null || { echo "the judge of AWS policies needs Node.js: apt-get install -y nodejs npm" >&2; exit 1; }
+	cd deploy/testbed/iamsim && npm ci --ignore-scripts --no-audit --no-fund
+	@touch $@
+
 $(TESTBED)/etcd: deploy/testbed/etcd/go.mod deploy/testbed/etcd/go.sum
 	@GO='$(GO)' deploy/testbed/build etcd go.etcd.io/etcd/server/v3 $@
 $(TESTBED)/oidc: $(addprefix deploy/testbed/oidc/,build package.json package-lock.json .npmrc server.mjs) | need-node

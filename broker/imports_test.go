@@ -56,6 +56,7 @@ var within = map[string][]string{
 	"broker/api/mayfly/v1/mayflyv1connect": {"broker/api/mayfly/v1"},
 	"attestation/attestationtest":          {"attestation/devtrust"}, // the suite's callers come from a real trust domain
 	"providers/vault":                      {"providers/vault/vaultscope"},
+	"providers/awssts":                     {"providers/awssts/awsscope", "providers/awssts/denylist"},
 	"deploy/torture":                       {"deploy/torture/ledger", "deploy/torture/proxy", "deploy/testbed"},
 }
 
@@ -69,6 +70,9 @@ var only = map[string][]string{
 	"cmd/mayfly": {"broker", "broker/api/...", "broker/client", "broker/policy", "broker/audit/...",
 		"broker/catalog/...", "providers", "providers/vault/vaultscope"},
 	"providers/vault/vaultscope": {"broker", "providers"},
+	"providers/awssts/awsscope":  {"broker", "providers"},
+	"providers/awssts/denylist":  {"broker"},
+	"providers/awssts/fakeaws":   {}, // a fake of AWS, which knows nothing of us
 }
 
 func level(pkg string) (int, bool) {

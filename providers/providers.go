@@ -67,6 +67,20 @@ type Config struct {
 	Raw          json.RawMessage       // as ValidateConfig saw it
 	Log          *slog.Logger          // required
 	Now          func() time.Time      // required: the broker's clock
+	// Known tells of all leases of the provider whose credentials may be alive,
+	// as the store has them. It is for a provider with Traits.Stands, which
+	// renders from it what must stand at the system; nil only where nothing is
+	// ended, as in a live check.
+	Known func(ctx context.Context) ([]Known, error)
+}
+
+// Known is one lease of a provider, as the store has it: one that has not
+// ended, or whose death was confirmed before it died by itself.
+type Known struct {
+	Ending
+	Incident broker.IncidentID // may be empty
+	Begun    bool              // its ending has begun: it must be denied until it dies by itself
+	Cause    broker.Cause      // why, if it has
 }
 
 // ScopeInfo is what the catalog learns of a tool from its driver.
@@ -90,6 +104,9 @@ type Traits struct {
 	// holds the secret (a signed token). An inert provider needs no record of
 	// intent; Mint gets no record function.
 	Inert bool
+	// Stands: what ends a lease is something that must stand at the system until
+	// the credential dies by itself, also after its death was confirmed.
+	Stands bool
 	// MintTimeout bounds one Mint; zero means 30 seconds.
 	MintTimeout time.Duration
 	// LateBound is how long after a Mint's deadline the system behind the
@@ -263,7 +280,23 @@ type Inventory interface {
 	Remove(ctx context.Context, found []Found) []error
 }
 
-// Finding is one thing that a live check has to say.
+// Warner is implemented by a Driver that can say of a valid tool, without
+// asking anybody, what it can do in the end and what is to be known of it.
+type Warner interface {
+	// Warnings returns what there is to say. They name no tool, and none is bad.
+	Warnings(config json.RawMessage, tool broker.Tool) []Finding
+}
+
+// CutOff is implemented by a Provider that can end every session of a role at
+// once, whoever has it. It is for an emergency: nothing but an operator's own
+// word calls it.
+type CutOff interface {
+	// CutOff ends every session of the role that was made up to now, leases or
+	// not. The operator is named in what is logged, and must not be empty.
+	CutOff(ctx context.Context, role, operator string) error
+}
+
+// Finding is one thing that a check has to say.
 type Finding struct {
 	Tool    string // its name; empty for the provider as a whole
 	Bad     bool   // the tool or provider does not work, or can do too much; else for information

@@ -118,6 +118,9 @@ func lapse(t store.Txn, l *leaseRecord, now time.Time, retention time.Duration, 
 			return err
 		}
 	}
+	if err := standOn(t, l, broker.LeaseLapsed); err != nil {
+		return err
+	}
 	l.State, l.EndedAt = broker.LeaseLapsed, now
 	if why.cause != "" {
 		l.Cause = why.cause

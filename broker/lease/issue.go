@@ -193,7 +193,7 @@ func (e *Engine) attempt(ctx context.Context, ep *epoch, caller broker.Caller, r
 			Reason: req.Reason, Correlation: caller.Correlation,
 			State: broker.LeaseMinting, CreatedAt: now, End: end,
 		},
-		Key: req.Key,
+		Key: req.Key, Stands: p.traits.Stands,
 	}
 	if req.Key != "" && caller.Certificate != [32]byte{} {
 		l.Certificate = caller.Certificate[:]

@@ -96,6 +96,8 @@ type leaseRecord struct {
 	// Certificate is the SHA-256 of the certificate that the lease was asked
 	// with; kept where there is a Key, for making the same secret again.
 	Certificate []byte `json:",omitempty"`
+	// Stands: what ends it stands at the provider until it dies by itself.
+	Stands bool `json:",omitempty"`
 	// Refund: the use of the grant is given back once the lease is dead.
 	Refund bool `json:",omitempty"`
 }

@@ -11,9 +11,9 @@ import (
 	"github.com/mayfly-security/mayfly/store"
 )
 
-// chunk is how many leases one transaction moves: a move takes up to ten
+// chunk is how many leases one transaction moves: a move takes up to eleven
 // operations of the store's store.MaxOps.
-const chunk = 12
+const chunk = 11
 
 // grantChunk is how many grants one transaction ends: an end takes up to eight
 // operations, and one more for each person on whose vote the grant stands.
@@ -109,6 +109,9 @@ func finish(t store.Txn, l *leaseRecord, now time.Time, state broker.LeaseState,
 		if err := t.Delete(key); err != nil {
 			return err
 		}
+	}
+	if err := standOn(t, l, state); err != nil {
+		return err
 	}
 	l.State, l.Progress, l.EndedAt = state, broker.ProgressVerified, now
 	if l.Refund {

@@ -66,6 +66,7 @@ the token. It exits with 1 if anything is bad.`,
 					fmt.Fprintf(out, "note: tool %s survives a revocation: %s\n", t.Name, survives)
 				}
 			}
+			warn(out, snapshot)
 			if !live {
 				return nil
 			}
@@ -76,6 +77,28 @@ the token. It exits with 1 if anything is bad.`,
 	cmd.Flags().BoolVar(&live, "live", false, "compare the providers themselves with what they should be")
 	_ = cmd.MarkFlagRequired("config") // fails only for a flag that is not defined
 	return cmd
+}
+
+// warn prints what drivers say of valid tools without asking anybody.
+func warn(out io.Writer, snapshot *catalog.Snapshot) {
+	known := drivers(nil)
+	configs := map[string]catalog.Provider{}
+	for _, p := range snapshot.Providers() {
+		configs[p.Name] = p
+	}
+	for _, t := range snapshot.Tools() {
+		p := configs[t.Provider]
+		warner, ok := known[p.Driver].(providers.Warner)
+		if !ok {
+			continue
+		}
+		for _, f := range warner.Warnings(p.Config, t) {
+			fmt.Fprintf(out, "note: tool %s: %s\n", t.Name, shown(f.Message))
+			if f.Fix != "" {
+				fmt.Fprintf(out, "  do: %s\n", shown(f.Fix))
+			}
+		}
+	}
 }
 
 // checkLive asks every provider that can be asked.

@@ -1,0 +1,319 @@
+// Package awsscope is what there is to say about AWS without asking it: the
+// configuration of an AWS provider, the scopes of its tools, the session policy
+// of a lease, and the names that Mayfly gives there. It is pure: it reaches for
+// no network and no file.
+package awsscope
+
+import (
+	"encoding/json"
+	"net/netip"
+	"net/url"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/mayfly-security/mayfly/providers"
+)
+
+// How the broker gets the credentials that it assumes roles with.
+const (
+	MethodWebIdentity = "web_identity" // AssumeRoleWithWebIdentity, with a JWT-SVID
+	MethodDefault     = "default"      // the SDK's default chain
+	MethodKeyFile     = "key_file"     // static keys in a file, for servers that are not AWS
+)
+
+// How a lease is ended before its end.
+const (
+	EarlyOff      = "off"       // it is not
+	EarlyDenyList = "deny_list" // by an inline policy of its role
+	EarlyMinIO    = "minio"     // by MinIO's admin API
+)
+
+// How the end is verified that a deny list brings.
+const (
+	VerifyProbe = "probe" // a session of the broker's own is seen to be denied
+	VerifyNone  = "none"  // not at all: such leases stay written until they expire
+)
+
+const (
+	// ChainedMax is the longest session that AWS gives to credentials that are
+	// themselves a role's.
+	ChainedMax = time.Hour
+	// SessionMax is the longest session of all.
+	SessionMax = 12 * time.Hour
+	// SessionMin is the shortest that AWS gives; a lease may be shorter.
+	SessionMin = 15 * time.Minute
+
+	defaultSession = time.Hour // what a role has as MaxSessionDuration unless it says otherwise
+	defaultSettle  = 10 * time.Second
+	maxSettle      = 10 * time.Minute
+	maxText        = 512 // bytes of a URL or path
+)
+
+var (
+	regionForm  = regexp.MustCompile(`^[a-z]{2,4}(-[a-z]+)+-[0-9]{1,2}$`)
+	accountForm = regexp.MustCompile(`^[0-9]{12}$`)
+	pathForm    = regexp.MustCompile(`^/([A-Za-z0-9+=,.@_-]+/)*$`)
+	prefixForm  = regexp.MustCompile(`^[A-Za-z0-9+=,.@_-]{0,40}$`)
+)
+
+// Config is an AWS provider's configuration, complete: what was left out has
+// its default.
+type Config struct {
+	Region      string      // required
+	Partition   string      // follows from the region
+	Account     string      // twelve digits; empty: a compatible server, where leases have the parent's own keys
+	Endpoint    string      // of STS, and of IAM where it has none of its own; empty: AWS's
+	IAMEndpoint string      // empty: Endpoint
+	FIPS        bool        //
+	DualStack   bool        //
+	Credentials Credentials //
+	RolePath    string      // below which the roles of tools are; "/mayfly/"
+	RolePrefix  string      // with which their names begin; may be empty
+	MaxSession  time.Duration
+	Early       Early
+}
+
+// Credentials say what the broker assumes roles with.
+type Credentials struct {
+	Method   string
+	RoleARN  string // web_identity: the broker's own role
+	Audience string // web_identity: of the JWT-SVID; "sts.amazonaws.com"
+	KeyFile  string // key_file: absolute path
+	Chained  bool   // they are a role's: AWS gives sessions of at most an hour
+}
+
+// Early says how leases are ended before their end.
+type Early struct {
+	Mode   string
+	Verify string        // deny_list
+	Settle time.Duration // deny_list: how long a deny has been seen before it counts as in force
+}
+
+// Compatible reports whether the provider is a server that is not AWS, at which
+// a lease is a part of what the parent's static keys can do.
+func (c Config) Compatible() bool { return c.Account == "" }
+
+// Meaning is the part of the configuration that decides what a lease can do;
+// see providers.Meaning.
+func (c Config) Meaning() json.RawMessage {
+	b, err := json.Marshal(map[string]string{"partition": c.Partition, "account": c.Account, "endpoint": c.Endpoint, "iam_endpoint": c.IAMEndpoint})
+	if err != nil {
+		panic(err) // strings always have a JSON form
+	}
+	return b
+}
+
+// ParseConfig reads and checks a provider's configuration. Its errors are
+// *providers.FieldError.
+func ParseConfig(raw json.RawMessage) (Config, error) {
+	var in struct {
+		Region      string `json:"region"`
+		Account     string `json:"account"`
+		Endpoint    string `json:"endpoint_url"`
+		IAMEndpoint string `json:"iam_endpoint_url"`
+		FIPS        bool   `json:"use_fips_endpoint"`
+		DualStack   bool   `json:"use_dualstack_endpoint"`
+		Credentials struct {
+			Method   string `json:"method"`
+			RoleARN  string `json:"role_arn"`
+			Audience string `json:"audience"`
+			KeyFile  string `json:"key_file"`
+			Chained  *bool  `json:"chained"`
+		} `json:"credentials"`
+		RolePath   string `json:"role_path"`
+		RolePrefix string `json:"role_prefix"`
+		MaxSession string `json:"max_session"`
+		Early      struct {
+			Mode   string `json:"mode"`
+			Verify string `json:"verify"`
+			Settle string `json:"settle"`
+		} `json:"early_revoke"`
+	}
+	if err := providers.Decode(raw, &in); err != nil {
+		return Config{}, err
+	}
+	c := Config{
+		Region: in.Region, Account: in.Account, Endpoint: strings.TrimSuffix(in.Endpoint, "/"), IAMEndpoint: strings.TrimSuffix(in.IAMEndpoint, "/"),
+		FIPS: in.FIPS, DualStack: in.DualStack,
+		Credentials: Credentials{Method: in.Credentials.Method, RoleARN: in.Credentials.RoleARN, Audience: in.Credentials.Audience, KeyFile: in.Credentials.KeyFile},
+		RolePath:    orElse(in.RolePath, "/mayfly/"), RolePrefix: in.RolePrefix, MaxSession: defaultSession,
+		Early: Early{Mode: in.Early.Mode, Verify: in.Early.Verify},
+	}
+	if !regionForm.MatchString(c.Region) {
+		return Config{}, providers.FieldErrorf("region", "is %q; it is an AWS region, such as eu-central-1", c.Region)
+	}
+	c.Partition = partitionOf(c.Region)
+	if c.Account != "" && !accountForm.MatchString(c.Account) {
+		return Config{}, providers.FieldErrorf("account", "is %q; it is the twelve digits of an AWS account", c.Account)
+	}
+	if err := c.checkEndpoints(); err != nil {
+		return Config{}, err
+	}
+	if err := c.checkCredentials(in.Credentials.Chained); err != nil {
+		return Config{}, err
+	}
+	if !pathForm.MatchString(c.RolePath) || len(c.RolePath) > maxText || c.RolePath == "/" {
+		return Config{}, providers.FieldErrorf("role_path", "is %q; it is a path of roles in IAM that begins and ends with '/' and is not the root, such as /mayfly/", c.RolePath)
+	}
+	if !prefixForm.MatchString(c.RolePrefix) {
+		return Config{}, providers.FieldErrorf("role_prefix", "is %q; it is the beginning of names of roles in IAM, of at most 40 letters, digits and + = , . @ _ -", c.RolePrefix)
+	}
+	if err := c.checkSession(in.MaxSession); err != nil {
+		return Config{}, err
+	}
+	if err := c.checkEarly(in.Early.Settle); err != nil {
+		return Config{}, err
+	}
+	return c, nil
+}
+
+func (c Config) checkEndpoints() error {
+	for field, endpoint := range map[string]string{"endpoint_url": c.Endpoint, "iam_endpoint_url": c.IAMEndpoint} {
+		if endpoint == "" {
+			continue
+		}
+		u, err := url.Parse(endpoint)
+		if err != nil || len(endpoint) > maxText || u.Host == "" || u.User != nil || u.Path != "" || strings.ContainsAny(endpoint, "?#") {
+			return providers.FieldErrorf(field, "must be a URL without a path, such as https://minio.acme.test:9000")
+		}
+		if u.Scheme != "https" && !(u.Scheme == "http" && loopback(u.Hostname())) {
+			return providers.FieldErrorf(field, "must be an https URL; only a loopback host may have http")
+		}
+		if c.FIPS || c.DualStack {
+			return providers.FieldErrorf(field, "takes the place of AWS's endpoints, among which use_fips_endpoint and use_dualstack_endpoint choose; set either")
+		}
+	}
+	if c.Account == "" && c.Endpoint == "" {
+		return providers.FieldErrorf("account", "is missing: the twelve digits of the AWS account that the tools' roles are in")
+	}
+	return nil
+}
+
+func (c *Config) checkCredentials(chained *bool) error {
+	k := &c.Credentials
+	switch k.Method {
+	case MethodWebIdentity:
+		k.Audience = orElse(k.Audience, "sts.amazonaws.com")
+		if _, err := ParseRole(k.RoleARN); err != nil {
+			return providers.FieldErrorf("credentials.role_arn", "is %q, %v", k.RoleARN, err)
+		}
+		if len(k.Audience) > 256 || strings.ContainsFunc(k.Audience, func(r rune) bool { return r <= ' ' || r > '~' || r == '"' || r == '\\' }) {
+			return providers.FieldErrorf("credentials.audience", "must be one audience: a URL or name without spaces and quotes")
+		}
+		if chained != nil && !*chained {
+			return providers.FieldErrorf("credentials.chained", "is false, and what AssumeRoleWithWebIdentity gives is a role's: AWS gives it sessions of at most %s", short(ChainedMax))
+		}
+		k.Chained = true
+	case MethodDefault:
+		k.Chained = chained == nil || *chained
+	case MethodKeyFile:
+		if c.Endpoint == "" {
+			return providers.FieldErrorf("credentials.method", "is key_file, which is for compatible servers: set endpoint_url. With AWS itself the broker keeps no static keys: use web_identity, or default")
+		}
+		if !filepath.IsAbs(k.KeyFile) || len(k.KeyFile) > maxText {
+			return providers.FieldErrorf("credentials.key_file", "must be an absolute path, not %q", k.KeyFile)
+		}
+		k.Chained = chained != nil && *chained
+	default:
+		return providers.FieldErrorf("credentials.method", "is %q; it must be web_identity (the broker logs in with a JWT-SVID), default (the AWS SDK's default chain) or key_file (static keys, for compatible servers)", k.Method)
+	}
+	for field, stray := range map[string]bool{
+		"credentials.role_arn": k.Method != MethodWebIdentity && k.RoleARN != "",
+		"credentials.audience": k.Method != MethodWebIdentity && k.Audience != "",
+		"credentials.key_file": k.Method != MethodKeyFile && k.KeyFile != "",
+	} {
+		if stray {
+			return providers.FieldErrorf(field, "is not for method %s", k.Method)
+		}
+	}
+	if c.Account == "" && k.Method != MethodKeyFile {
+		return providers.FieldErrorf("account", "is missing: only a compatible server whose leases are a part of what the keys of key_file can do has none")
+	}
+	return nil
+}
+
+func (c *Config) checkSession(text string) error {
+	if text != "" {
+		d, err := time.ParseDuration(text)
+		if err != nil || d < SessionMin || d > SessionMax || d%time.Second != 0 {
+			return providers.FieldErrorf("max_session", "is %q; it is the MaxSessionDuration of the tools' roles, from %s to %s", text, short(SessionMin), short(SessionMax))
+		}
+		c.MaxSession = d
+	}
+	if c.Credentials.Chained && c.MaxSession > ChainedMax {
+		return providers.FieldErrorf("max_session", "is %s, and the broker's credentials (%s) are a role's: AWS gives them sessions of at most %s, whatever the role's own maximum is", short(c.MaxSession), c.Credentials.Method, short(ChainedMax))
+	}
+	return nil
+}
+
+func (c *Config) checkEarly(settle string) error {
+	e := &c.Early
+	switch e.Mode {
+	case EarlyOff:
+	case EarlyDenyList:
+		if c.Compatible() {
+			return providers.FieldErrorf("early_revoke.mode", "is deny_list, which writes policies of roles in IAM: it needs an account")
+		}
+		e.Verify, e.Settle = orElse(e.Verify, VerifyProbe), defaultSettle
+		if e.Verify != VerifyProbe && e.Verify != VerifyNone {
+			return providers.FieldErrorf("early_revoke.verify", "is %q; it is probe (a session of the broker's own is seen to be denied) or none (such leases stay written until they expire)", e.Verify)
+		}
+		if settle != "" {
+			d, err := time.ParseDuration(settle)
+			if err != nil || d < 0 || d > maxSettle {
+				return providers.FieldErrorf("early_revoke.settle", "is %q; it is how long a deny has been seen before it counts as in force, up to %s", settle, short(maxSettle))
+			}
+			e.Settle = d
+		}
+		return nil
+	case EarlyMinIO:
+		if !c.Compatible() {
+			return providers.FieldErrorf("early_revoke.mode", "is minio, and the provider has an AWS account: that is for MinIO only")
+		}
+	default:
+		return providers.FieldErrorf("early_revoke.mode", "is %q; say what is to happen when a lease is ended early: deny_list (the role's sessions are denied one by one), minio (MinIO's admin API), or off (nothing: the lease is over at its end)", e.Mode)
+	}
+	if e.Verify != "" || settle != "" {
+		return providers.FieldErrorf("early_revoke", "verify and settle are for mode deny_list only")
+	}
+	return nil
+}
+
+// partitionOf is the partition of a region.
+func partitionOf(region string) string {
+	for _, p := range []struct{ prefix, partition string }{
+		{"cn-", "aws-cn"}, {"us-gov-", "aws-us-gov"}, {"us-isob-", "aws-iso-b"}, {"us-isof-", "aws-iso-f"},
+		{"us-iso-", "aws-iso"}, {"eu-isoe-", "aws-iso-e"}, {"eusc-", "aws-eusc"},
+	} {
+		if strings.HasPrefix(region, p.prefix) {
+			return p.partition
+		}
+	}
+	return "aws"
+}
+
+func loopback(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && ip.IsLoopback()
+}
+
+func orElse(s, other string) string {
+	if s == "" {
+		return other
+	}
+	return s
+}
+
+// short writes a duration as people write it: 1h, not 1h0m0s.
+func short(d time.Duration) string {
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return s
+}

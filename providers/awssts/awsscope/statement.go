@@ -1,0 +1,348 @@
+package awsscope
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/providers"
+)
+
+const (
+	maxStatements = 20
+	reference     = "${params." // begins the place of a parameter's value
+	allow         = "Allow"
+	deny          = "Deny"
+)
+
+var (
+	sidForm      = regexp.MustCompile(`^[A-Za-z0-9]{0,40}$`)
+	actionForm   = regexp.MustCompile(`^[a-zA-Z0-9-]+:[A-Za-z0-9*?]+$`)
+	operatorForm = regexp.MustCompile(`^((ForAllValues|ForAnyValue):)?(String|Numeric|Date|Arn)[A-Za-z]+$|^Bool(IfExists)?$|^Null$|^(Not)?IpAddress(IfExists)?$|^BinaryEquals(IfExists)?$`)
+	keyForm      = regexp.MustCompile(`^[A-Za-z0-9-]+:[A-Za-z0-9_./:@+=-]+$`)
+	paramForm    = regexp.MustCompile(`\$\{params\.([^}]*)\}`)
+)
+
+// Statement is one statement of a scope, as IAM has it. Resources and the values
+// of conditions may hold ${params.NAME}.
+type Statement struct {
+	Sid         string                         `json:"Sid,omitempty"`
+	Effect      string                         `json:"Effect"`
+	Action      []string                       `json:"Action,omitempty"`
+	NotAction   []string                       `json:"NotAction,omitempty"`
+	Resource    []string                       `json:"Resource,omitempty"`
+	NotResource []string                       `json:"NotResource,omitempty"`
+	Condition   map[string]map[string][]string `json:"Condition,omitempty"`
+}
+
+// texts is one text or a list of texts, as IAM takes both.
+type texts []string
+
+func (t *texts) UnmarshalJSON(raw []byte) error {
+	var one string
+	if json.Unmarshal(raw, &one) == nil {
+		*t = texts{one}
+		return nil
+	}
+	// Numbers and booleans are how people write the values of conditions.
+	var scalar any
+	if err := json.Unmarshal(raw, &scalar); err != nil {
+		return err
+	}
+	switch scalar.(type) {
+	case bool, float64:
+		*t = texts{string(raw)}
+		return nil
+	}
+	var many []string
+	if err := json.Unmarshal(raw, &many); err != nil {
+		return err
+	}
+	*t = many
+	return nil
+}
+
+// written is a statement as people write it, in IAM's own words.
+type written struct {
+	Sid         string                      `json:"Sid"`
+	Effect      string                      `json:"Effect"`
+	Action      texts                       `json:"Action"`
+	NotAction   texts                       `json:"NotAction"`
+	Resource    texts                       `json:"Resource"`
+	NotResource texts                       `json:"NotResource"`
+	Condition   map[string]map[string]texts `json:"Condition"`
+}
+
+func (w written) statement() Statement {
+	s := Statement{Sid: w.Sid, Effect: w.Effect, Action: w.Action, NotAction: w.NotAction, Resource: w.Resource, NotResource: w.NotResource}
+	for operator, keys := range w.Condition {
+		if s.Condition == nil {
+			s.Condition = map[string]map[string][]string{}
+		}
+		s.Condition[operator] = map[string][]string{}
+		for key, values := range keys {
+			s.Condition[operator][key] = values
+		}
+	}
+	return s
+}
+
+// parseStatements reads the statements of a scope.
+func parseStatements(raw json.RawMessage) ([]Statement, error) {
+	var list []json.RawMessage
+	if err := json.Unmarshal(raw, &list); err != nil {
+		return nil, providers.FieldErrorf("statements", "must be a list of IAM statements")
+	}
+	if len(list) == 0 || len(list) > maxStatements {
+		return nil, providers.FieldErrorf("statements", "must list 1 to %d statements", maxStatements)
+	}
+	var all []Statement
+	for i, each := range list {
+		var w written
+		if err := providers.Decode(each, &w); err != nil {
+			return nil, within(fmt.Sprintf("statements[%d]", i), err)
+		}
+		all = append(all, w.statement())
+	}
+	return all, nil
+}
+
+// within puts the field of an error below another.
+func within(at string, err error) error {
+	f, ok := err.(*providers.FieldError)
+	if !ok {
+		return err
+	}
+	field := at
+	if f.Field != "" {
+		field += "." + f.Field
+	}
+	return &providers.FieldError{Field: field, Message: f.Message}
+}
+
+// check checks one statement.
+func (s Statement) check(c Config, at string, params []broker.Param) error {
+	if !sidForm.MatchString(s.Sid) || strings.HasPrefix(s.Sid, "Mayfly") {
+		return providers.FieldErrorf(at+".Sid", "is %q; it has at most 40 letters and digits and does not begin with Mayfly", s.Sid)
+	}
+	if s.Effect != allow && s.Effect != deny {
+		return providers.FieldErrorf(at+".Effect", "is %q; it is Allow or Deny", s.Effect)
+	}
+	if s.Effect == allow {
+		if s.NotAction != nil {
+			return providers.FieldErrorf(at+".NotAction", "with Allow gives everything that it does not name; name with Action what the tool may do")
+		}
+		if s.NotResource != nil {
+			return providers.FieldErrorf(at+".NotResource", "with Allow gives everything that it does not name; name with Resource what the tool may do it to")
+		}
+	}
+	if (len(s.Action) == 0) == (len(s.NotAction) == 0) {
+		return providers.FieldErrorf(at+".Action", "is missing")
+	}
+	if (len(s.Resource) == 0) == (len(s.NotResource) == 0) {
+		return providers.FieldErrorf(at+".Resource", "is missing")
+	}
+	for _, field := range []struct {
+		name   string
+		values []string
+		check  func(string) error
+	}{
+		{"Action", s.Action, s.checkAction}, {"NotAction", s.NotAction, s.checkAction},
+		{"Resource", s.Resource, func(v string) error { return checkResource(c, v) }},
+		{"NotResource", s.NotResource, func(v string) error { return checkResource(c, v) }},
+	} {
+		for i, v := range field.values {
+			where := fmt.Sprintf("%s.%s[%d]", at, field.name, i)
+			if c.Compatible() && s.Effect == allow && field.name == "Action" && !strings.HasPrefix(strings.ToLower(v), "s3:") {
+				return providers.FieldErrorf(where, "is %s; on a compatible server tools have actions of s3 alone: no others are ended with the lease", broker.Clean(broker.Shorten(v, 80)))
+			}
+			if err := field.check(v); err != nil {
+				return providers.FieldErrorf(where, "%v", err)
+			}
+			if err := checkReferences(where, v, params, strings.HasSuffix(field.name, "Resource")); err != nil {
+				return err
+			}
+		}
+	}
+	return s.checkCondition(at, params)
+}
+
+func (s Statement) checkCondition(at string, params []broker.Param) error {
+	for _, operator := range slices.Sorted(maps.Keys(s.Condition)) {
+		where := at + ".Condition"
+		if !operatorForm.MatchString(operator) {
+			return providers.FieldErrorf(where, "%q is no operator of IAM, such as StringEquals", broker.Clean(broker.Shorten(operator, 60)))
+		}
+		if len(s.Condition[operator]) == 0 {
+			return providers.FieldErrorf(where+"."+operator, "names no key")
+		}
+		for _, key := range slices.Sorted(maps.Keys(s.Condition[operator])) {
+			if !keyForm.MatchString(key) {
+				return providers.FieldErrorf(where+"."+operator, "%q is no condition key of IAM, such as aws:SourceVpc", broker.Clean(broker.Shorten(key, 60)))
+			}
+			if len(s.Condition[operator][key]) == 0 {
+				return providers.FieldErrorf(where+"."+operator+"."+key, "has no value")
+			}
+			for _, v := range s.Condition[operator][key] {
+				if !inPolicy(v) {
+					return providers.FieldErrorf(where+"."+operator+"."+key, "has characters that AWS does not take in a session policy")
+				}
+				if err := checkReferences(where+"."+operator+"."+key, v, params, true); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// never are what no tool may do: it would make a session that neither the
+// lease's end nor its early end reaches, or widen what the role can do.
+var never = []string{
+	"sts:assumerole", "sts:assumerolewithsaml", "sts:assumerolewithwebidentity", "sts:assumeroot",
+	"sts:getfederationtoken", "sts:getsessiontoken",
+}
+
+func (s Statement) checkAction(action string) error {
+	if action == "*" {
+		if s.Effect == deny {
+			return nil
+		}
+		return fmt.Errorf("is *, which is everything; name what the tool may do, such as s3:GetObject")
+	}
+	if !actionForm.MatchString(action) {
+		return fmt.Errorf("is %q; it is SERVICE:ACTION, such as s3:GetObject, with wildcards in the action alone", broker.Clean(broker.Shorten(action, 80)))
+	}
+	if s.Effect == deny {
+		return nil
+	}
+	lower := strings.ToLower(action)
+	if strings.HasPrefix(lower, "iam:") {
+		return fmt.Errorf("is %s: a tool cannot have actions of IAM, with which it could widen what roles can do", action)
+	}
+	for _, n := range never {
+		if matches(lower, n) {
+			return fmt.Errorf("is %s: a session that is made with it has a name of its own, and neither the lease's end nor an early end reaches it", action)
+		}
+	}
+	return nil
+}
+
+// matches reports whether a pattern with * and ? matches the whole text.
+func matches(pattern, text string) bool {
+	for pattern != "" {
+		switch pattern[0] {
+		case '*':
+			for i := 0; i <= len(text); i++ {
+				if matches(pattern[1:], text[i:]) {
+					return true
+				}
+			}
+			return false
+		case '?':
+			if text == "" {
+				return false
+			}
+		default:
+			if text == "" || text[0] != pattern[0] {
+				return false
+			}
+		}
+		pattern, text = pattern[1:], text[1:]
+	}
+	return text == ""
+}
+
+func checkResource(c Config, resource string) error {
+	if resource == "*" {
+		return nil // some actions know no other; it is warned about
+	}
+	if !inPolicy(resource) || strings.ContainsAny(resource, " \t\r\n") {
+		return fmt.Errorf("has spaces, or characters that AWS does not take in a session policy")
+	}
+	parts := strings.SplitN(resource, ":", 6)
+	if len(parts) < 6 || parts[0] != "arn" || parts[2] == "" || parts[5] == "" {
+		return fmt.Errorf("is %q; it is * or an ARN, such as arn:%s:s3:::crm/*", broker.Clean(broker.Shorten(resource, 80)), c.Partition)
+	}
+	if parts[1] != c.Partition {
+		return fmt.Errorf("is of partition %q, and the provider's region %s is in partition %s", broker.Clean(broker.Shorten(parts[1], 40)), c.Region, c.Partition)
+	}
+	if strings.ContainsAny(parts[2], "*?$") {
+		return fmt.Errorf("has a wildcard as its service; name the service")
+	}
+	for _, p := range parts[:5] {
+		if strings.Contains(p, "$") {
+			return fmt.Errorf("has ${ before its last part: region and account are fixed by the catalog")
+		}
+	}
+	return nil
+}
+
+// checkReferences checks what stands in ${}: parameters of the tool, where they
+// may stand, and IAM's own variables.
+func checkReferences(at, text string, params []broker.Param, may bool) error {
+	for rest := text; ; {
+		_, after, found := strings.Cut(rest, "${")
+		if !found {
+			break
+		}
+		name, tail, closed := strings.Cut(after, "}")
+		if !closed {
+			return providers.FieldErrorf(at, "has ${ without }")
+		}
+		rest = tail
+		param, is := strings.CutPrefix(name, "params.")
+		if !is {
+			continue // one of IAM's own: ${aws:PrincipalTag/team}, ${*}
+		}
+		if !may {
+			return providers.FieldErrorf(at, "holds a parameter: parameters stand in resources and in values of conditions alone")
+		}
+		i := slices.IndexFunc(params, func(p broker.Param) bool { return p.Name == param })
+		switch {
+		case i < 0:
+			return providers.FieldErrorf(at, "the tool has no parameter %q", broker.Clean(broker.Shorten(param, 60)))
+		case params[i].Optional:
+			return providers.FieldErrorf(at, "parameter %s is optional, and without it the permissions would be others; make it required", param)
+		case params[i].Type == broker.ParamString && params[i].Check("") == nil:
+			return providers.FieldErrorf(at, "parameter %s may be empty, and without a value the permissions would be wider; have its pattern ask for one character at least", param)
+		}
+	}
+	if strings.Count(text, "$") != strings.Count(text, "${") {
+		return providers.FieldErrorf(at, "has $ that begins no ${}; IAM has ${$} for it")
+	}
+	return nil
+}
+
+// fill puts the values of parameters into a text.
+func fill(text string, value func(name string) string) string {
+	return paramForm.ReplaceAllStringFunc(text, func(ref string) string {
+		return value(ref[len(reference) : len(ref)-1])
+	})
+}
+
+// filled is the statement with the values of parameters.
+func (s Statement) filled(value func(name string) string) Statement {
+	all := func(texts []string) (out []string) {
+		for _, t := range texts {
+			out = append(out, fill(t, value))
+		}
+		return out
+	}
+	out := s
+	out.Resource, out.NotResource = all(s.Resource), all(s.NotResource)
+	if s.Condition != nil {
+		out.Condition = map[string]map[string][]string{}
+		for operator, keys := range s.Condition {
+			out.Condition[operator] = map[string][]string{}
+			for key, values := range keys {
+				out.Condition[operator][key] = all(values)
+			}
+		}
+	}
+	return out
+}

@@ -1,0 +1,171 @@
+package awsscope
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/mayfly-security/mayfly/providers"
+)
+
+// escalations are actions with which a session can come to do more than its
+// tool says, by something else that does it for it.
+var escalations = map[string]string{
+	"lambda:updatefunctioncode":                       "code of its choice runs with the function's role",
+	"lambda:updatefunctionconfiguration":              "layers and variables of its choice run with the function's role",
+	"lambda:addpermission":                            "others may be allowed to call the function",
+	"lambda:createfunction":                           "with iam:PassRole that somebody else gives, code runs with another role",
+	"ssm:sendcommand":                                 "commands run with the instance's role",
+	"ssm:startsession":                                "a shell runs with the instance's role, and stays open",
+	"ssm:startautomationexecution":                    "an automation may run with another role",
+	"ec2:modifyinstanceattribute":                     "user data runs with the instance's role at its next start",
+	"ec2:replaceiaminstanceprofileassociation":        "an instance gets another role",
+	"ec2-instance-connect:sendsshpublickey":           "a shell runs with the instance's role, and stays open",
+	"ecs:executecommand":                              "a shell runs with the task's role, and stays open",
+	"ecs:runtask":                                     "containers run with the task's role",
+	"ecs:registertaskdefinition":                      "containers of its choice run with a task's role",
+	"codebuild:startbuild":                            "a build of its choice runs with the project's role",
+	"codebuild:updateproject":                         "a build of its choice runs with the project's role",
+	"codepipeline:updatepipeline":                     "a pipeline of its choice runs with its role",
+	"cloudformation:createstack":                      "a stack makes what its role may make",
+	"cloudformation:updatestack":                      "a stack makes what its role may make",
+	"cloudformation:createchangeset":                  "a stack makes what its role may make",
+	"cloudformation:executechangeset":                 "a stack makes what its role may make",
+	"glue:updatejob":                                  "a job of its choice runs with its role",
+	"glue:startjobrun":                                "a job runs with its role",
+	"glue:updatedevendpoint":                          "a shell runs with the endpoint's role",
+	"sagemaker:createpresignednotebookinstanceurl":    "a notebook runs with its role, and stays open",
+	"states:updatestatemachine":                       "a state machine of its choice runs with its role",
+	"events:puttargets":                               "events call what the rule's role may call",
+	"scheduler:createschedule":                        "a schedule calls things after the lease has ended",
+	"datapipeline:putpipelinedefinition":              "a pipeline of its choice runs with its role",
+	"s3:putbucketpolicy":                              "the bucket may be opened to others, for good",
+	"s3:putbucketacl":                                 "the bucket may be opened to others, for good",
+	"s3:putobjectacl":                                 "objects may be opened to others, for good",
+	"s3:putaccesspointpolicy":                         "the bucket may be opened to others, for good",
+	"s3:putreplicationconfiguration":                  "objects are copied elsewhere after the lease has ended",
+	"kms:creategrant":                                 "a grant lets others use the key after the lease has ended",
+	"kms:putkeypolicy":                                "the key may be opened to others, for good",
+	"secretsmanager:putresourcepolicy":                "the secret may be opened to others, for good",
+	"secretsmanager:getsecretvalue":                   "what the secret opens stays open after the lease has ended",
+	"ssm:getparameter":                                "a secret in the parameter stays known after the lease has ended",
+	"sqs:addpermission":                               "the queue may be opened to others, for good",
+	"sqs:setqueueattributes":                          "the queue's policy may be opened to others, for good",
+	"sns:addpermission":                               "the topic may be opened to others, for good",
+	"sns:settopicattributes":                          "the topic's policy may be opened to others, for good",
+	"sns:subscribe":                                   "messages are sent elsewhere after the lease has ended",
+	"ecr:setrepositorypolicy":                         "the repository may be opened to others, for good",
+	"ecr:putimage":                                    "an image of its choice runs wherever the repository is used",
+	"eks:accesskubernetesapi":                         "the cluster's own permissions decide what it can do there",
+	"eks:createaccessentry":                           "others are let into the cluster, for good",
+	"rds-db:connect":                                  "connections to the database stay open after the lease has ended",
+	"redshift:getclustercredentials":                  "a login of the cluster outlives the lease",
+	"cognito-identity:getcredentialsforidentity":      "sessions of another role are made, which the lease's end does not reach",
+	"codeartifact:getauthorizationtoken":              "a token outlives the lease",
+	"ecr:getauthorizationtoken":                       "a token of up to 12 hours outlives the lease",
+	"sso:getrolecredentials":                          "sessions of another role are made, which the lease's end does not reach",
+	"organizations:attachpolicy":                      "what accounts may do changes",
+	"lakeformation:grantpermissions":                  "others get at the data, for good",
+	"dynamodb:putresourcepolicy":                      "the table may be opened to others, for good",
+	"backup:putbackupvaultaccesspolicy":               "backups may be opened to others, for good",
+	"ec2:modifysnapshotattribute":                     "snapshots may be shared with others, for good",
+	"ec2:modifyimageattribute":                        "images may be shared with others, for good",
+	"rds:modifydbsnapshotattribute":                   "snapshots may be shared with others, for good",
+	"rolesanywhere:createprofile":                     "others may come to have sessions of roles",
+	"bedrock-agentcore:createcodeinterpreter":         "code of its choice runs with the interpreter's role",
+	"apprunner:updateservice":                         "code of its choice runs with the service's role",
+	"elasticmapreduce:addjobflowsteps":                "steps run with the cluster's role",
+	"batch:submitjob":                                 "a job runs with its role",
+	"imagebuilder:createimage":                        "a build runs with its role",
+	"greengrass:createdeployment":                     "code runs with the devices' role",
+	"servicecatalog:provisionproduct":                 "a product makes what its launch role may make",
+	"autoscaling:createlaunchconfiguration":           "instances of its choice run with a role",
+	"ec2:createlaunchtemplateversion":                 "instances of its choice run with the template's role",
+	"elasticbeanstalk:updateenvironment":              "code of its choice runs with the environment's role",
+	"codestar-connections:useconnection":              "somebody else's access to repositories is used",
+	"iot:createrolealias":                             "devices get sessions of a role",
+	"cloudtrail:stoplogging":                          "what it does is seen no more",
+	"cloudtrail:deletetrail":                          "what it does is seen no more",
+	"guardduty:deletedetector":                        "what it does is seen no more",
+	"logs:putsubscriptionfilter":                      "logs are sent elsewhere after the lease has ended",
+	"lambda:createeventsourcemapping":                 "events call a function after the lease has ended",
+	"transfer:createuser":                             "a login of its own outlives the lease",
+	"lightsail:downloaddefaultkeypair":                "a key outlives the lease",
+	"opsworks:createstack":                            "a stack runs with a role",
+	"cloud9:createenvironmentmembership":              "others get into an environment that runs with a user's rights",
+	"appstream:createstreamingurl":                    "a session that is open outlives the lease",
+	"connect:createuser":                              "a login of its own outlives the lease",
+	"quicksight:registeruser":                         "a login of its own outlives the lease",
+	"workspaces:createworkspaces":                     "a desktop of its own outlives the lease",
+	"glue:createdevendpoint":                          "a shell runs with a role",
+	"sagemaker:createnotebookinstancelifecycleconfig": "code of its choice runs with a notebook's role",
+}
+
+// Warnings say what a tool can do in the end, and what is to be known of it
+// before it is used. Nothing is asked of anybody.
+func (s Scope) Warnings(c Config) []providers.Finding {
+	var all []providers.Finding
+	note := func(fix, format string, args ...any) {
+		all = append(all, providers.Finding{Message: fmt.Sprintf(format, args...), Fix: fix})
+	}
+	for i, each := range s.Statements {
+		at := fmt.Sprintf("statement %d", i)
+		if each.Sid != "" {
+			at = "statement " + each.Sid
+		}
+		note("", "%s: %s", at, each.words())
+		if each.Effect != allow {
+			continue
+		}
+		for _, a := range each.Action {
+			if strings.ContainsAny(a, "*?") {
+				note("name the actions one by one", "%s has the wildcard %s: actions that AWS adds later are in it, too", at, a)
+			}
+			for _, known := range slices.Sorted(maps.Keys(escalations)) {
+				if matches(strings.ToLower(a), known) {
+					note("leave it out, or bound the resource to what may be reached by it", "%s: with %s (in %s) more can be done than the tool says: %s", at, known, a, escalations[known])
+				}
+			}
+		}
+		for _, r := range each.Resource {
+			switch {
+			case r == "*":
+				note("name the resources, unless the actions know none", "%s is for every resource (*)", at)
+			case strings.HasSuffix(strings.SplitN(r, ":", 6)[5], "}*"):
+				note("put a separator between them, such as /", "%s: in %s a parameter stands right before *: the value a reaches what is named ab, too", at, r)
+			case strings.ContainsAny(strings.Join(strings.SplitN(r, ":", 6)[3:5], ""), "*?"):
+				note("name region and account", "%s: %s is for any region or account", at, r)
+			}
+		}
+	}
+	for _, arn := range s.PolicyARNs {
+		note("write statements, which the catalog fixes", "everything that %s allows, and its role: the policy may change without the catalog", arn)
+	}
+	if !s.compatible {
+		note("name no session ARN of the tools' roles in resource policies", "a resource policy (of a bucket, a key, a queue) that allows the role's session by its ARN gives more than the statements say; only explicit denies, such as the lease's end, hold against it")
+	}
+	return all
+}
+
+// words tell a statement to people.
+func (s Statement) words() string {
+	verb, actions, resources := "may", s.Action, s.Resource
+	var not string
+	if s.Effect == deny {
+		verb = "may not"
+	}
+	if s.NotAction != nil {
+		actions, not = s.NotAction, "anything but "
+	}
+	text := fmt.Sprintf("%s %s%s", verb, not, strings.Join(actions, ", "))
+	if s.NotResource != nil {
+		text += " on anything but " + strings.Join(s.NotResource, ", ")
+	} else {
+		text += " on " + strings.Join(resources, ", ")
+	}
+	if n := len(s.Condition); n > 0 {
+		text += " under its conditions: " + strings.Join(slices.Sorted(maps.Keys(s.Condition)), ", ")
+	}
+	return text
+}

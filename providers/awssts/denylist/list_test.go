@@ -1,0 +1,71 @@
+package denylist
+
+import (
+	"errors"
+	"testing"
+	"time"
+)
+
+func lease(id string) Entry { return Entry{Kind: Lease, ID: id} }
+
+// TestSure: what a write that may still land would take away is not counted
+// upon, and is written elsewhere.
+func TestSure(t *testing.T) {
+	now := time.Unix(1_800_000_000, 0)
+	a, b, c := lease("a"), lease("b"), lease("c")
+	for name, test := range map[string]struct {
+		late []Late
+		sure Set
+	}{
+		"nothing under way":       {nil, SetOf(a, b)},
+		"a write of ours":         {[]Late{{Set: SetOf(b, c), Until: now.Add(time.Minute)}}, SetOf(b)},
+		"two of ours":             {[]Late{{Set: SetOf(b, c), Until: now.Add(time.Minute)}, {Set: SetOf(a, c), Until: now.Add(time.Minute)}}, Set{}},
+		"another's":               {[]Late{{Unknown: true, Until: now.Add(time.Minute)}}, Set{}},
+		"one that cannot land":    {[]Late{{Set: SetOf(c), Until: now}}, SetOf(a, b)},
+		"another's that cannot":   {[]Late{{Unknown: true, Until: now}}, SetOf(a, b)},
+		"a removal of ours":       {[]Late{{Set: Set{}, Until: now.Add(time.Minute)}}, Set{}},
+		"ours, with all of it":    {[]Late{{Set: SetOf(a, b, c), Until: now.Add(time.Minute)}}, SetOf(a, b)},
+		"ours that cannot, other": {[]Late{{Set: SetOf(c), Until: now}, {Set: SetOf(a), Until: now.Add(time.Minute)}}, SetOf(a)},
+	} {
+		l := &List{Policies: map[string]*Policy{"old": {Own: true, Late: test.late}}}
+		l.Policies["old"].stand(SetOf(a, b), now.Add(-time.Hour))
+		l.Settle(now)
+		if got := l.Sure(); !got.Equal(test.sure) {
+			t.Errorf("%s: sure is %v", name, got.Sorted())
+			continue
+		}
+		step, err := l.Next(SetOf(a, b), "new", false, now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		missing := SetOf(a, b).Minus(test.sure)
+		if len(missing) == 0 && step.Policy != "" || len(missing) > 0 && (step.Policy != "new" || len(missing.Minus(step.Set)) > 0) {
+			t.Errorf("%s: writes %v to %q", name, step.Set.Sorted(), step.Policy)
+		}
+	}
+}
+
+// TestSpread: what was written to another policy a moment ago is not taken out
+// of the first one yet.
+func TestSpread(t *testing.T) {
+	now := time.Unix(1_800_000_000, 0)
+	must := leases(10)
+	l := &List{Policies: map[string]*Policy{"a": {Own: true}, "b": {}}}
+	l.Policies["a"].stand(must, now)
+	l.Policies["b"].stand(must, now.Add(-time.Hour))
+	if step, err := l.Next(must, "new", true, now.Add(Spread-time.Second)); err != nil || step.Policy != "" {
+		t.Errorf("%+v, %v", step, err)
+	}
+	if step, err := l.Next(must, "new", true, now.Add(Spread)); err != nil || step.Policy != "b" || len(step.Set) != 0 {
+		t.Errorf("%+v, %v", step, err)
+	}
+}
+
+// TestFull: what does not fit is an error that says how much.
+func TestFull(t *testing.T) {
+	l := &List{Policies: map[string]*Policy{}, Others: Quota - 100}
+	_, err := l.Next(leases(3), "new", false, time.Now())
+	if full := (*FullError)(nil); !errors.As(err, &full) || full.Missing != 3 {
+		t.Errorf("%v", err)
+	}
+}

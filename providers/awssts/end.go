@@ -1,0 +1,186 @@
+package awssts
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/providers"
+	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
+	"github.com/mayfly-security/mayfly/providers/awssts/denylist"
+)
+
+// soon is how near a lease's own end must be for it to be left to it: a change
+// in IAM takes longer to be in force everywhere.
+const soon = 5 * time.Second
+
+// Revoke implements providers.Provider.
+func (p *provider) Revoke(ctx context.Context, endings []providers.Ending) []providers.Death {
+	return p.end(ctx, endings, true)
+}
+
+// Confirm implements providers.Provider. It ends nothing that is not being
+// ended; what is, it writes again where somebody took it away.
+func (p *provider) Confirm(ctx context.Context, endings []providers.Ending) []providers.Death {
+	return p.end(ctx, endings, false)
+}
+
+// at is one lease of a batch that AWS is to be asked about.
+type at struct {
+	i int // in the batch
+	h handle
+	e providers.Ending
+}
+
+func (p *provider) end(ctx context.Context, endings []providers.Ending, revoke bool) []providers.Death {
+	deaths := make([]providers.Death, len(endings))
+	roles := map[string][]at{}
+	now := p.now()
+	for i, e := range endings {
+		if e.Handle == nil {
+			// The handle is stored with the intent: without one nothing was asked for.
+			deaths[i] = providers.Death{Progress: broker.ProgressVerified}
+			continue
+		}
+		h, err := decodeHandle(e.Handle)
+		if err != nil {
+			deaths[i] = providers.Death{Err: err}
+			continue
+		}
+		if !e.DiesAt.IsZero() && e.DiesAt.After(h.Dies) {
+			h.Dies = e.DiesAt
+		}
+		switch {
+		case !now.Before(h.Dies):
+			deaths[i] = providers.Death{Progress: broker.ProgressVerified} // by AWS's own clock
+		case p.config.Early.Mode == awsscope.EarlyOff, h.Role == "" && p.config.Early.Mode == awsscope.EarlyDenyList,
+			h.Role != "" && p.config.Early.Mode == awsscope.EarlyMinIO:
+			deaths[i] = p.asked(h, revoke)
+		case p.config.Early.Mode == awsscope.EarlyDenyList && revoke && h.Dies.Sub(now) < soon:
+			deaths[i] = p.asked(h, revoke)
+		default:
+			roles[h.Role] = append(roles[h.Role], at{i, h, e})
+		}
+	}
+	var wg sync.WaitGroup
+	for role, leases := range roles {
+		wg.Go(func() {
+			if p.config.Early.Mode == awsscope.EarlyMinIO {
+				p.endAtMinIO(ctx, leases, deaths, revoke)
+			} else {
+				p.endByList(ctx, role, leases, deaths, revoke)
+			}
+		})
+	}
+	wg.Wait()
+	return deaths
+}
+
+// asked is the answer where nothing can be done but to wait for the lease's own end.
+func (p *provider) asked(h handle, revoke bool) providers.Death {
+	d := providers.Death{RetryAt: h.Dies}
+	if revoke {
+		d.Progress = broker.ProgressRequested
+	}
+	return d
+}
+
+// endByList ends leases of one role.
+func (p *provider) endByList(ctx context.Context, role string, leases []at, deaths []providers.Death, revoke bool) {
+	w := p.writer(role)
+	fail := func(err error) {
+		for _, l := range leases {
+			deaths[l.i] = providers.Death{Err: err}
+		}
+	}
+	if revoke {
+		var asked []denylist.Known
+		for _, l := range leases {
+			asked = append(asked, l.h.known())
+		}
+		p.begin(w, asked)
+	}
+	if err := w.take(ctx); err != nil {
+		fail(err)
+		return
+	}
+	defer w.leave()
+	begun, err := p.begun(ctx, w, leases)
+	if err != nil {
+		fail(err)
+		return
+	}
+	if !revoke {
+		for _, l := range leases {
+			deaths[l.i] = providers.Death{RetryAt: l.h.Dies} // unless somebody ended it
+		}
+	}
+	if len(begun) == 0 {
+		return
+	}
+	missing, unproven := false, false
+	for _, l := range begun {
+		k := l.h.known()
+		missing = missing || !covers(w.list.Sure(), k)
+		unproven = unproven || !covers(w.proven, k) && !(w.probe != nil && covers(w.probe.covers, k))
+	}
+	p.look(ctx, w)
+	again := unproven && p.config.Early.Verify == awsscope.VerifyProbe && w.probe == nil
+	var failed error
+	if missing || !w.seen || again {
+		failed = p.write(ctx, w, false, again)
+		p.look(ctx, w)
+	}
+	sure := w.list.Sure()
+	proven := w.proven.And(sure)
+	for _, l := range begun {
+		deaths[l.i] = p.judge(w, l, l.h.known(), sure, proven, failed)
+	}
+}
+
+// begun are those whose ending has begun. After a restart only the store knows.
+func (p *provider) begun(ctx context.Context, w *writer, leases []at) ([]at, error) {
+	in := func(has func(broker.LeaseID) bool) (some []at) {
+		for _, l := range leases {
+			if has(broker.LeaseID(l.h.Session)) {
+				some = append(some, l)
+			}
+		}
+		return some
+	}
+	p.writers.mu.Lock()
+	begun := in(func(id broker.LeaseID) bool { _, ok := w.begun[id]; return ok })
+	p.writers.mu.Unlock()
+	if len(begun) == len(leases) {
+		return begun, nil
+	}
+	known, err := p.must(ctx, w)
+	return in(func(id broker.LeaseID) bool { return known[id].Begun }), err
+}
+
+// judge is how far the ending of one lease has come.
+func (p *provider) judge(w *writer, l at, k denylist.Known, sure, proven denylist.Set, failed error) providers.Death {
+	now := p.now()
+	switch {
+	case !covers(sure, k):
+		if failed == nil {
+			failed = errors.New("the deny list was not written")
+		}
+		return providers.Death{Err: failed}
+	case covers(proven, k):
+		return providers.Death{Progress: broker.ProgressVerified, Left: fmt.Sprintf(
+			"the session is denied by its role's policy, as STS in %s was seen to do at %s; a service that has not taken the policy over yet may accept it until %s",
+			p.config.Region, awsscope.Instant(w.provenA), awsscope.Instant(l.h.Dies))}
+	}
+	d := providers.Death{Progress: broker.ProgressWritten, RetryAt: l.h.Dies}
+	switch {
+	case w.probe != nil && covers(w.probe.covers, k):
+		d.RetryAt = earliest(d.RetryAt, w.probe.next)
+	case p.config.Early.Verify == awsscope.VerifyProbe:
+		d.RetryAt = earliest(d.RetryAt, now.Add(probeSlow))
+	}
+	return d
+}

@@ -1,0 +1,153 @@
+package awssts
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	awsmiddleware "github.com/aws/aws-sdk-go-v2/aws/middleware"
+	"github.com/aws/aws-sdk-go-v2/service/sts"
+	"github.com/aws/aws-sdk-go-v2/service/sts/types"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/providers"
+	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
+)
+
+const (
+	// skew is what AWS's clock, which is read in whole seconds, may add to an
+	// instant beyond how far it was seen to be behind ours.
+	skew = 2 * time.Second
+	// planSkew is the same before AWS's clock was seen.
+	planSkew = time.Minute
+)
+
+// Plan implements providers.Planner: role and session name are fixed before AWS
+// is asked. It refuses what could not be ended early later.
+func (p *provider) Plan(req providers.MintRequest) (providers.Handle, error) {
+	s, err := awsscope.ParseScope(p.config, req.Tool)
+	if err != nil {
+		return nil, broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
+			"the scope of tool %s cannot be read", req.Tool.Name).Because(err)
+	}
+	h, err := p.plan(s, req)
+	if err != nil {
+		return nil, err
+	}
+	return h.encode()
+}
+
+func (p *provider) plan(s awsscope.Scope, req providers.MintRequest) (handle, error) {
+	h := handle{
+		Version: handleVersion, Session: string(req.Lease), Agent: awsscope.SourceIdentity(req.Agent), Incident: req.Incident,
+		Issued: req.Now.Add(mintLimit + lateBound + planSkew).UTC(), Dies: end(req).Add(planSkew + skew).UTC(),
+	}
+	if p.config.Compatible() {
+		return h, nil
+	}
+	role, err := p.choose(s.Roles, req)
+	h.Role = role
+	return h, err
+}
+
+// end is when the session policy ends the session: whole seconds, never later
+// than was asked.
+func end(req providers.MintRequest) time.Time { return req.End.Truncate(time.Second) }
+
+// Mint implements providers.Provider: one AssumeRole, sent once.
+func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record func(providers.Handle) error) (providers.Minted, error) {
+	s, err := awsscope.ParseScope(p.config, req.Tool)
+	if err != nil {
+		return providers.Minted{}, p.refuse(broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
+			"the scope of tool %s cannot be read", req.Tool.Name).Because(err))
+	}
+	h, err := p.plan(s, req)
+	if err != nil {
+		return providers.Minted{}, p.refuse(err)
+	}
+	policy, err := s.Policy(req.Params, end(req))
+	if err != nil {
+		return providers.Minted{}, p.refuse(err)
+	}
+	ttl := req.End.Sub(req.Now)
+	in := &sts.AssumeRoleInput{
+		RoleSessionName: &h.Session, Policy: &policy,
+		DurationSeconds: aws.Int32(int32(min(max(ceilSeconds(ttl), ceilSeconds(awsscope.SessionMin)), ceilSeconds(p.config.MaxSession)))),
+	}
+	if p.config.Compatible() {
+		in.RoleArn = aws.String("arn:aws:iam::000000000000:role/none") // required by the SDK, and of no meaning there
+	} else {
+		in.RoleArn, in.SourceIdentity = &h.Role, &h.Agent
+		for _, t := range awsscope.Tags(req.Agent, req.Incident, req.Tool.Name) {
+			in.Tags = append(in.Tags, types.Tag{Key: aws.String(t.Key), Value: aws.String(t.Value)})
+		}
+		for _, arn := range s.PolicyARNs {
+			in.PolicyArns = append(in.PolicyArns, types.PolicyDescriptorType{Arn: aws.String(arn)})
+		}
+	}
+	out, err := p.clients.sts.AssumeRole(ctx, in, p.revokable(req.Lease))
+	now := p.now()
+	if err := faultOf(ctx, "assuming the role for lease "+h.Session, err); err != nil {
+		if asFault(err).refused() {
+			p.vacate(h)
+			return providers.Minted{}, p.nothingMade(req.Tool.Name, err)
+		}
+		return providers.Minted{}, fmt.Errorf("the outcome is not known: %w", err)
+	}
+	return p.take(req, s, h, out, now)
+}
+
+// take makes the lease of AWS's answer.
+func (p *provider) take(req providers.MintRequest, s awsscope.Scope, h handle, out *sts.AssumeRoleOutput, now time.Time) (providers.Minted, error) {
+	k := out.Credentials
+	if k == nil || aws.ToString(k.AccessKeyId) == "" || aws.ToString(k.SecretAccessKey) == "" || aws.ToString(k.SessionToken) == "" || k.Expiration == nil {
+		return providers.Minted{}, errors.New("the outcome is not known: the answer of AWS STS has no credentials")
+	}
+	if server, ok := awsmiddleware.GetServerTime(out.ResultMetadata); ok && !p.config.Compatible() {
+		p.saw(server, now)
+	}
+	lag := p.behind()
+	minted := providers.Minted{DiesAt: end(req).Add(skew + lag), Survives: s.Survives(p.config)}
+	// AWS's own expiry is a second end. It comes first only where the lease's
+	// end is as far away as AWS lets a session live.
+	ends := *k.Expiration
+	if ends.Before(end(req)) {
+		minted.Ends = ends
+		minted.DiesAt = earliest(minted.DiesAt, ends.Add(skew+lag))
+	}
+	h.Dies, h.Issued = minted.DiesAt.UTC(), now.Add(skew+lag).UTC()
+	if p.config.Compatible() {
+		h.Key = *k.AccessKeyId
+	}
+	//lint:ignore SA1019 what takes its place tells of the token's size, and not of what a tool's statements take
+	packed := out.PackedPolicySize
+	if used := aws.ToInt32(packed); used >= 80 {
+		p.log.Warn("a tool is close to what AWS takes as permissions of a session", "tool", req.Tool.Name, "packed_percent", used)
+	}
+	var err error
+	if minted.Handle, err = h.encode(); err != nil {
+		return providers.Minted{}, err
+	}
+	p.occupy(h)
+	minted.Secret = broker.NewSecret(map[string]string{
+		awsscope.FieldAccessKeyID: *k.AccessKeyId, awsscope.FieldSecretAccessKey: *k.SecretAccessKey,
+		awsscope.FieldSessionToken: *k.SessionToken, awsscope.FieldExpiration: awsscope.Instant(earliest(ends, end(req))),
+	})
+	return minted, nil
+}
+
+// refuse is an error of Mint before anything was asked.
+func (p *provider) refuse(err error) error {
+	return fmt.Errorf("%w: %w: %w", providers.ErrNothingMade, providers.ErrRefused, err)
+}
+
+func ceilSeconds(d time.Duration) int64 { return int64((d + time.Second - 1) / time.Second) }
+
+func earliest(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
+}

@@ -1,0 +1,141 @@
+package awssts
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"maps"
+	"strings"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/sts"
+
+	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
+	"github.com/mayfly-security/mayfly/providers/awssts/denylist"
+)
+
+// probe is a session of the broker's own that is denied by the same writing as
+// the leases. It can do one thing, which changes nothing and tells nothing: ask
+// STS to decode a message that is none. It is seen to be allowed before the
+// list is written; when it is denied explicitly afterwards, the list of that
+// writing is in force: at STS, in the provider's region, at that moment. What
+// other services and regions have by then it does not prove.
+type probe struct {
+	name    string
+	client  *sts.Client
+	expires time.Time
+	covers  denylist.Set // what was written with it; nil before
+	wrote   time.Time
+	denied  time.Time // since when it is denied; zero if it is not
+	next    time.Time // it is asked no sooner
+}
+
+const (
+	probePolicy = `{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"sts:DecodeAuthorizationMessage","Resource":"*"}]}`
+	probePause  = 500 * time.Millisecond
+	probeSlow   = 15 * time.Second
+)
+
+func (b *probe) entry() denylist.Entry { return denylist.Entry{Kind: denylist.Probe, ID: b.name} }
+
+// verdict is what became of a probe's call.
+type verdict int
+
+const (
+	unclear verdict = iota
+	allowed
+	explicitly // denied by a statement that says so
+)
+
+func (b *probe) ask(ctx context.Context) verdict {
+	_, err := b.client.DecodeAuthorizationMessage(ctx, &sts.DecodeAuthorizationMessageInput{EncodedMessage: aws.String("mayfly")})
+	err = faultOf(ctx, "asking STS with a probe", err)
+	switch f := asFault(err); {
+	case err == nil, strings.HasPrefix(f.code, "InvalidAuthorizationMessage"):
+		return allowed
+	case f.kind == denied && strings.Contains(f.err.Error(), "explicit deny"):
+		return explicitly
+	}
+	return unclear
+}
+
+// arm puts a probe into a step that writes something new. Without one the step
+// is done all the same, and what it ends is not verified.
+func (p *provider) arm(ctx context.Context, w *writer, step *denylist.Step, must denylist.Set) bool {
+	if p.config.Early.Verify != awsscope.VerifyProbe {
+		return false
+	}
+	if w.probe != nil {
+		delete(must, w.probe.entry())
+		if w.probe.covers == nil {
+			must[w.probe.entry()] = struct{}{}
+			return true // it was made for this writing, and is in it
+		}
+		step.Set = step.Set.Minus(denylist.SetOf(w.probe.entry()))
+		w.probe = nil
+	}
+	var id [6]byte
+	_, _ = rand.Read(id[:]) // never fails
+	b := &probe{name: denylist.ProbePrefix + hex.EncodeToString(id[:])}
+	with := maps.Clone(step.Set)
+	with[b.entry()] = struct{}{}
+	room := denylist.Quota - w.list.Used()
+	if pol := w.list.Policies[step.Policy]; pol != nil {
+		room += denylist.Size(pol.Stands)
+	}
+	if denylist.Size(with) > room {
+		w.unable = "the role's policies have no room for a probe"
+		return false
+	}
+	out, err := p.clients.sts.AssumeRole(ctx, &sts.AssumeRoleInput{
+		RoleArn: &w.role.ARN, RoleSessionName: &b.name, Policy: aws.String(probePolicy), DurationSeconds: aws.Int32(int32(ceilSeconds(awsscope.SessionMin))),
+	})
+	if err != nil || out.Credentials == nil {
+		w.unable = "the role cannot be assumed for a probe"
+		p.log.Warn("the deny list cannot be verified", "role", w.role.ARN, "error", faultOf(ctx, "assuming the role for a probe", err))
+		return false
+	}
+	k := out.Credentials
+	b.client = p.clients.as(aws.Credentials{AccessKeyID: aws.ToString(k.AccessKeyId), SecretAccessKey: aws.ToString(k.SecretAccessKey), SessionToken: aws.ToString(k.SessionToken)})
+	b.expires = p.now().Add(awsscope.SessionMin - time.Minute)
+	if b.ask(ctx) != allowed {
+		w.unable = "a probe is not allowed sts:DecodeAuthorizationMessage before it is denied: the role must allow it"
+		p.log.Warn("the deny list cannot be verified: the role must allow sts:DecodeAuthorizationMessage", "role", w.role.ARN)
+		return false
+	}
+	w.probe, w.unable = b, ""
+	step.Set = with
+	must[b.entry()] = struct{}{}
+	return true
+}
+
+// look asks the probe, if it is time to, and notes what is proven.
+func (p *provider) look(ctx context.Context, w *writer) {
+	b := w.probe
+	now := p.now()
+	if b == nil || b.covers == nil || now.Before(b.next) {
+		return
+	}
+	if !now.Before(b.expires) {
+		w.probe = nil // it would be refused for another reason
+		return
+	}
+	b.next = now.Add(min(max(now.Sub(b.wrote)/2, probePause), probeSlow))
+	switch b.ask(ctx) {
+	case allowed:
+		b.denied = time.Time{}
+	case explicitly:
+		if b.denied.IsZero() {
+			b.denied = now
+		}
+		if settled := b.denied.Add(p.config.Early.Settle); now.Before(settled) {
+			b.next = settled // and it must be denied then, too
+			return
+		}
+		// Only what stands still counts: a policy may have been written since.
+		w.proven = w.proven.And(w.list.Sure())
+		w.proven.Add(b.covers)
+		w.provenA, w.probe = now, nil
+	}
+}

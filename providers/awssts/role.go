@@ -1,0 +1,468 @@
+package awssts
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"maps"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/iam"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
+	"github.com/mayfly-security/mayfly/providers/awssts/denylist"
+)
+
+const (
+	// landing is how long a write of IAM that was sent may still land: AWS
+	// refuses a request whose signature is older than 15 minutes.
+	landing = 16 * time.Minute
+	// visible is how long IAM may show what was there before our own write.
+	visible = time.Minute
+	// keepForeign is how long an entry stays that the store knows nothing of:
+	// after a restore from a backup the store may have forgotten a session.
+	keepForeign = awsscope.SessionMax + time.Minute
+	// maxSteps bounds the calls of one writing.
+	maxSteps = 200
+	// reconcileEvery is how often what is in IAM is compared with what must be.
+	reconcileEvery = time.Minute
+)
+
+// writers are the deny lists of all roles that this broker writes.
+type writers struct {
+	mu  sync.Mutex
+	all map[string]*writer // by provider and role
+	run string             // names this process in the names of policies
+}
+
+func newWriters() *writers {
+	var b [4]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return &writers{all: map[string]*writer{}, run: hex.EncodeToString(b[:])}
+}
+
+// writer writes the deny list of one role. There is one in the process.
+type writer struct {
+	role   awsscope.Role
+	prefix string // of the names of our policies of the role
+	turn   chan struct{}
+
+	// Under writers.mu.
+	places map[broker.LeaseID]time.Time // leases that may have to be denied, until then
+	others int                          // characters that are not for them
+	begun  map[broker.LeaseID]denylist.Known
+
+	// Of whoever has the turn.
+	list    denylist.List
+	seen    bool
+	serial  int
+	foreign map[denylist.Entry]time.Time // entries that the store does not know of, kept until then
+	wrote   map[string]time.Time         // when we wrote or removed a policy
+	proven  denylist.Set                 // entries that were seen to be in force
+	provenA time.Time                    // when the last of them was
+	probe   *probe
+	unable  string // why there is no probe; empty if there is one
+}
+
+// writerLocked is the writer of a role. The caller holds writers.mu.
+func (p *provider) writerLocked(arn string) *writer {
+	key := p.name + "|" + arn
+	w := p.writers.all[key]
+	if w == nil {
+		role, err := awsscope.ParseRole(arn)
+		if err != nil {
+			role = awsscope.Role{ARN: arn, Name: arn[strings.LastIndexByte(arn, '/')+1:]}
+		}
+		sum := sha256.Sum256([]byte(p.name))
+		w = &writer{
+			role: role, prefix: fmt.Sprintf("mayfly-deny-%s-%s-", p.installation, hex.EncodeToString(sum[:4])), turn: make(chan struct{}, 1),
+			places: map[broker.LeaseID]time.Time{}, begun: map[broker.LeaseID]denylist.Known{},
+			list: denylist.List{Policies: map[string]*denylist.Policy{}}, foreign: map[denylist.Entry]time.Time{},
+			wrote: map[string]time.Time{}, proven: denylist.Set{},
+		}
+		p.writers.all[key] = w
+	}
+	return w
+}
+
+func (p *provider) writer(arn string) *writer {
+	p.writers.mu.Lock()
+	defer p.writers.mu.Unlock()
+	return p.writerLocked(arn)
+}
+
+// take waits for the turn.
+func (w *writer) take(ctx context.Context) error {
+	select {
+	case w.turn <- struct{}{}:
+		return nil
+	default:
+	}
+	select {
+	case w.turn <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("waiting to write the deny list of %s: %w", w.role.Name, ctx.Err())
+	}
+}
+
+func (w *writer) leave() { <-w.turn }
+
+// begin notes leases that must be denied from now on, whatever the store says.
+func (p *provider) begin(w *writer, asked []denylist.Known) {
+	p.writers.mu.Lock()
+	defer p.writers.mu.Unlock()
+	now := p.now()
+	for lease, k := range w.begun {
+		if !now.Before(k.Until) {
+			delete(w.begun, lease)
+		}
+	}
+	for _, k := range asked {
+		k.Begun = true
+		w.begun[k.Lease] = k
+	}
+}
+
+// must are the leases of the role as the store has them, with what was asked
+// for that the store may not show yet.
+func (p *provider) must(ctx context.Context, w *writer) (map[broker.LeaseID]denylist.Known, error) {
+	stored, err := p.known(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("reading what must be denied: %w", err)
+	}
+	all := map[broker.LeaseID]denylist.Known{}
+	for _, k := range stored {
+		if !bytes.Contains(k.Handle, []byte(w.role.ARN)) {
+			continue // most are another role's: reading them takes its time
+		}
+		h, err := decodeHandle(k.Handle)
+		if err != nil || h.Role != w.role.ARN {
+			continue
+		}
+		d := h.known()
+		d.Begun = k.Begun
+		switch k.Cause {
+		case broker.CauseIncidentClosed, broker.CauseIncidentExpired:
+			d.Closed = true
+		case broker.CauseAgentDisabled:
+			d.Disabled = true
+		}
+		all[d.Lease] = d
+	}
+	p.writers.mu.Lock()
+	defer p.writers.mu.Unlock()
+	for lease, k := range w.begun {
+		known, ok := all[lease]
+		if !ok {
+			known = k
+		}
+		known.Begun = true
+		all[lease] = known
+	}
+	return all, nil
+}
+
+// covers reports whether a set denies a lease's session.
+func covers(s denylist.Set, k denylist.Known) bool {
+	if s.Has(denylist.Entry{Kind: denylist.Lease, ID: string(k.Lease)}) || k.Incident != "" && s.Has(denylist.Entry{Kind: denylist.Incident, ID: string(k.Incident)}) {
+		return true
+	}
+	for e := range s {
+		if (e.Kind == denylist.Agent && e.ID == k.Agent || e.Kind == denylist.CutOff) && !k.Issued.After(time.Unix(e.Before, 0)) {
+			return true
+		}
+	}
+	return false
+}
+
+// write brings the role's policies to where everything that must be denied is.
+// The caller has the turn. With tidy it also compares with IAM, takes out what
+// need not stand, and repairs what somebody changed. With again the list is
+// written once more although nothing is missing: so that a probe can tell of it.
+func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error {
+	leases, err := p.must(ctx, w)
+	if err != nil {
+		return err
+	}
+	if !w.seen || tidy {
+		if err := p.see(ctx, w, leases); err != nil {
+			return err
+		}
+	}
+	must, _ := denylist.Required(slices.Collect(maps.Values(leases)), p.now())
+	now := p.now()
+	for e, until := range w.foreign {
+		if now.Before(until) {
+			must[e] = struct{}{}
+		} else {
+			delete(w.foreign, e)
+		}
+	}
+	if w.probe != nil && (len(must) == 0 || !p.now().Before(w.probe.expires)) {
+		w.probe = nil // it has nothing more to tell
+	}
+	if w.probe != nil {
+		must[w.probe.entry()] = struct{}{}
+	}
+	for range maxSteps {
+		w.list.Settle(p.now())
+		step, err := w.list.Next(must, fmt.Sprintf("%s%s-%d", w.prefix, p.writers.run, w.serial), tidy, p.now())
+		if err != nil {
+			return fmt.Errorf("role %s: %w", w.role.Name, err)
+		}
+		if step.Policy == "" {
+			if !again {
+				p.tally(w)
+				return nil
+			}
+			again = false
+			if step = w.own(); step.Policy == "" {
+				return nil
+			}
+			step.Set = maps.Clone(step.Set)
+			if !p.arm(ctx, w, &step, must) {
+				return nil
+			}
+		} else if p.adds(w, step) {
+			p.arm(ctx, w, &step, must)
+			again = false
+		}
+		if err := p.do(ctx, w, step); err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("role %s: the deny list does not come to rest", w.role.Name)
+}
+
+// tally notes how much of the quota is not for leases that are known.
+func (p *provider) tally(w *writer) {
+	p.writers.mu.Lock()
+	defer p.writers.mu.Unlock()
+	w.others = w.list.Others + len(w.foreign)*sessionCost
+	for _, pol := range w.list.Policies {
+		w.others += pol.Opaque
+	}
+}
+
+// own is the policy that this process writes, as it stands.
+func (w *writer) own() denylist.Step {
+	for name, pol := range w.list.Policies {
+		if len(pol.Late) == 0 && pol.Opaque == 0 && len(pol.Stands) > 0 {
+			return denylist.Step{Policy: name, Set: pol.Stands}
+		}
+	}
+	return denylist.Step{}
+}
+
+// adds reports whether a step writes something that did not stand there.
+func (p *provider) adds(w *writer, step denylist.Step) bool {
+	pol := w.list.Policies[step.Policy]
+	return len(step.Set) > 0 && (pol == nil || len(step.Set.Minus(pol.Stands)) > 0)
+}
+
+// do makes one call to IAM and notes what came of it.
+func (p *provider) do(ctx context.Context, w *writer, step denylist.Step) error {
+	var err error
+	what := "writing the deny list of role " + w.role.Name
+	w.list.Settle(p.now())
+	if len(step.Set) == 0 {
+		_, err = p.clients.iam.DeleteRolePolicy(ctx, &iam.DeleteRolePolicyInput{RoleName: &w.role.Name, PolicyName: &step.Policy})
+	} else {
+		_, err = p.clients.iam.PutRolePolicy(ctx, &iam.PutRolePolicyInput{RoleName: &w.role.Name, PolicyName: &step.Policy, PolicyDocument: aws.String(denylist.Render(step.Set))})
+	}
+	err = faultOf(ctx, what, err)
+	now := p.now()
+	switch f := asFault(err); {
+	case err == nil, len(step.Set) == 0 && f.kind == missing:
+		w.list.Wrote(step, now)
+		w.wrote[step.Policy] = now
+		if w.probe != nil && step.Set.Has(w.probe.entry()) && w.probe.covers == nil {
+			w.probe.covers, w.probe.wrote = maps.Clone(step.Set), now
+		}
+		return nil
+	case f.kind == full:
+		w.seen = false // there is more than we knew
+		w.probe = nil
+		return fmt.Errorf("the quota of role %s is used up by what others wrote: %w", w.role.Name, err)
+	case f.refused():
+		w.probe = nil
+		return err
+	}
+	w.list.Lost(step, now.Add(landing))
+	w.serial++ // what must stand goes into a policy that this write cannot reach
+	w.probe = nil
+	return err
+}
+
+// see reads what is in IAM.
+func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID]denylist.Known) error {
+	what := "reading the policies of role " + w.role.Name
+	names := map[string]bool{}
+	var marker *string
+	for {
+		out, err := p.clients.iam.ListRolePolicies(ctx, &iam.ListRolePoliciesInput{RoleName: &w.role.Name, Marker: marker})
+		if err != nil {
+			return faultOf(ctx, what, err)
+		}
+		for _, name := range out.PolicyNames {
+			names[name] = true
+		}
+		if !out.IsTruncated || out.Marker == nil {
+			break
+		}
+		marker = out.Marker
+	}
+	for name := range w.list.Policies {
+		if _, listed := names[name]; !listed {
+			names[name] = false
+		}
+	}
+	now, others := p.now(), 0
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		text, there := "", names[name]
+		if there {
+			out, err := p.clients.iam.GetRolePolicy(ctx, &iam.GetRolePolicyInput{RoleName: &w.role.Name, PolicyName: &name})
+			err = faultOf(ctx, what, err)
+			switch {
+			case kindOf(err) == missing:
+				there = false
+			case err != nil:
+				return err
+			default:
+				if text, err = url.PathUnescape(aws.ToString(out.PolicyDocument)); err != nil {
+					text = aws.ToString(out.PolicyDocument)
+				}
+			}
+		}
+		if !strings.HasPrefix(name, w.prefix) {
+			if there {
+				others += len(strings.Join(strings.Fields(text), ""))
+			}
+			continue
+		}
+		// What we wrote a moment ago may not be seen yet.
+		pol := w.list.Policies[name]
+		if at, ok := w.wrote[name]; ok && now.Sub(at) < visible {
+			set, err := denylist.Parse(text)
+			if pol == nil && there || pol != nil && (!there || err != nil || !set.Equal(pol.Stands)) {
+				continue
+			}
+		}
+		was := denylist.Set{}
+		if pol != nil {
+			was = pol.Stands
+		}
+		if err := w.list.Saw(name, text, there, now, now.Add(landing)); err != nil {
+			p.log.Error("a policy of the deny list was changed by somebody else: what must stand is written again", "role", w.role.ARN, "policy", name, "error", err)
+		}
+		if now := w.list.Policies[name]; now != nil && now.Own && pol != nil && !now.Stands.Equal(was) {
+			p.log.Error("the deny list in IAM is not what was written: it is written again", "role", w.role.ARN, "policy", name,
+				"missing", len(was.Minus(now.Stands)), "more", len(now.Stands.Minus(was)))
+		}
+	}
+	w.list.Others, w.seen = others, true
+	p.keep(w, leases)
+	return nil
+}
+
+// keep remembers entries that stand in IAM and of which the store knows nothing.
+func (p *provider) keep(w *writer, leases map[broker.LeaseID]denylist.Known) {
+	incidents, agents := map[string]bool{}, map[string]bool{}
+	for _, k := range leases {
+		incidents[string(k.Incident)], agents[k.Agent] = true, true
+	}
+	now := p.now()
+	for e := range w.list.Stands() {
+		_, has := w.foreign[e]
+		_, lease := leases[broker.LeaseID(e.ID)]
+		switch {
+		case has, e.Kind == denylist.Probe,
+			e.Kind == denylist.Lease && (lease || p.dead(w, e)),
+			e.Kind == denylist.Incident && incidents[e.ID], e.Kind == denylist.Agent && agents[e.ID]:
+		default:
+			w.foreign[e] = now.Add(keepForeign)
+		}
+	}
+}
+
+// dead reports whether this process knows that the session of an entry is dead
+// by itself.
+func (p *provider) dead(w *writer, e denylist.Entry) bool {
+	p.writers.mu.Lock()
+	defer p.writers.mu.Unlock()
+	if k, ok := w.begun[broker.LeaseID(e.ID)]; ok {
+		return !p.now().Before(k.Until)
+	}
+	until, ok := w.places[broker.LeaseID(e.ID)]
+	return ok && !p.now().Before(until)
+}
+
+// reconcileForEver compares the lists with what is in IAM until ctx ends.
+func (p *provider) reconcileForEver(ctx context.Context) {
+	tick := time.NewTicker(reconcileEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if err := p.reconcile(ctx); err != nil && ctx.Err() == nil {
+				p.log.Warn("comparing deny lists with what is in IAM", "error", err)
+			}
+		}
+	}
+}
+
+// reconcile compares every list of the provider with what is in IAM once.
+func (p *provider) reconcile(ctx context.Context) error {
+	p.writers.mu.Lock()
+	var all []*writer
+	for key, w := range p.writers.all {
+		if strings.HasPrefix(key, p.name+"|") {
+			all = append(all, w)
+		}
+	}
+	p.writers.mu.Unlock()
+	var errs []error
+	for _, w := range all {
+		if err := w.take(ctx); err != nil {
+			return err
+		}
+		errs = append(errs, p.write(ctx, w, true, false))
+		w.leave()
+	}
+	return errors.Join(errs...)
+}
+
+// CutOff implements providers.CutOff: the role's policy denies every session
+// that was made up to now. It stands until the longest of them has ended.
+func (p *provider) CutOff(ctx context.Context, role, operator string) error {
+	if strings.TrimSpace(operator) == "" {
+		return broker.Refuse(broker.ReasonInvalidArgument, "a cut-off ends every session of a role, and is done in somebody's name", "say who does it")
+	}
+	r, err := awsscope.ParseRole(role)
+	if err != nil || r.Account != p.config.Account || !strings.HasPrefix(r.Path, p.config.RolePath) || p.config.Early.Mode != awsscope.EarlyDenyList {
+		return broker.Refusef(broker.ReasonInvalidArgument, "name a role of the catalog's tools", "%s is no role whose deny list provider %s writes", broker.Clean(broker.Shorten(role, 200)), p.name)
+	}
+	w := p.writer(role)
+	if err := w.take(ctx); err != nil {
+		return err
+	}
+	defer w.leave()
+	now := p.now()
+	e := denylist.Entry{Kind: denylist.CutOff, Before: now.Add(-p.behind()).Unix()}
+	w.foreign[e] = now.Add(keepForeign)
+	p.log.Warn("an operator cuts off every session of a role", "role", role, "operator", broker.Clean(broker.Shorten(operator, 200)), "made_before", awsscope.Instant(time.Unix(e.Before, 0)))
+	return p.write(ctx, w, false, false)
+}
