@@ -71,7 +71,7 @@ func (p Param) Check(value string) error {
 			return nil
 		}
 		if p.Pattern == nil || !p.Pattern.MatchString(value) {
-			return p.refuse("is %q, which does not match the pattern %s", Shorten(value, 60), bare(p.Pattern))
+			return p.refuse("is %q, which does not match the pattern %s", Shorten(value, 60), p.PatternText())
 		}
 	case ParamInteger:
 		n, err := strconv.ParseInt(value, 10, 64)
@@ -96,18 +96,13 @@ func (p Param) refuse(format string, args ...any) error {
 		"`mayfly tools TOOL` shows the tool's parameters")
 }
 
-// bare is a pattern as the catalog has it: without what anchors it.
-func bare(pattern *regexp.Regexp) string {
-	if pattern == nil {
+// PatternText is Pattern as the catalog has it: without what anchors it. It is
+// empty if there is none.
+func (p Param) PatternText() string {
+	if p.Pattern == nil {
 		return ""
 	}
-	s := pattern.String()
-	if inner, ok := strings.CutPrefix(s, "^(?:"); ok {
-		if inner, ok = strings.CutSuffix(inner, ")$"); ok {
-			return inner
-		}
-	}
-	return s
+	return strings.TrimSuffix(strings.TrimPrefix(p.Pattern.String(), "^(?:"), ")$")
 }
 
 // bounds says what an integer may be.

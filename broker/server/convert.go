@@ -2,7 +2,6 @@ package server
 
 import (
 	"context"
-	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -146,11 +145,7 @@ func toolMessage(v lease.ToolView) *mayflyv1.Tool {
 	for _, p := range v.Params {
 		pm := &mayflyv1.Parameter{
 			Name: p.Name, Type: string(p.Type), OneOf: p.OneOf, Min: p.Min, Max: p.Max,
-			Optional: p.Optional, Description: p.Description,
-		}
-		if p.Pattern != nil {
-			// As it was written: the catalog puts the anchors around it.
-			pm.Pattern = strings.TrimSuffix(strings.TrimPrefix(p.Pattern.String(), "^(?:"), ")$")
+			Optional: p.Optional, Description: p.Description, Pattern: p.PatternText(),
 		}
 		m.Parameters = append(m.Parameters, pm)
 	}
