@@ -95,6 +95,7 @@ func (p *people) failedPage(w http.ResponseWriter, err error) {
 // begin sends the browser to the identity provider, and binds it.
 func (p *people) begin(w http.ResponseWriter, r *http.Request) {
 	start, err := startOf(r)
+	start.From = visitOf(r.Context()).from
 	if err == nil {
 		var b signin.Begun
 		if b, err = p.signIn.Begin(start); err == nil {

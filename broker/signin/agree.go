@@ -42,7 +42,7 @@ type asked struct {
 // ask asks the person.
 func (m *Manager) ask(f *flow, p broker.Person) Landing {
 	secret := newSecret()
-	m.asks.add(secret, &asked{f, p}, m.cfg.Now())
+	m.asks.add(secret, &asked{f, p}, f.from, m.cfg.Now())
 	return Landing{Ask: &Question{Secret: secret, Person: p, RedirectURI: f.redirectURI, Check: broker.SignInCheck(f.challenge)}}
 }
 
@@ -73,6 +73,6 @@ func (m *Manager) Agree(ctx context.Context, a Answer) (to string, by broker.Per
 		return withQuery(w.flow.redirectURI, errorQuery(denied, "access_denied", w.flow.state)), w.person, denied, nil
 	}
 	one := newSecret()
-	m.codes.add(one, &code{person: w.person, redirectURI: w.flow.redirectURI, challenge: w.flow.challenge, signedIn: w.flow.returned, made: now}, now)
+	m.codes.add(one, &code{person: w.person, redirectURI: w.flow.redirectURI, challenge: w.flow.challenge, signedIn: w.flow.returned, made: now}, w.flow.from, now)
 	return withQuery(w.flow.redirectURI, url.Values{"code": {one}, "state": {w.flow.state}}), w.person, nil, nil
 }

@@ -24,6 +24,9 @@ type Start struct {
 	Need        broker.StepUp
 	// Browser is the secret that binds the browser, if it has one from before.
 	Browser string
+	// From is the network that the request comes from. Where there is no room for
+	// all, whoever has begun the most makes some.
+	From string
 }
 
 // Begun is a sign-in that has begun.
@@ -42,6 +45,7 @@ type Return struct {
 type flow struct {
 	redirectURI, state, challenge string
 	need                          broker.StepUp
+	from                          string
 	nonce, verifier               string // towards the identity provider
 	browser                       digest
 	began, returned               time.Time
@@ -125,14 +129,14 @@ func (m *Manager) Begin(s Start) (Begun, error) {
 	now := m.cfg.Now()
 	f := &flow{
 		redirectURI: s.RedirectURI, state: s.State, challenge: s.Challenge, need: s.Need,
-		nonce: newSecret(), verifier: newSecret(), browser: digestOf(browser), began: now,
+		from: s.From, nonce: newSecret(), verifier: newSecret(), browser: digestOf(browser), began: now,
 	}
 	state := newSecret()
 	to := m.cfg.Provider.AuthCodeURL(state, f.nonce, f.verifier, s.Need)
 	if to == "" {
 		return Begun{}, broker.Refuse(broker.ReasonSignIn, "the identity provider is away, or does not work with this broker", "try again in a minute; if it stays so, tell an operator")
 	}
-	m.flows.add(state, f, now)
+	m.flows.add(state, f, s.From, now)
 	return Begun{URL: to, Browser: browser}, nil
 }
 

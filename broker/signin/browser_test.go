@@ -2,6 +2,7 @@ package signin_test
 
 import (
 	"errors"
+	"fmt"
 	"net/url"
 	"strings"
 	"testing"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/mayfly-security/mayfly/attestation"
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/signin"
 )
@@ -364,6 +366,39 @@ func TestFlowsAreBounded(t *testing.T) {
 	r.now = r.now.Add(10 * time.Minute)
 	if n := r.m.Pending(); n != 0 {
 		t.Errorf("%d under way after ten minutes", n)
+	}
+}
+
+// TestAFloodEndsItsOwn: whoever begins very many sign-ins, by browser or device
+// code, ends their own, and those of nobody else.
+func TestAFloodEndsItsOwn(t *testing.T) {
+	r := newRig(t)
+	r.idp.device = attestation.DeviceSignIn{DeviceCode: broker.NewSecret(map[string]string{"device_code": "x"}), ExpiresAt: r.now.Add(time.Hour), Interval: time.Second}
+	honest := start()
+	honest.From = "192.0.2.1/32"
+	state, browser := r.begin(honest)
+	d, err := r.m.StartDevice(t.Context(), honest.From)
+	if err != nil {
+		t.Fatal(err)
+	}
+	handle, _ := d.Handle.Reveal("handle")
+	s := start()
+	var last, lastBrowser string
+	for i := range 3 * signin.MostFlows {
+		s.From = fmt.Sprint("198.51.100.", i%3)
+		last, lastBrowser = r.begin(s)
+		if _, err := r.m.StartDevice(t.Context(), s.From); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := r.m.Pending(); n != signin.MostFlows {
+		t.Errorf("%d under way", n)
+	}
+	if !r.back(state, browser).Has("code") || !r.back(last, lastBrowser).Has("code") {
+		t.Error("a sign-in does not go on")
+	}
+	if _, err := r.m.PollDevice(t.Context(), handle, "c1"); err != nil {
+		t.Errorf("the device code: %v", err)
 	}
 }
 
