@@ -164,6 +164,9 @@ func TestSignIn(t *testing.T) {
 	if asked.Get("max_age") != "90" || asked.Get("acr_values") != "a b" || len(b.State) < 26 {
 		t.Errorf("it is asked for %v", asked)
 	}
+	if want := broker.SignInCheck(asked.Get("code_challenge")); b.Check != want {
+		t.Errorf("the person is shown %q, and on the broker's page %q", b.Check, want)
+	}
 	if other := nobody.StartBrowser(back, broker.StepUp{}); other.State == b.State || strings.Contains(other.URL, "max_age") {
 		t.Errorf("the next sign-in is %v", other)
 	} else if _, err := nobody.Redeem(t.Context(), other, to.Query().Get("code")); broker.ReasonOf(err) != broker.ReasonSignIn {

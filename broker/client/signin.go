@@ -46,6 +46,9 @@ type BrowserSignIn struct {
 	URL         string // where the browser goes
 	State       string // what it must bring back, unchanged
 	RedirectURI string
+	// Check is for the person to see: the broker's page shows it as well, and they
+	// agree there only if it is the same.
+	Check string
 	// Verifier is for Redeem. It is exported so that it redacts itself where
 	// the whole is printed.
 	Verifier broker.Secret
@@ -56,10 +59,11 @@ type BrowserSignIn struct {
 // asks nobody yet: Redeem does.
 func (c *Client) StartBrowser(redirectURI string, need broker.StepUp) BrowserSignIn {
 	verifier := rand.Text() + rand.Text() // 52 characters, 260 bits: RFC 7636 wants 43 to 128
-	challenge := sha256.Sum256([]byte(verifier))
-	s := BrowserSignIn{State: rand.Text(), RedirectURI: redirectURI, Verifier: NewToken(verifier)}
+	sum := sha256.Sum256([]byte(verifier))
+	challenge := base64.RawURLEncoding.EncodeToString(sum[:])
+	s := BrowserSignIn{State: rand.Text(), RedirectURI: redirectURI, Check: broker.SignInCheck(challenge), Verifier: NewToken(verifier)}
 	q := url.Values{
-		"redirect_uri": {redirectURI}, "state": {s.State}, "code_challenge": {base64.RawURLEncoding.EncodeToString(challenge[:])},
+		"redirect_uri": {redirectURI}, "state": {s.State}, "code_challenge": {challenge},
 	}
 	if need.MaxAge > 0 {
 		// Rounded down: a sign-in that is a little fresher than it must be counts.

@@ -370,7 +370,7 @@ func (i signInService) RedeemCode(ctx context.Context, req *connect.Request[mayf
 
 func (i signInService) StartDevice(ctx context.Context, _ *connect.Request[mayflyv1.StartDeviceRequest]) (*connect.Response[mayflyv1.StartDeviceResponse], error) {
 	return call(ctx, i.p.s, "start_device", func(broker.Caller) (*mayflyv1.StartDeviceResponse, error) {
-		d, err := own(i.p.signIn.StartDevice(ctx))
+		d, err := own(i.p.signIn.StartDevice(ctx, visitOf(ctx).from))
 		if err != nil {
 			return nil, err
 		}

@@ -26,6 +26,7 @@ const correlationHeader = "Mayfly-Correlation-Id"
 type visit struct {
 	door   *door
 	caller broker.Caller
+	from   string // the network that it comes from
 	// again finds out anew who is calling: a stream asks before each message.
 	again func() (broker.Caller, error)
 	// more gives the answer more time to be taken, from now.
@@ -99,7 +100,7 @@ func (s *Server) newDoor(admit func(*door, *http.Request, time.Time) (broker.Cal
 func (s *Server) guard(d *door, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		now := s.engine.Now()
-		v := &visit{door: d, caller: broker.Caller{Correlation: broker.NewCorrelationID(now)}}
+		v := &visit{door: d, from: addressOf(r).String(), caller: broker.Caller{Correlation: broker.NewCorrelationID(now)}}
 		defer v.finish()
 		w.Header().Set(correlationHeader, string(v.caller.Correlation))
 		w.Header().Set("Cache-Control", "no-store")

@@ -18,34 +18,42 @@ import (
 	"github.com/mayfly-security/mayfly/broker/signin"
 )
 
-// The pages for people's browsers. There are three, they have no script, and
-// two of them only send the browser on.
+// The pages for people's browsers. They have no script, and one of them a form.
 const (
 	pathBegin    = "/signin"
 	pathCallback = "/signin/callback"
+	pathAgree    = "/signin/agree"
 
 	// browserCookie binds a browser to the sign-ins that it began. Its name
 	// makes the browser take it from this very host alone, and over TLS.
 	browserCookie = "__Host-mayfly-signin"
-	cookieLife    = 10 * time.Minute
+	// cookieLife is for the identity provider's pages, and then for our own.
+	cookieLife = 20 * time.Minute
 	// maxCode is the longest code of an identity provider that is looked at.
 	maxCode = 8 << 10
 )
 
 func isPage(r *http.Request) bool {
-	return r.URL.Path == "/" || r.URL.Path == pathBegin || r.URL.Path == pathCallback
+	return r.URL.Path == "/" || r.URL.Path == pathBegin || r.URL.Path == pathCallback || r.URL.Path == pathAgree
 }
 
 const pageStyle = `:root { color-scheme: light dark }
 body { max-width: 34rem; margin: 18vh auto 0; padding: 0 1.5rem; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { margin: 0 0 .5rem; font-size: 1.5rem }
 p { margin: .5rem 0 }
+form { margin: 1.25rem 0 }
+button { font: inherit; padding: .4rem 1rem; margin-right: .5rem }
 footer { margin-top: 2rem; opacity: .6; font-size: .875rem }`
 
-// pagePolicy lets a page have its own style and nothing else.
-var pagePolicy = func() string {
+// pagePolicy lets a page have its own style, lead its forms to where forms
+// may, and nothing else.
+func pagePolicy(forms string) string {
+	return "default-src 'none'; style-src 'sha256-" + pageStyleHash + "'; base-uri 'none'; form-action " + forms + "; frame-ancestors 'none'"
+}
+
+var pageStyleHash = func() string {
 	sum := sha256.Sum256([]byte(pageStyle))
-	return "default-src 'none'; style-src 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+	return base64.StdEncoding.EncodeToString(sum[:])
 }()
 
 var page = template.Must(template.New("page").Parse(`<!DOCTYPE html>
@@ -53,6 +61,23 @@ var page = template.Must(template.New("page").Parse(`<!DOCTYPE html>
 <style>` + pageStyle + `</style></head>
 <body><main><h1>{{.Title}}</h1>{{range .Lines}}<p>{{.}}</p>{{end}}</main><footer>Mayfly</footer></body></html>
 `))
+
+// question asks a person whether a program may have a session of theirs.
+var question = template.Must(template.New("question").Parse(`<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="robots" content="noindex"><title>Mayfly: Do you want to sign in?</title>
+<style>` + pageStyle + `</style></head>
+<body><main><h1>Do you want to sign in?</h1>
+<p>A program on this machine, at port {{.Port}}, wants to act as <strong>{{.Person}}</strong> at this Mayfly broker.</p>
+<p>Say yes only if you have just run mayfly in a terminal on this machine yourself, and the terminal shows this:</p>
+<p><strong>{{.Check}}</strong></p>
+<p>If it shows something else, or you came here by a link that somebody sent you, say no.</p>
+<form method="post" action="{{.Action}}"><input type="hidden" name="question" value="{{.Secret}}">
+<button type="submit" name="answer" value="yes">Yes, sign me in</button>
+<button type="submit" name="answer" value="no">No</button></form>
+</main><footer>Mayfly</footer></body></html>
+`))
+
+type questionText struct{ Port, Person, Check, Action, Secret string }
 
 type pageText struct {
 	Title string
@@ -101,6 +126,7 @@ func sentence(s string) string {
 // begin sends the browser to the identity provider, and binds it.
 func (p *people) begin(w http.ResponseWriter, r *http.Request) {
 	start, err := startOf(r)
+	start.From = visitOf(r.Context()).from
 	if err == nil {
 		var b signin.Begun
 		if b, err = p.signIn.Begin(start); err == nil {
@@ -116,12 +142,56 @@ func (p *people) begin(w http.ResponseWriter, r *http.Request) {
 	p.refusePage(w, r, err)
 }
 
-// callback takes the browser back, and sends it to the program that began.
+// callback takes the browser back, and asks its person, or sends it to the
+// program that began with what went wrong.
 func (p *people) callback(w http.ResponseWriter, r *http.Request) {
 	back, err := returnOf(r)
 	if err == nil {
+		var l signin.Landing
+		if l, err = p.signIn.Callback(r.Context(), back); err == nil && l.Ask != nil {
+			err = p.ask(w, *l.Ask)
+		} else if err == nil {
+			sendTo(w, l.To)
+		}
+	}
+	if err != nil {
+		p.refusePage(w, r, err)
+	}
+}
+
+func (p *people) ask(w http.ResponseWriter, q signin.Question) error {
+	to, err := url.Parse(q.RedirectURI)
+	if err != nil {
+		return err
+	}
+	h := w.Header()
+	// Browsers hold where a form may lead against the redirects that follow, too.
+	// An address of IPv6 cannot be written there.
+	target := "http://" + to.Host
+	if strings.Contains(to.Host, "[") {
+		target = "http:"
+	}
+	h.Set("Content-Security-Policy", pagePolicy("'self' "+target))
+	// With no-referrer a browser says of our own form that it comes from nowhere.
+	h.Set("Referrer-Policy", "same-origin")
+	h.Set("Content-Type", "text/html; charset=utf-8")
+	if err := question.Execute(w, questionText{to.Port(), q.Person.Name, q.Check, pathAgree, q.Secret}); err != nil {
+		p.s.log.Debug("writing a page", "error", err)
+	}
+	return nil
+}
+
+// agree takes the person's answer, and sends the browser to the program.
+func (p *people) agree(w http.ResponseWriter, r *http.Request) {
+	a, err := answerOf(r)
+	if err == nil {
 		var to string
-		if to, err = p.signIn.Callback(r.Context(), back); err == nil {
+		var by broker.Person
+		var denied error
+		if to, by, denied, err = p.signIn.Agree(r.Context(), a); err == nil {
+			if denied != nil { // somebody else may have begun it: that is evidence
+				p.s.engine.Refused(r.Context(), broker.Caller{Person: &by, Correlation: visitOf(r.Context()).caller.Correlation}, "sign_in", "", denied)
+			}
 			sendTo(w, to)
 			return
 		}
@@ -194,6 +264,19 @@ func returnOf(r *http.Request) (signin.Return, error) {
 		return signin.Return{}, broker.Refuse(broker.ReasonInvalidArgument, "the code is too long to be one", "begin again with `mayfly login`")
 	}
 	return signin.Return{State: q["state"], Code: q["code"], Issuer: q["iss"], Error: q["error"], Browser: cookieOf(r)}, nil
+}
+
+func answerOf(r *http.Request) (signin.Answer, error) {
+	malformed := broker.Refuse(broker.ReasonInvalidArgument, "the answer is malformed", "begin again with `mayfly login`")
+	kind, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
+	if kind != "application/x-www-form-urlencoded" || r.ParseForm() != nil {
+		return signin.Answer{}, malformed
+	}
+	secret, answer := r.PostForm["question"], r.PostForm["answer"]
+	if len(secret) != 1 || len(answer) != 1 || answer[0] != "yes" && answer[0] != "no" {
+		return signin.Answer{}, malformed
+	}
+	return signin.Answer{Secret: secret[0], Browser: cookieOf(r), Yes: answer[0] == "yes"}, nil
 }
 
 // cookieOf is the browser's secret; empty if it has none, or more than one.

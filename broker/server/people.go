@@ -70,6 +70,7 @@ func (s *Server) newPeople(cfg People, options []connect.HandlerOption) (*people
 	mux.Handle(mayflyv1connect.NewSignInServiceHandler(signInService{p}, options...))
 	mux.HandleFunc("GET "+pathBegin, p.begin)
 	mux.HandleFunc("GET "+pathCallback, p.callback)
+	mux.HandleFunc("POST "+pathAgree, p.agree)
 	mux.HandleFunc("GET /{$}", p.about)
 	p.http = s.newHTTP(p.secure(s.guard(p.door, mux)))
 	return p, nil
@@ -119,7 +120,7 @@ func (s *Server) ServePeople(ln net.Listener) error {
 func (p *people) secure(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
-		h.Set("Content-Security-Policy", pagePolicy)
+		h.Set("Content-Security-Policy", pagePolicy("'none'"))
 		h.Set("X-Content-Type-Options", "nosniff")
 		h.Set("Referrer-Policy", "no-referrer")
 		h.Set("Cross-Origin-Opener-Policy", "same-origin")
@@ -140,9 +141,10 @@ var openProcedures = []string{
 // admit finds out which person is calling. Without a token one can sign in, and
 // nothing else.
 func (p *people) admit(d *door, r *http.Request, now time.Time) (broker.Caller, error) {
-	if !isPage(r) {
+	if !isPage(r) || r.URL.Path == pathAgree {
 		// A browser says which site a request comes from. No other site has
-		// business with the API, whatever it may have got hold of.
+		// business with the API, nor with a person's yes, whatever it may have
+		// got hold of.
 		if o := r.Header.Values("Origin"); len(o) > 0 && (len(o) > 1 || o[0] != p.origin) {
 			return broker.Caller{}, broker.Refuse(broker.ReasonPermissionDenied, "the request comes from another site's page", "call the API from a program, or from the broker's own pages")
 		}

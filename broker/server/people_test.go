@@ -243,7 +243,7 @@ func TestBrowserOfAnother(t *testing.T) {
 		}
 	}
 	attacker.StopAt(loopback)
-	page, err = attacker.Get(bounded(t), stolen)
+	page, err = attacker.Walk(bounded(t), stolen, nil)
 	if err != nil || !page.Stopped || page.URL.Query().Get("code") == "" {
 		t.Fatalf("the browser that began: %+v, %v", page, err)
 	}
@@ -268,6 +268,117 @@ func TestBrowserOfAnother(t *testing.T) {
 		if err != nil || page.Stopped || page.Status != 400 {
 			t.Errorf("%s: %+v, %v", name, page, err)
 		}
+	}
+}
+
+// question walks a browser to where its person is asked.
+func (r *rig) question(b *oidctest.Browser, person, start string) *oidctest.Page {
+	r.t.Helper()
+	b.StopAt(r.people.url + "/signin/callback")
+	page, err := b.Walk(bounded(r.t), start, map[string]string{"person": person, "how": "key"})
+	if err != nil || !page.Stopped {
+		r.t.Fatal(page, err)
+	}
+	b.StopAt(loopback)
+	if page, err = b.Get(bounded(r.t), page.URL.String()); err != nil {
+		r.t.Fatal(err)
+	}
+	return page
+}
+
+// TestASignInIsAgreedTo: a link that somebody sends to a person, who is signed in
+// at the identity provider, gets nobody a session before the person has read
+// what it is for and said yes, on a page that no other site can press.
+func TestASignInIsAgreedTo(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, withPeople)
+	b := r.browser()
+	r.walk(b, ada) // from now on the identity provider asks nothing
+	page := r.question(b, "", r.beginURL())
+	if page.Stopped || page.Status != 200 || len(page.Forms) != 1 {
+		t.Fatalf("the browser is at %+v", page)
+	}
+	for _, want := range []string{ada, "port 54321", broker.SignInCheck(challengeOf(verifier))} {
+		if !strings.Contains(page.Body, want) {
+			t.Errorf("the page does not say %q:\n%s", want, page.Body)
+		}
+	}
+	for name, want := range map[string]string{
+		"Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'self' http://127.0.0.1:54321; frame-ancestors 'none'",
+		"Referrer-Policy":         "same-origin", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+	} {
+		if got := page.Header.Get(name); got != want {
+			t.Errorf("%s is %q; want %q", name, got, want)
+		}
+	}
+	form := page.Forms[0]
+	if form.Method != "POST" || form.Action.String() != r.people.url+"/signin/agree" {
+		t.Fatalf("form: %+v", form)
+	}
+	post := func(b *oidctest.Browser, origin, kind string, fields url.Values) *http.Response {
+		t.Helper()
+		req := request(t, "POST", form.Action.String(), kind, strings.NewReader(fields.Encode()))
+		if origin != "" {
+			req.Header.Set("Origin", origin)
+		}
+		res, err := b.Client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		return res
+	}
+	const kind = "application/x-www-form-urlencoded"
+	with := func(more ...string) url.Values {
+		q := url.Values{"question": form.Fields["question"], "answer": {"yes"}}
+		for i := 0; i+1 < len(more); i += 2 {
+			q.Add(more[i], more[i+1])
+		}
+		return q
+	}
+	busy := r.browser()
+	r.walk(busy, finn)
+	for name, res := range map[string]*http.Response{
+		"another site's page":     post(b, "https://evil.test", kind, with()),
+		"a page without a name":   post(b, "null", kind, with()),
+		"plain HTTP":              post(b, strings.Replace(r.people.url, "https:", "http:", 1), kind, with()),
+		"without a cookie":        post(r.browser(), r.people.url, kind, with()),
+		"with another's cookie":   post(busy, r.people.url, kind, with()),
+		"two answers":             post(b, r.people.url, kind, with("answer", "no")),
+		"two questions":           post(b, r.people.url, kind, with("question", "x")),
+		"no answer":               post(b, r.people.url, kind, url.Values{"question": form.Fields["question"]}),
+		"another answer":          post(b, r.people.url, kind, url.Values{"question": form.Fields["question"], "answer": {"maybe"}}),
+		"nothing":                 post(b, r.people.url, kind, nil),
+		"text, as a form can say": post(b, r.people.url, "text/plain", with()),
+	} {
+		if res.StatusCode/100 != 4 || res.Header.Get("Location") != "" {
+			t.Errorf("%s: %s to %q", name, res.Status, res.Header.Get("Location"))
+		}
+	}
+	target := form.Action.String() + "?" + with().Encode()
+	if got, err := b.Get(bounded(t), target); err != nil || got.Stopped || got.Status/100 != 4 {
+		t.Errorf("by a link: %+v, %v", got, err)
+	}
+	// None of them ended it.
+	page, err := b.Send(bounded(t), page, form, nil)
+	if err != nil || !page.Stopped || page.URL.Query().Get("code") == "" {
+		t.Fatalf("yes: %+v, %v", page, err)
+	}
+	r.redeem(page.URL.Query().Get("code"))
+
+	page = r.question(b, "", r.beginURL())
+	page, err = b.Send(bounded(t), page, page.Forms[0], map[string]string{"answer": "no"})
+	if err != nil || !page.Stopped || page.URL.Query().Get("error") != "access_denied" || page.URL.Query().Has("code") {
+		t.Fatalf("no: %+v, %v", page, err)
+	}
+	a := r.client(sam).post("AuditService/ListEvents", `{"type": "request.refused", "pageSize": 1000}`)
+	if !bytes.Contains(a.body, []byte("person:"+ada)) || !bytes.Contains(a.body, []byte("did not agree")) {
+		t.Errorf("a no is no evidence: %s", a.body)
+	}
+
+	page = r.question(b, "", r.beginURL("redirect_uri", "http://[::1]:54321/callback"))
+	if csp := page.Header.Get("Content-Security-Policy"); !strings.Contains(csp, "form-action 'self' http:;") || !strings.Contains(page.Body, "port 54321") {
+		t.Errorf("IPv6: %s\n%s", csp, page.Body)
 	}
 }
 
@@ -311,7 +422,7 @@ func TestPageHeaders(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, withPeople)
 	p := r.person("")
-	for _, path := range []string{"/", "/signin", "/signin/callback", "/nothing"} {
+	for _, path := range []string{"/", "/signin", "/signin/callback", "/signin/agree", "/nothing"} {
 		a := p.send(request(t, "GET", r.people.url+path, "", nil))
 		policy := a.header.Get("Content-Security-Policy")
 		if !strings.HasPrefix(policy, "default-src 'none'; style-src 'sha256-") || !strings.HasSuffix(policy, "'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'") {

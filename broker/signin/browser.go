@@ -24,6 +24,9 @@ type Start struct {
 	Need        broker.StepUp
 	// Browser is the secret that binds the browser, if it has one from before.
 	Browser string
+	// From is the network that the request comes from. Where there is no room for
+	// all, whoever has begun the most makes some.
+	From string
 }
 
 // Begun is a sign-in that has begun.
@@ -42,16 +45,17 @@ type Return struct {
 type flow struct {
 	redirectURI, state, challenge string
 	need                          broker.StepUp
+	from                          string
 	nonce, verifier               string // towards the identity provider
 	browser                       digest
-	began                         time.Time
+	began, returned               time.Time
 }
 
 // code is what a finished sign-in waits as, until it is redeemed.
 type code struct {
 	person                 broker.Person
 	redirectURI, challenge string
-	made                   time.Time
+	signedIn, made         time.Time
 
 	mu      sync.Mutex // held while it is redeemed, so that a replay sees what came of it
 	used    bool
@@ -125,51 +129,51 @@ func (m *Manager) Begin(s Start) (Begun, error) {
 	now := m.cfg.Now()
 	f := &flow{
 		redirectURI: s.RedirectURI, state: s.State, challenge: s.Challenge, need: s.Need,
-		nonce: newSecret(), verifier: newSecret(), browser: digestOf(browser), began: now,
+		from: s.From, nonce: newSecret(), verifier: newSecret(), browser: digestOf(browser), began: now,
 	}
 	state := newSecret()
 	to := m.cfg.Provider.AuthCodeURL(state, f.nonce, f.verifier, s.Need)
 	if to == "" {
 		return Begun{}, broker.Refuse(broker.ReasonSignIn, "the identity provider is away, or does not work with this broker", "try again in a minute; if it stays so, tell an operator")
 	}
-	m.flows.add(state, f, now)
+	m.flows.add(state, f, s.From, now)
 	return Begun{URL: to, Browser: browser}, nil
 }
 
-// Callback ends the browser's part. It returns the loopback URI for the browser
-// to go to, with a code or with an error for the program; or an error, for a
-// page, where it is not certain that this browser belongs to that program.
-func (m *Manager) Callback(ctx context.Context, r Return) (string, error) {
+// Callback takes the browser back from the identity provider. It returns what
+// the person is to be asked, or the loopback URI for the browser to go to, with
+// an error for the program; or an error, for a page, where it is not certain that
+// this browser belongs to that program.
+func (m *Manager) Callback(ctx context.Context, r Return) (Landing, error) {
 	now := m.cfg.Now()
 	f, ok := m.flows.get(r.State, now)
 	if !ok {
 		m.metrics.signIn(broker.SignInBrowser, "unknown")
-		return "", failed("no sign-in is under way here: it took longer than ten minutes, or was finished before")
+		return Landing{}, failed("no sign-in is under way here: it took longer than ten minutes, or was finished before")
 	}
 	// Without this, somebody could have a victim's browser finish a sign-in of
 	// their own (OAuth's CSRF: RFC 6749, section 10.12).
 	browser := digestOf(r.Browser)
 	if subtle.ConstantTimeCompare(browser[:], f.browser[:]) != 1 {
 		m.metrics.signIn(broker.SignInBrowser, "other_browser")
-		return "", failed("this sign-in was begun in another browser, or this one keeps no cookies")
+		return Landing{}, failed("this sign-in was begun in another browser, or this one keeps no cookies")
 	}
 	if err := m.cfg.Provider.CheckResponse(ctx, r.Issuer); err != nil { // RFC 9207, section 2.4
 		m.metrics.signIn(broker.SignInBrowser, "other_issuer")
-		return "", err
+		return Landing{}, err
 	}
 	if _, first := m.flows.take(r.State, now); !first {
 		m.metrics.signIn(broker.SignInBrowser, "unknown")
-		return "", failed("this sign-in was finished before")
+		return Landing{}, failed("this sign-in was finished before")
 	}
 	p, err := m.exchange(ctx, f, r, now)
 	if err != nil {
 		m.metrics.signIn(broker.SignInBrowser, "refused")
 		m.cfg.Log.InfoContext(ctx, "a sign-in failed", "method", broker.SignInBrowser, "error", err)
-		return withQuery(f.redirectURI, errorQuery(err, r.Error, f.state)), nil
+		return Landing{To: withQuery(f.redirectURI, errorQuery(err, r.Error, f.state))}, nil
 	}
-	one := newSecret()
-	m.codes.add(one, &code{person: p, redirectURI: f.redirectURI, challenge: f.challenge, made: now}, now)
-	return withQuery(f.redirectURI, url.Values{"code": {one}, "state": {f.state}}), nil
+	f.returned = now
+	return m.ask(f, p), nil
 }
 
 // exchange gets the person from the identity provider.
@@ -269,7 +273,7 @@ func (m *Manager) Redeem(ctx context.Context, secret, verifier, redirectURI stri
 	switch at, err := m.cutAt(ctx, c.person.Principal()); {
 	case err != nil:
 		return Session{}, err
-	case c.made.Before(at):
+	case c.signedIn.Before(at):
 		m.metrics.signIn(broker.SignInBrowser, "refused")
 		return Session{}, failed("all that this person had was ended since")
 	}

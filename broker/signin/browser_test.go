@@ -2,6 +2,7 @@ package signin_test
 
 import (
 	"errors"
+	"fmt"
 	"net/url"
 	"strings"
 	"testing"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/mayfly-security/mayfly/attestation"
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/signin"
 )
@@ -130,8 +132,8 @@ func TestWrongReturns(t *testing.T) {
 	} {
 		to, err := r.m.Callback(t.Context(), ret)
 		wantReason(t, name, err, broker.ReasonSignIn)
-		if to != "" {
-			t.Errorf("%s: the browser would be sent to %s", name, to)
+		if to != (signin.Landing{}) {
+			t.Errorf("%s: the browser would be at %+v", name, to)
 		}
 	}
 	if r.idp.asked != 0 {
@@ -192,7 +194,8 @@ func TestFailedSignIns(t *testing.T) {
 			c.change(r)
 		}
 		c.ret.State, c.ret.Browser = r.begin(start())
-		to, err := r.m.Callback(t.Context(), c.ret)
+		l, err := r.m.Callback(t.Context(), c.ret)
+		to := l.To
 		u, perr := url.Parse(to)
 		if err != nil || perr != nil || !strings.HasPrefix(to, loopback+"?") {
 			t.Errorf("%s: %q, %v", name, to, err)
@@ -366,6 +369,39 @@ func TestFlowsAreBounded(t *testing.T) {
 	}
 }
 
+// TestAFloodEndsItsOwn: whoever begins very many sign-ins, by browser or device
+// code, ends their own, and those of nobody else.
+func TestAFloodEndsItsOwn(t *testing.T) {
+	r := newRig(t)
+	r.idp.device = attestation.DeviceSignIn{DeviceCode: broker.NewSecret(map[string]string{"device_code": "x"}), ExpiresAt: r.now.Add(time.Hour), Interval: time.Second}
+	honest := start()
+	honest.From = "192.0.2.1/32"
+	state, browser := r.begin(honest)
+	d, err := r.m.StartDevice(t.Context(), honest.From)
+	if err != nil {
+		t.Fatal(err)
+	}
+	handle, _ := d.Handle.Reveal("handle")
+	s := start()
+	var last, lastBrowser string
+	for i := range 3 * signin.MostFlows {
+		s.From = fmt.Sprint("198.51.100.", i%3)
+		last, lastBrowser = r.begin(s)
+		if _, err := r.m.StartDevice(t.Context(), s.From); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := r.m.Pending(); n != signin.MostFlows {
+		t.Errorf("%d under way", n)
+	}
+	if !r.back(state, browser).Has("code") || !r.back(last, lastBrowser).Has("code") {
+		t.Error("a sign-in does not go on")
+	}
+	if _, err := r.m.PollDevice(t.Context(), handle, "c1"); err != nil {
+		t.Errorf("the device code: %v", err)
+	}
+}
+
 // TestAnAnswerWithoutItsIssuer: where the identity provider says that its answers
 // name it (RFC 9207), one that does not is another's.
 func TestAnAnswerWithoutItsIssuer(t *testing.T) {
@@ -378,13 +414,13 @@ func TestAnAnswerWithoutItsIssuer(t *testing.T) {
 	} {
 		to, err := r.m.Callback(t.Context(), ret)
 		wantReason(t, name, err, broker.ReasonSignIn)
-		if to != "" || r.idp.asked != 0 {
-			t.Errorf("%s: the browser would be sent to %q, and %d codes were redeemed", name, to, r.idp.asked)
+		if to != (signin.Landing{}) || r.idp.asked != 0 {
+			t.Errorf("%s: the browser would be at %+v, and %d codes were redeemed", name, to, r.idp.asked)
 		}
 	}
 	to, err := r.m.Callback(t.Context(), signin.Return{State: state, Code: "idp-code", Browser: browser, Issuer: "https://idp.test"})
-	if err != nil || !strings.Contains(to, "code=") {
-		t.Errorf("the provider's own answer: %q, %v", to, err)
+	if err != nil || to.Ask == nil {
+		t.Errorf("the provider's own answer: %+v, %v", to, err)
 	}
 }
 
@@ -397,5 +433,64 @@ func TestNobodyIsSentNowhere(t *testing.T) {
 	wantReason(t, "a sign-in", err, broker.ReasonSignIn)
 	if b != (signin.Begun{}) || r.m.Pending() != 0 {
 		t.Errorf("it began: %+v, %d under way", b, r.m.Pending())
+	}
+}
+
+// TestASignInIsAgreedTo: the program gets nothing before the person has said
+// yes, in the browser that began, once.
+func TestASignInIsAgreedTo(t *testing.T) {
+	ask := func(r *rig) (*signin.Question, string) {
+		t.Helper()
+		state, browser := r.begin(start())
+		l, err := r.m.Callback(t.Context(), signin.Return{State: state, Code: "idp-code", Browser: browser})
+		if err != nil || l.To != "" || l.Ask == nil {
+			t.Fatal(l, err)
+		}
+		return l.Ask, browser
+	}
+	r := newRig(t)
+	q, browser := ask(r)
+	if q.Person.Name != "ada@acme.test" || q.RedirectURI != loopback || q.Check != broker.SignInCheck(challengeOf(verifier)) || len(q.Check) != 11 {
+		t.Errorf("asked: %+v", q)
+	}
+	_, other := ask(r)
+	for name, a := range map[string]signin.Answer{
+		"no cookie":         {Secret: q.Secret, Yes: true},
+		"another browser":   {Secret: q.Secret, Browser: other, Yes: true},
+		"another's no":      {Secret: q.Secret, Browser: other},
+		"no secret":         {Browser: browser, Yes: true},
+		"a secret made up":  {Secret: challengeOf("x"), Browser: browser, Yes: true},
+		"the check, for it": {Secret: q.Check, Browser: browser, Yes: true},
+	} {
+		to, _, denied, err := r.m.Agree(t.Context(), a)
+		wantReason(t, name, err, broker.ReasonSignIn)
+		if to != "" || denied != nil {
+			t.Errorf("%s: the browser would be sent to %s", name, to)
+		}
+	}
+	_, err := r.redeem(q.Secret)
+	wantReason(t, "the question for a code", err, broker.ReasonSignIn)
+	to, by, denied, err := r.m.Agree(t.Context(), signin.Answer{Secret: q.Secret, Browser: browser, Yes: true})
+	if err != nil || denied != nil || by.Name != "ada@acme.test" || !strings.HasPrefix(to, loopback+"?code=") {
+		t.Errorf("yes: %q, %v, %v, %v", to, by, denied, err)
+	}
+	_, _, _, err = r.m.Agree(t.Context(), signin.Answer{Secret: q.Secret, Browser: browser, Yes: true})
+	wantReason(t, "yes again", err, broker.ReasonSignIn)
+
+	q, browser = ask(r)
+	to, by, denied, err = r.m.Agree(t.Context(), signin.Answer{Secret: q.Secret, Browser: browser})
+	if err != nil || by.Name != "ada@acme.test" || !strings.HasPrefix(to, loopback+"?error=access_denied&") || strings.Contains(to, "code=") {
+		t.Errorf("no: %q, %v, %v", to, by, err)
+	}
+	wantReason(t, "no", denied, broker.ReasonSignIn)
+	_, _, _, err = r.m.Agree(t.Context(), signin.Answer{Secret: q.Secret, Browser: browser, Yes: true})
+	wantReason(t, "yes after no", err, broker.ReasonSignIn)
+
+	q, browser = ask(r)
+	r.now = r.now.Add(10 * time.Minute)
+	_, _, _, err = r.m.Agree(t.Context(), signin.Answer{Secret: q.Secret, Browser: browser, Yes: true})
+	wantReason(t, "too late", err, broker.ReasonSignIn)
+	if n := r.m.Pending(); n != 0 {
+		t.Errorf("%d under way", n)
 	}
 }

@@ -30,8 +30,8 @@ const (
 	mostInterval  = 5 * time.Minute // that an identity provider may ask for
 )
 
-// StartDevice begins a sign-in by device code (RFC 8628).
-func (m *Manager) StartDevice(ctx context.Context) (Device, error) {
+// StartDevice begins a sign-in by device code (RFC 8628). from is as Start.From.
+func (m *Manager) StartDevice(ctx context.Context, from string) (Device, error) {
 	if !m.cfg.Provider.CanDevice() {
 		return Device{}, broker.Refuse(broker.ReasonSignIn, "the identity provider takes no device codes", "sign in with a browser: `mayfly login`")
 	}
@@ -48,7 +48,7 @@ func (m *Manager) StartDevice(ctx context.Context) (Device, error) {
 	}
 	d.Interval = min(max(d.Interval, leastInterval), mostInterval)
 	handle := newSecret()
-	m.devices.add(handle, &device{d: d, next: now}, now)
+	m.devices.add(handle, &device{d: d, next: now}, from, now)
 	return Device{Handle: broker.NewSecret(map[string]string{"handle": handle}), DeviceSignIn: d}, nil
 }
 

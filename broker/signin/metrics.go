@@ -16,7 +16,7 @@ type metrics struct {
 func newMetrics(reg prometheus.Registerer, m *Manager) *metrics {
 	v := &metrics{signIns: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "mayfly_sign_ins_total",
-		Help: "Sign-ins of people that came to an end, by method and outcome: ok, refused, expired, unknown (no such sign-in or code), other_browser, other_issuer or replayed."},
+		Help: "Sign-ins of people that came to an end, by method and outcome: ok, refused, expired, denied (by the person), unknown (no such sign-in or code), other_browser, other_issuer or replayed."},
 		[]string{"method", "outcome"})}
 	if reg == nil {
 		return v
@@ -27,7 +27,10 @@ func newMetrics(reg prometheus.Registerer, m *Manager) *metrics {
 			m.count),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "mayfly_sign_ins_pending", Help: "Sign-ins of people that are under way."},
-			func() float64 { now := m.cfg.Now(); return float64(m.flows.len(now) + m.devices.len(now)) }))
+			func() float64 {
+				now := m.cfg.Now()
+				return float64(m.flows.len(now) + m.asks.len(now) + m.devices.len(now))
+			}))
 	return v
 }
 

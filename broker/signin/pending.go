@@ -5,6 +5,8 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 )
@@ -29,7 +31,8 @@ func wellFormed(s string) bool {
 }
 
 // pending holds what is under way, by the digest of the secret that finds it.
-// It holds so many at most, for so long: the oldest makes room.
+// It holds so many at most, for so long. Then the oldest makes room of those that
+// came from where the most came from: a flood ends its own.
 type pending[T any] struct {
 	most int
 	life time.Duration
@@ -37,19 +40,21 @@ type pending[T any] struct {
 	mu    sync.Mutex
 	items map[digest]*list.Element // of kept[T]
 	order *list.List               // oldest first
+	from  map[string]int           // how many came from where
 }
 
 type kept[T any] struct {
 	key   digest
 	since time.Time
+	from  string
 	value T
 }
 
 func newPending[T any](most int, life time.Duration) *pending[T] {
-	return &pending[T]{most: most, life: life, items: map[digest]*list.Element{}, order: list.New()}
+	return &pending[T]{most: most, life: life, items: map[digest]*list.Element{}, order: list.New(), from: map[string]int{}}
 }
 
-func (p *pending[T]) add(secret string, v T, now time.Time) {
+func (p *pending[T]) add(secret string, v T, from string, now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.expire(now)
@@ -58,9 +63,20 @@ func (p *pending[T]) add(secret string, v T, now time.Time) {
 		p.drop(e)
 	}
 	for len(p.items) >= p.most {
-		p.drop(p.order.Front())
+		p.drop(p.oldestOfTheMost())
 	}
-	p.items[key] = p.order.PushBack(kept[T]{key, now, v})
+	p.from[from]++
+	p.items[key] = p.order.PushBack(kept[T]{key, now, from, v})
+}
+
+// oldestOfTheMost is what makes room. There is something.
+func (p *pending[T]) oldestOfTheMost() *list.Element {
+	most := slices.Max(slices.Collect(maps.Values(p.from)))
+	e := p.order.Front()
+	for p.from[e.Value.(kept[T]).from] < most {
+		e = e.Next()
+	}
+	return e
 }
 
 // get finds what is under way.
@@ -102,6 +118,9 @@ func (p *pending[T]) expire(now time.Time) {
 }
 
 func (p *pending[T]) drop(e *list.Element) {
-	p.order.Remove(e)
-	delete(p.items, e.Value.(kept[T]).key)
+	k := p.order.Remove(e).(kept[T])
+	delete(p.items, k.key)
+	if p.from[k.from]--; p.from[k.from] == 0 {
+		delete(p.from, k.from)
+	}
 }

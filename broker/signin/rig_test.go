@@ -193,13 +193,19 @@ func (r *rig) begin(s signin.Start) (state, browser string) {
 	return u.Query().Get("state"), b.Browser
 }
 
-// back is the browser's return with what the identity provider gave; it gives
-// what the program is told.
+// back is the browser's return with what the identity provider gave, and the
+// person's yes; it gives what the program is told.
 func (r *rig) back(state, browser string) url.Values {
 	r.t.Helper()
-	to, err := r.m.Callback(r.t.Context(), signin.Return{State: state, Code: "idp-code", Browser: browser})
+	l, err := r.m.Callback(r.t.Context(), signin.Return{State: state, Code: "idp-code", Browser: browser})
 	if err != nil {
 		r.t.Fatal(err)
+	}
+	to := l.To
+	if l.Ask != nil {
+		if to, _, _, err = r.m.Agree(r.t.Context(), signin.Answer{Secret: l.Ask.Secret, Browser: browser, Yes: true}); err != nil {
+			r.t.Fatal(err)
+		}
 	}
 	query, ok := strings.CutPrefix(to, loopback+"?")
 	if !ok {

@@ -275,7 +275,7 @@ func (m *Manager) bearer(ctx context.Context, token string) (p broker.Person, un
 		if err := m.cfg.PersonSeen(ctx, p); err != nil {
 			return broker.Person{}, time.Time{}, err
 		}
-		m.bearers.add(token, struct{}{}, now)
+		m.bearers.add(token, struct{}{}, "", now)
 	}
 	return p, until, nil
 }

@@ -302,7 +302,7 @@ func TestDevice(t *testing.T) {
 	r := newRig(t)
 	r.idp.device = attestation.DeviceSignIn{UserCode: "ABCD", VerificationURI: "https://idp.test/device", ExpiresAt: r.now.Add(5 * time.Minute), Interval: 5 * time.Second}
 	r.idp.pending = 1
-	d, err := r.m.StartDevice(t.Context())
+	d, err := r.m.StartDevice(t.Context(), "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -334,7 +334,7 @@ func TestDevice(t *testing.T) {
 		"over":               func() { r.now = r.now.Add(10 * time.Minute) },
 	} {
 		r = newRig(t)
-		d, err := r.m.StartDevice(t.Context())
+		d, err := r.m.StartDevice(t.Context(), "")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -350,7 +350,7 @@ func TestDevice(t *testing.T) {
 		}
 	}
 	r.idp.noCodes = true
-	_, err = r.m.StartDevice(t.Context())
+	_, err = r.m.StartDevice(t.Context(), "")
 	wantReason(t, "a provider without device codes", err, broker.ReasonSignIn)
 	_, err = r.m.PollDevice(t.Context(), "x", "c1")
 	wantReason(t, "a handle that nobody gave", err, broker.ReasonSignIn)

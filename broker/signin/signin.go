@@ -1,8 +1,8 @@
 // Package signin is people's sessions, and the sign-ins that are under way.
 //
 // The broker is the OpenID relying party: the browser goes from here to the
-// identity provider and comes back here, and a program on the person's machine
-// gets a one-time code on a loopback address (RFC 8252), which it redeems for a
+// identity provider and comes back here, its person is asked, and a program on
+// their machine gets a one-time code on a loopback address (RFC 8252), which it redeems for a
 // session with its own proof (RFC 7636). Sign-ins under way are in memory, and
 // bounded; sessions are in the store, which has no more than the SHA-256 of a
 // session's token.
@@ -71,6 +71,7 @@ type Config struct {
 type Manager struct {
 	cfg     Config
 	flows   *pending[*flow]
+	asks    *pending[*asked]
 	codes   *pending[*code]
 	devices *pending[*device]
 	bearers *pending[struct{}]
@@ -110,6 +111,7 @@ func New(cfg Config) (*Manager, error) {
 	m := &Manager{
 		cfg:     cfg,
 		flows:   newPending[*flow](mostFlows, flowLife),
+		asks:    newPending[*asked](mostFlows, flowLife),
 		codes:   newPending[*code](mostFlows, codeMemory),
 		devices: newPending[*device](mostFlows, 2*flowLife),
 		bearers: newPending[struct{}](mostBearers, bearerLife),

@@ -40,7 +40,8 @@ func (p *program) loginCommand() *cobra.Command {
 		Short: "Sign in, as a person",
 		Long: `Login signs you in with the identity provider of the broker at MAYFLY_PEOPLE_ADDR.
 It opens your browser and waits, for at most five minutes, until you come back from
-it. The session is kept in a file that only you can read, and is never printed.
+it. The browser asks you before it does, and shows what your terminal shows: somebody
+else's program on your machine could have sent it there. The session is kept in a file that only you can read, and is never printed.
 It is short: the broker says when it ends.
 
 Where there is no browser, --device shows a code to type in on another device.
@@ -124,6 +125,7 @@ func (p *program) signInByBrowser(ctx context.Context, c *client.Client, need br
 	p.tell(func(out *page) {
 		out.line("%s", how)
 		out.line("  %s", b.URL)
+		out.line("You are asked there whether you want to. Say yes only if it shows: %s", b.Check)
 	})
 	var s client.Session
 	err = back.await(ctx, func(code string) (err error) {
