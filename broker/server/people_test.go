@@ -697,6 +697,27 @@ func TestStepUp(t *testing.T) {
 	}
 }
 
+// TestDeviceCodesMakeNoGrants: an operator's grant asks nobody, whatever rule the
+// tool has. Whoever phished the code of an operator would have every tool.
+func TestDeviceCodesMakeNoGrants(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, withPeople)
+	const grant = `{"agent": "spiffe://acme.test/agent/support", "tool": "db.asked", "duration": "600s", "reason": "a ticket"}`
+	phished := r.person(r.device(olga).GetToken())
+	a := phished.post("GrantService/CreateGrant", grant)
+	a.wantRefused(t, "by device code", 401, broker.ReasonStepUp)
+	if got := a.header.Get("WWW-Authenticate"); !strings.Contains(got, `error="insufficient_user_authentication"`) {
+		t.Errorf("WWW-Authenticate: %q", got)
+	}
+	r.client(support).post(issue, `{"tool": "db.asked"}`).wantRefused(t, "what it would give", 403, broker.ReasonNoGrant)
+	if a := phished.post("GrantService/ListGrants", "{}"); a.status != 200 {
+		t.Errorf("what gives nothing goes on: %d %s", a.status, a.body)
+	}
+	if a := r.person(r.login(olga).GetToken()).post("GrantService/CreateGrant", grant); a.status != 200 {
+		t.Errorf("with a browser: %d %s", a.status, a.body)
+	}
+}
+
 // device is a whole sign-in by device code.
 func (r *rig) device(person string) *mayflyv1.Session {
 	r.t.Helper()
