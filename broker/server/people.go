@@ -154,6 +154,9 @@ func (p *people) admit(d *door, r *http.Request, now time.Time) (broker.Caller, 
 			return broker.Caller{}, broker.Refuse(broker.ReasonPermissionDenied, "the request comes from another site's page", "call the API from a program, or from the broker's own pages")
 		}
 	}
+	if isPage(r) && !isVisit(r) {
+		return broker.Caller{}, broker.Refuse(broker.ReasonPermissionDenied, "this page is no part of another", "begin again with `mayfly login`")
+	}
 	if isPage(r) || slices.Contains(openProcedures, r.URL.Path) {
 		if !p.attempts.allow(addressOf(r), time.Now()) {
 			return broker.Caller{}, broker.Refuse(broker.ReasonRateLimited, "too many sign-ins from this address", "try again in a few seconds")
@@ -179,6 +182,14 @@ func (p *people) admit(d *door, r *http.Request, now time.Time) (broker.Caller, 
 		return broker.Caller{}, err
 	}
 	return broker.Caller{Person: &person, ValidUntil: until}, nil
+}
+
+// isVisit reports whether a browser goes to a page, as far as it says so (Fetch
+// Metadata). As an image of somebody else's page ours would use up what its
+// visitors may try.
+func isVisit(r *http.Request) bool {
+	mode, dest := r.Header.Get("Sec-Fetch-Mode"), r.Header.Get("Sec-Fetch-Dest")
+	return (mode == "" || mode == "navigate") && (dest == "" || dest == "document")
 }
 
 // bearerToken reads the token of a request (RFC 6750, section 2.1). It is taken

@@ -634,6 +634,31 @@ func TestForgedTokensKeepNobodyOut(t *testing.T) {
 	}
 }
 
+// TestPartsOfOtherPages: a page of somebody else's that names our addresses as
+// its images, in the browser of an approver, does not use up the sign-ins of the
+// approver's network.
+func TestPartsOfOtherPages(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, withPeople, func(r *rig) { r.limits.Attempts = 10 })
+	p := r.person("")
+	get := func(mode, dest string) answer {
+		req := request(t, "GET", r.beginURL(), "", nil)
+		req.Header.Set("Sec-Fetch-Mode", mode)
+		req.Header.Set("Sec-Fetch-Dest", dest)
+		return p.send(req)
+	}
+	for range 10 {
+		for _, part := range [][2]string{{"no-cors", "image"}, {"navigate", "iframe"}, {"cors", "empty"}} {
+			if a := get(part[0], part[1]); a.status != 403 || a.header.Get("Set-Cookie") != "" {
+				t.Fatalf("%v: %d %v", part, a.status, a.header)
+			}
+		}
+	}
+	if a := get("navigate", "document"); a.status != 303 {
+		t.Errorf("a person's own: %d %s", a.status, a.body)
+	}
+}
+
 // ask has the agent support ask for what ada's group decides about.
 func (r *rig) ask() *mayflyv1.Request {
 	r.t.Helper()
