@@ -150,7 +150,8 @@ func (p *people) admit(d *door, r *http.Request, now time.Time) (broker.Caller, 
 		// A browser says which site a request comes from. No other site has
 		// business with the API, nor with a person's yes, whatever it may have
 		// got hold of.
-		if o := r.Header.Values("Origin"); len(o) > 0 && (len(o) > 1 || o[0] != p.origin) {
+		o, site := r.Header.Values("Origin"), r.Header.Get("Sec-Fetch-Site")
+		if len(o) > 1 || len(o) == 1 && o[0] != p.origin || site != "" && site != "same-origin" && site != "none" {
 			return broker.Caller{}, broker.Refuse(broker.ReasonPermissionDenied, "the request comes from another site's page", "call the API from a program, or from the broker's own pages")
 		}
 	}

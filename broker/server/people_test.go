@@ -654,6 +654,13 @@ func TestPartsOfOtherPages(t *testing.T) {
 			}
 		}
 	}
+	for range 20 {
+		req := request(t, "GET", r.people.url+"/mayfly.v1.SignInService/GetSignIn", "", nil)
+		req.Header.Set("Sec-Fetch-Site", "cross-site") // such a request has no Origin
+		if a := p.send(req); a.status != 403 {
+			t.Fatalf("an image at the API: %d", a.status)
+		}
+	}
 	if a := get("navigate", "document"); a.status != 303 {
 		t.Errorf("a person's own: %d %s", a.status, a.body)
 	}
