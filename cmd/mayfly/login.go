@@ -244,7 +244,8 @@ func (p *program) logoutCommand() *cobra.Command {
 		Use:   "logout",
 		Short: "Sign out: end your session, at the broker and here",
 		Long: `Logout ends your session at the broker, at once, and removes what is kept of it
-here. With --person, an operator ends all sessions of somebody else.`,
+here. With --person, an operator ends all sessions of somebody else, and the tokens
+of the identity provider's that they hold.`,
 		Example: "  mayfly logout\n  mayfly logout --person mallory@acme.test --reason \"laptop stolen\"",
 		Args:    none,
 	}
