@@ -49,6 +49,11 @@ func (e *Engine) createGrant(ctx context.Context, caller broker.Caller, req Gran
 	if err != nil {
 		return broker.Grant{}, err
 	}
+	if p := caller.Person; p != nil && p.Method == broker.SignInDevice {
+		// It stands for all the approvals that the tool's rule wants, and a code
+		// counts for none that needs a fresh sign-in: it can be phished.
+		return broker.Grant{}, broker.Refuse(broker.ReasonStepUp, "a sign-in by device code makes no grant", "sign in with a browser: `mayfly login`")
+	}
 	now := e.clock.now()
 	g, err := ep.newGrant(req, caller.Principal(), now)
 	if err != nil {

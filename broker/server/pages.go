@@ -110,6 +110,9 @@ func (p *people) failedPage(w http.ResponseWriter, err error) {
 	if errors.As(err, &e) {
 		text.Lines = []string{sentence(broker.Clean(e.Message)) + ".", "What to do: " + broker.Clean(strings.ReplaceAll(e.Next, "`", "")) + "."}
 		status = http.StatusBadRequest
+		if e.Reason == broker.ReasonPermissionDenied {
+			status = http.StatusForbidden
+		}
 		if e.Reason == broker.ReasonRateLimited {
 			status = http.StatusTooManyRequests
 		}

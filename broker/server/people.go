@@ -145,9 +145,13 @@ func (p *people) admit(d *door, r *http.Request, now time.Time) (broker.Caller, 
 		// A browser says which site a request comes from. No other site has
 		// business with the API, nor with a person's yes, whatever it may have
 		// got hold of.
-		if o := r.Header.Values("Origin"); len(o) > 0 && (len(o) > 1 || o[0] != p.origin) {
+		o, site := r.Header.Values("Origin"), r.Header.Get("Sec-Fetch-Site")
+		if len(o) > 1 || len(o) == 1 && o[0] != p.origin || site != "" && site != "same-origin" && site != "none" {
 			return broker.Caller{}, broker.Refuse(broker.ReasonPermissionDenied, "the request comes from another site's page", "call the API from a program, or from the broker's own pages")
 		}
+	}
+	if isPage(r) && !isVisit(r) {
+		return broker.Caller{}, broker.Refuse(broker.ReasonPermissionDenied, "this page is no part of another", "begin again with `mayfly login`")
 	}
 	if isPage(r) || slices.Contains(openProcedures, r.URL.Path) {
 		if !p.attempts.allow(addressOf(r), time.Now()) {
@@ -174,6 +178,14 @@ func (p *people) admit(d *door, r *http.Request, now time.Time) (broker.Caller, 
 		return broker.Caller{}, err
 	}
 	return broker.Caller{Person: &person, ValidUntil: until}, nil
+}
+
+// isVisit reports whether a browser goes to a page, as far as it says so (Fetch
+// Metadata). As an image of somebody else's page ours would use up what its
+// visitors may try.
+func isVisit(r *http.Request) bool {
+	mode, dest := r.Header.Get("Sec-Fetch-Mode"), r.Header.Get("Sec-Fetch-Dest")
+	return (mode == "" || mode == "navigate") && (dest == "" || dest == "document")
 }
 
 // bearerToken reads the token of a request (RFC 6750, section 2.1). It is taken

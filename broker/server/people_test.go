@@ -648,6 +648,38 @@ func TestForgedTokensKeepNobodyOut(t *testing.T) {
 	}
 }
 
+// TestPartsOfOtherPages: a page of somebody else's that names our addresses as
+// its images, in the browser of an approver, does not use up the sign-ins of the
+// approver's network.
+func TestPartsOfOtherPages(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, withPeople, func(r *rig) { r.limits.Attempts = 10 })
+	p := r.person("")
+	get := func(mode, dest string) answer {
+		req := request(t, "GET", r.beginURL(), "", nil)
+		req.Header.Set("Sec-Fetch-Mode", mode)
+		req.Header.Set("Sec-Fetch-Dest", dest)
+		return p.send(req)
+	}
+	for range 10 {
+		for _, part := range [][2]string{{"no-cors", "image"}, {"navigate", "iframe"}, {"cors", "empty"}} {
+			if a := get(part[0], part[1]); a.status != 403 || a.header.Get("Set-Cookie") != "" {
+				t.Fatalf("%v: %d %v", part, a.status, a.header)
+			}
+		}
+	}
+	for range 20 {
+		req := request(t, "GET", r.people.url+"/mayfly.v1.SignInService/GetSignIn", "", nil)
+		req.Header.Set("Sec-Fetch-Site", "cross-site") // such a request has no Origin
+		if a := p.send(req); a.status != 403 {
+			t.Fatalf("an image at the API: %d", a.status)
+		}
+	}
+	if a := get("navigate", "document"); a.status != 303 {
+		t.Errorf("a person's own: %d %s", a.status, a.body)
+	}
+}
+
 // ask has the agent support ask for what ada's group decides about.
 func (r *rig) ask() *mayflyv1.Request {
 	r.t.Helper()
@@ -708,6 +740,27 @@ func TestStepUp(t *testing.T) {
 	}
 	if a := r.person(s.GetToken()).post("AccessService/WhoAmI", "{}"); a.status != 200 {
 		t.Errorf("the session of before: %d %s", a.status, a.body)
+	}
+}
+
+// TestDeviceCodesMakeNoGrants: an operator's grant asks nobody, whatever rule the
+// tool has. Whoever phished the code of an operator would have every tool.
+func TestDeviceCodesMakeNoGrants(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, withPeople)
+	const grant = `{"agent": "spiffe://acme.test/agent/support", "tool": "db.asked", "duration": "600s", "reason": "a ticket"}`
+	phished := r.person(r.device(olga).GetToken())
+	a := phished.post("GrantService/CreateGrant", grant)
+	a.wantRefused(t, "by device code", 401, broker.ReasonStepUp)
+	if got := a.header.Get("WWW-Authenticate"); !strings.Contains(got, `error="insufficient_user_authentication"`) {
+		t.Errorf("WWW-Authenticate: %q", got)
+	}
+	r.client(support).post(issue, `{"tool": "db.asked"}`).wantRefused(t, "what it would give", 403, broker.ReasonNoGrant)
+	if a := phished.post("GrantService/ListGrants", "{}"); a.status != 200 {
+		t.Errorf("what gives nothing goes on: %d %s", a.status, a.body)
+	}
+	if a := r.person(r.login(olga).GetToken()).post("GrantService/CreateGrant", grant); a.status != 200 {
+		t.Errorf("with a browser: %d %s", a.status, a.body)
 	}
 }
 

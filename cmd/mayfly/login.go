@@ -93,8 +93,32 @@ func (p *program) signIn(ctx context.Context, how func(context.Context, *client.
 	if err != nil {
 		return s, cfg, err
 	}
+	before, none := p.loadSession(cfg.PeopleAddr)
 	cfg.Token = s.Token
-	return s, cfg, p.saveSession(cfg.PeopleAddr, s)
+	if err := p.saveSession(cfg.PeopleAddr, s); err != nil {
+		return s, cfg, err
+	}
+	if none == nil {
+		cfg.Token = client.NewToken(before.Token)
+		p.endBefore(ctx, cfg)
+		cfg.Token = s.Token
+	}
+	return s, cfg, nil
+}
+
+// endBefore ends the session that another took the place of: its token is kept
+// nowhere any more, so that no later logout would end it.
+func (p *program) endBefore(ctx context.Context, cfg client.Config) {
+	c, err := client.New(ctx, cfg)
+	if err == nil {
+		defer c.Close() // it holds nothing that could be lost
+		_, err = c.SignOut(ctx, "", "another sign-in took its place")
+	}
+	switch broker.ReasonOf(err) {
+	case "", broker.ReasonSessionOver, broker.ReasonUnauthenticated: // over is over
+	default:
+		p.warn("the session before goes on until it expires; it could not be ended: %v", err)
+	}
 }
 
 func (p *program) signInByBrowser(ctx context.Context, c *client.Client, need broker.StepUp, noBrowser bool) (client.Session, error) {
@@ -220,7 +244,8 @@ func (p *program) logoutCommand() *cobra.Command {
 		Use:   "logout",
 		Short: "Sign out: end your session, at the broker and here",
 		Long: `Logout ends your session at the broker, at once, and removes what is kept of it
-here. With --person, an operator ends all sessions of somebody else.`,
+here. With --person, an operator ends all sessions of somebody else, and the tokens
+of the identity provider's that they hold.`,
 		Example: "  mayfly logout\n  mayfly logout --person mallory@acme.test --reason \"laptop stolen\"",
 		Args:    none,
 	}
