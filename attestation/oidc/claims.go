@@ -101,6 +101,7 @@ type verdict struct {
 	subject  string
 	authTime time.Time // zero if the provider did not say
 	acr      string    // empty if the provider did not say
+	issued   time.Time // when it was issued; never zero
 	until    time.Time
 }
 
@@ -131,11 +132,10 @@ func judge(c claims, issuer string, now time.Time) (verdict, error) {
 		return verdict{}, fault("it has expired")
 	}
 	latest := now.Add(clockSkew)
-	issued, err := c.time("iat")
-	if err != nil {
+	if v.issued, err = c.time("iat"); err != nil {
 		return verdict{}, err
 	}
-	if issued.IsZero() || issued.After(latest) {
+	if v.issued.IsZero() || v.issued.After(latest) {
 		return verdict{}, fault("it does not say when it was issued, or was issued in the future: compare the clocks")
 	}
 	begin, err := c.time("nbf")

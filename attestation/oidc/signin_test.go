@@ -62,7 +62,10 @@ func TestSignIn(t *testing.T) {
 				t.Errorf("%s: signed in %s ago", c.name, age)
 			}
 			want := broker.Person{Name: alice, Issuer: config.Issuer, Groups: []string{"finance", "security"}, ACR: w.strong, Method: broker.SignInBrowser}
-			person.Subject, person.AuthTime = "", time.Time{}
+			if age := w.now().Sub(person.IssuedAt); age < -time.Second || age > time.Minute {
+				t.Errorf("the ID token is of %s", person.IssuedAt)
+			}
+			person.Subject, person.AuthTime, person.IssuedAt = "", time.Time{}, time.Time{}
 			if diff := cmp.Diff(want, person); diff != "" {
 				t.Errorf("%s: (-want +got)\n%s", c.name, diff)
 			}
@@ -255,8 +258,8 @@ func TestShown(t *testing.T) {
 			t.Errorf("good for %s", left)
 		}
 		want := broker.Person{Name: alice, Issuer: w.config.Issuer, Groups: []string{"finance", "security"}, ACR: w.password, Method: broker.SignInBearer,
-			Subject: person.Subject, AuthTime: person.AuthTime}
-		if diff := cmp.Diff(want, person); diff != "" || person.Subject == "" || w.now().Sub(person.AuthTime) > time.Minute {
+			Subject: person.Subject, AuthTime: person.AuthTime, IssuedAt: person.IssuedAt}
+		if diff := cmp.Diff(want, person); diff != "" || person.IssuedAt.IsZero() || person.Subject == "" || w.now().Sub(person.AuthTime) > time.Minute {
 			t.Errorf("%s: %+v (-want +got)\n%s", w.name, person, diff)
 		}
 		users := open(t, forUsers(w.config))

@@ -103,7 +103,7 @@ func (e *Engine) administers(ctx context.Context, ep *epoch, caller broker.Calle
 	if v.Allowed || q.Subject.Agent != nil { // an agent never administers for want of others
 		return v, nil
 	}
-	recovers, err := e.recovers(ctx, caller.Principal())
+	recovers, err := e.recovers(ctx, q.Subject.Principal())
 	if recovers {
 		v = policy.Verdict{Allowed: true, Policies: []string{recoveryPolicy}, Digest: v.Digest}
 	}

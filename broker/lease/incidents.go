@@ -154,7 +154,7 @@ func checkIncident(req *IncidentRequest) error {
 		return err
 	}
 	switch {
-	case req.Title == "":
+	case strings.TrimSpace(req.Title) == "":
 		return broker.Refuse(broker.ReasonInvalidArgument, "an incident needs a title", "say what happened with --title")
 	case len(req.Agents) == 0, len(req.Tools) == 0:
 		return broker.Refuse(broker.ReasonInvalidArgument, "a window needs at least one agent and one tool", "name them with --agent and --tool")

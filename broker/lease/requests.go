@@ -152,10 +152,10 @@ func (e *Engine) votable(r getter, ep *epoch, caller broker.Caller, rec requestR
 	if _, voted := votedBy(rec, *caller.Person); voted {
 		return false, nil
 	}
-	groups, err := ep.groupsOf(r, *caller.Person)
-	if err != nil || b.eligible(rec, *caller.Person, groups) != nil {
+	subject, refusal, err := ep.voter(r, rec, b, *caller.Person)
+	if err != nil || refusal != nil {
 		return false, err
 	}
-	_, verdict := ep.mayApprove(rec, b, *caller.Person, groups, e.clock.now())
+	_, verdict := ep.mayApprove(rec, b, subject, e.clock.now())
 	return verdict.Allowed, nil
 }

@@ -1,0 +1,185 @@
+package lease_test
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/lease"
+	"github.com/mayfly-security/mayfly/broker/policy"
+)
+
+// issuedAt is somebody of whom the identity provider speaks at a time.
+func issuedAt(at time.Time, name string, groups ...string) broker.Caller {
+	c := person(name, groups...)
+	c.Person.IssuedAt = at
+	return c
+}
+
+// TestOlderTokenGivesNothingBack: within one sign-in at the identity provider
+// all tokens say the same auth_time, and some providers say none. Which of two
+// is the older one says iat.
+func TestOlderTokenGivesNothingBack(t *testing.T) {
+	for name, auth := range map[string]time.Duration{"one sign-in": -time.Hour, "no auth_time": 0} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				r := governedRig(t)
+				now := time.Now()
+				token := func(at time.Time, groups ...string) broker.Caller {
+					c := issuedAt(at, "ann", groups...)
+					if c.Person.AuthTime = now.Add(auth); auth == 0 {
+						c.Person.AuthTime = time.Time{}
+					}
+					return c
+				}
+				old := token(now.Add(-2*time.Minute), "finance")
+				r.seen(old)
+				r.seen(token(now.Add(-time.Minute)))
+				r.seen(old)
+				if _, err := r.approve(r.mustAsk("crm.read"), old); broker.ReasonOf(err) != broker.ReasonNotFound && broker.ReasonOf(err) != broker.ReasonNotEligible {
+					t.Errorf("an older token gave a group back: %v", err)
+				}
+				r.seen(token(now, "finance"))
+				r.mustApprove(r.mustAsk("crm.read"), old)
+			})
+		})
+	}
+}
+
+// TestRenamedPerson: whoever gets another name at the identity provider is in
+// the catalog's groups by that name, whatever an older session says.
+func TestRenamedPerson(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := governedRig(t, func(r *rig) {
+			r.yaml = strings.Replace(tooled(), "groups:\n", "groups:\n  - name: finance\n    people: [ann]\n", 1)
+		})
+		ann := issuedAt(time.Now(), "ann")
+		r.seen(ann)
+		v := r.mustAsk("db.read")
+		r.mustApprove(v, ann)
+		r.mustApprove(v, person("bob", "security"))
+		d := r.mustIssue("db.read")
+		time.Sleep(time.Second)
+
+		renamed := issuedAt(time.Now(), "anna")
+		renamed.Person.Subject = ann.Person.Subject
+		r.seen(renamed)
+		if _, ok, err := r.engine.Usable(bg, d.Lease.ID); ok || err != nil {
+			t.Errorf("usable on the vote of one whose name is in the group no more: %v", err)
+		}
+		if l := r.wantState(d.Lease.ID, broker.LeaseRevoked, time.Second); l.Cause != broker.CauseVoterLost {
+			t.Errorf("the cause is %q", l.Cause)
+		}
+		if _, err := r.approve(r.mustAsk("crm.read"), ann); err == nil {
+			t.Error("a session of the old name counts for its groups")
+		}
+		r.seen(ann) // an older token takes the new name from nobody
+		if _, err := r.approve(r.mustAsk("crm.read"), ann); err == nil {
+			t.Error("an older token gave the old name back")
+		}
+	})
+}
+
+// TestNobodyCountsTwiceByCase: addresses that differ in case are one person's.
+func TestNobodyCountsTwiceByCase(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := governedRig(t)
+		v := r.mustAsk("db.read")
+		r.mustApprove(v, person("ann@acme.test", "finance"))
+		if v, err := r.approve(v, person("Ann@acme.test", "security")); err == nil && (v.State != broker.RequestPending || len(v.Approvals) != 1) {
+			t.Fatal("one person with two spellings is two people")
+		}
+		v = r.mustApprove(v, person("bob", "security"))
+		if v.State != broker.RequestGranted {
+			t.Fatalf("the request is %s", v.State)
+		}
+		told, err := r.end(lease.Selector{Person: "ANN@acme.test"}, true)
+		if err != nil || len(told) != 1 || told[0].Grants != 1 {
+			t.Errorf("the kill switch by person: %+v, %v", told, err)
+		}
+		told, err = r.end(lease.Selector{Owner: "Support@acme.test"}, true)
+		if err != nil || len(told) != 1 || told[0].Grants != 1 {
+			t.Errorf("the kill switch by owner: %+v, %v", told, err)
+		}
+	})
+}
+
+// TestExplainTellsAgentsOfThemselves: an agent learns nothing of another's
+// grants, nor of what the catalog says of it.
+func TestExplainTellsAgentsOfThemselves(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := governedRig(t)
+		r.grant(support, "crm.read", time.Hour)
+		for _, action := range policy.Actions() {
+			x, err := r.engine.Explain(bg, as(other), lease.ExplainRequest{Action: action, Tool: "crm.read", Agent: support, Verb: policy.VerbSeeAll})
+			if action == policy.ActionAdminister {
+				continue // it is about no agent
+			}
+			if err == nil {
+				t.Errorf("%s: %+v", action, x)
+			}
+		}
+		x, err := r.engine.Explain(bg, person("ann"), lease.ExplainRequest{Action: policy.ActionIssue, Tool: "crm.read", Agent: support})
+		if err != nil || len(x.Grants) > 0 {
+			t.Errorf("a person who sees no grants is told of some: %+v, %v", x, err)
+		}
+		x, err = r.engine.Explain(bg, as(support), lease.ExplainRequest{Action: policy.ActionIssue, Tool: "crm.read", Agent: support})
+		if err != nil || len(x.Grants) != 1 {
+			t.Errorf("its own: %+v, %v", x, err)
+		}
+		x, err = r.engine.Explain(bg, as(sam), lease.ExplainRequest{Action: policy.ActionIssue, Tool: "crm.read", Principal: broker.WorkloadPrincipal(support)})
+		if err != nil || len(x.Grants) != 1 {
+			t.Errorf("whoever may explain: %+v, %v", x, err)
+		}
+	})
+}
+
+// TestReasonOfBlanks: a reason says something.
+func TestReasonOfBlanks(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := governedRig(t)
+		_, err := r.ask("docs.search", func(q *lease.AccessRequest) { q.Reason = "  \u00a0\u3000 " })
+		r.wantReason(err, broker.ReasonInvalidArgument)
+		_, err = r.engine.CreateGrant(bg, as(sam), lease.GrantRequest{Agent: support, Tool: "crm.read", For: time.Hour, Reason: " "})
+		r.wantReason(err, broker.ReasonInvalidArgument)
+		err = r.engine.EndAccess(bg, as(sam), lease.Selector{All: true}, false, " ", func(lease.Radius) error { return nil })
+		r.wantReason(err, broker.ReasonInvalidArgument)
+		_, err = r.engine.OpenIncident(bg, as(pager), lease.IncidentRequest{Title: " ", Agents: nil, Tools: []string{"crm.read"}})
+		r.wantReason(err, broker.ReasonInvalidArgument)
+	})
+}
+
+// TestRestoreOfGrantsWithManyVoters: what one transaction of a restore ends is
+// within what the store takes.
+func TestRestoreOfGrantsWithManyVoters(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := governedRig(t, func(r *rig) {
+			r.yaml = replaceOnce(tooled(), "need: [{group: finance}, {group: security}]", "need: [{group: finance, count: 20}]")
+		})
+		for range 10 {
+			v := r.mustAsk("db.read")
+			for i := range 20 {
+				v = r.mustApprove(v, person(fmt.Sprintf("p%02d", i), "finance"))
+			}
+			if v.State != broker.RequestGranted {
+				t.Fatalf("the request is %s", v.State)
+			}
+		}
+		r.stop()
+		r.openStore()
+		if err := lease.MarkBackup(context.Background(), r.db, time.Now(), "test"); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.db.Close(); err != nil {
+			t.Fatal(err)
+		}
+		r.start()
+		p, err := r.engine.Grants(bg, lease.GrantFilter{}, "", 0)
+		if err != nil || len(p.Items) != 0 {
+			t.Errorf("%d grants are open after the restore, %v", len(p.Items), err)
+		}
+	})
+}
