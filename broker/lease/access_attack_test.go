@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/audit"
 	"github.com/mayfly-security/mayfly/broker/lease"
 	"github.com/mayfly-security/mayfly/broker/policy"
 )
@@ -181,5 +182,86 @@ func TestRestoreOfGrantsWithManyVoters(t *testing.T) {
 		if err != nil || len(p.Items) != 0 {
 			t.Errorf("%d grants are open after the restore, %v", len(p.Items), err)
 		}
+	})
+}
+
+// TestTimeAloneEndsAccess: what policies allow until an hour ends soon after
+// it, without anybody's doing, and can be had again when they allow it again.
+func TestTimeAloneEndsAccess(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := governedRig(t)
+		at := time.Now().Add(5 * time.Minute).UTC().Format("2006-01-02T15:04:05Z")
+		if err := r.reloadPolicies(openPolicies + fmt.Sprintf(`
+@id("until") forbid (principal, action == Action::"issue", resource == Tool::"vault.read") when { context.now > datetime(%q) };
+@id("night") forbid (principal, action == Action::"issue", resource == Tool::"crm.read") when { context.hour == 0 && context.now > datetime(%[1]q) && context.params.hasTag("customer") };`, at)); err != nil {
+			t.Fatal(err)
+		}
+		for _, tool := range []string{"vault.read", "db.read", "crm.read"} {
+			r.grant(support, tool, 4*time.Hour)
+		}
+		until, always := r.mustIssue("vault.read").Lease.ID, r.mustIssue("db.read").Lease.ID
+		free := r.mustIssue("crm.read").Lease.ID
+		forCustomer := r.mustIssue("crm.read", func(q *lease.IssueRequest) { q.Params = map[string]string{"customer": "c-1"} }).Lease.ID
+		time.Sleep(4 * time.Minute)
+		for _, id := range []broker.LeaseID{until, always, free, forCustomer} {
+			r.wantState(id, broker.LeaseActive, time.Second)
+		}
+		time.Sleep(2 * time.Minute)
+		if l := r.wantState(until, broker.LeaseRevoked, time.Second); l.Cause != broker.CausePolicy || l.EndedAt.After(l.CreatedAt.Add(5*time.Minute+40*time.Second)) {
+			t.Errorf("ended by %q at %s", l.Cause, l.EndedAt)
+		}
+		r.wantState(always, broker.LeaseActive, time.Second)
+		r.wantState(free, broker.LeaseActive, time.Second)
+		if l := r.lease(forCustomer); l.Cause != broker.CausePolicy {
+			t.Errorf("each lease is judged by its own values: %+v", l)
+		}
+		if evs := r.events(lease.EventFilter{Lease: until, Type: audit.LeaseRevoking}); len(evs) != 1 || !strings.Contains(evs[0].Reason, "policy set") {
+			t.Errorf("the evidence: %+v", evs)
+		}
+		time.Sleep(time.Hour)
+		r.mustIssue("crm.read", func(q *lease.IssueRequest) { q.Params = map[string]string{"customer": "c-1"} })
+	})
+}
+
+// TestToolsBehindStrictParameters: a forbid that wants parameters hides neither
+// a tool that can be asked for nor a grant that gives.
+func TestToolsBehindStrictParameters(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := governedRig(t)
+		if err := r.reloadPolicies(openPolicies + `
+@id("customers") forbid (principal, action in [Action::"request", Action::"issue"], resource == Tool::"crm.read") unless { context.params.hasTag("customer") && context.params.getTag("customer") like "c-1*" };
+@id("never") forbid (principal, action == Action::"request", resource == Tool::"db.read");`); err != nil {
+			t.Fatal(err)
+		}
+		tools := func() map[string]lease.ToolView {
+			views, err := r.engine.Tools(bg, as(support))
+			if err != nil {
+				t.Fatal(err)
+			}
+			all := map[string]lease.ToolView{}
+			for _, v := range views {
+				all[v.Name] = v
+			}
+			return all
+		}
+		is := tools()
+		if !is["crm.read"].Requestable {
+			t.Error("crm.read is hidden")
+		}
+		if _, shown := is["db.read"]; shown {
+			t.Error("db.read is shown, and forbidden whatever is asked")
+		}
+		g := r.grant(support, "crm.read", time.Hour)
+		if v := tools()["crm.read"]; v.Granted == nil || v.Granted.ID != g.ID {
+			t.Errorf("the grant gives with the right values: %+v", v)
+		}
+		p, err := r.engine.Grants(bg, lease.GrantFilter{}, "", 0)
+		if err != nil || len(p.Items) != 1 || p.Items[0].Suspended {
+			t.Errorf("%+v, %v", p, err)
+		}
+		if _, err := r.issue("crm.read"); err == nil {
+			t.Error("issued without the parameters")
+		}
+		r.mustIssue("crm.read", func(q *lease.IssueRequest) { q.Params = map[string]string{"customer": "c-12"} })
 	})
 }

@@ -180,8 +180,17 @@ func (ep *epoch) grantView(r getter, g broker.Grant, now time.Time) (GrantView, 
 		return v, nil
 	}
 	f, err := ep.read(r, g.ID, nil, now)
-	v.Suspended = f.Suspended()
+	v.Suspended = ep.couldGive(f, now).Suspended()
 	return v, err
+}
+
+// couldGive is what is known of a grant, for those who list it: where it leaves
+// values to its leases, policies are taken to allow what they allow with some.
+func (ep *epoch) couldGive(f policy.GrantFacts, now time.Time) policy.GrantFacts {
+	if f.AgentKnown && f.ToolKnown && !f.Policy.Allowed && free(f) {
+		f.Policy.Allowed = ep.policies().Could(ep.aboutGrant(f, nil, now), policy.Chosen()...)
+	}
+	return f
 }
 
 // IncidentView is an incident with its grants and how many of its leases have
@@ -261,8 +270,8 @@ type ToolView struct {
 	Survives string
 	Granted  *broker.Grant // the grant that would be used now; nil if there is none
 	Refusal  broker.Reason // why there is none
-	// Requestable: the policy set lets the caller ask for it, as far as that
-	// can be told without the parameters.
+	// Requestable: the policy set lets the caller ask for it, with some
+	// parameters if not with all.
 	Requestable bool
 }
 
@@ -284,7 +293,7 @@ func (e *Engine) Tools(ctx context.Context, caller broker.Caller) ([]ToolView, e
 			if err != nil {
 				return err
 			}
-			facts[f.Grant.Tool] = append(facts[f.Grant.Tool], f)
+			facts[f.Grant.Tool] = append(facts[f.Grant.Tool], ep.couldGive(f, now))
 		}
 		return nil
 	})

@@ -209,23 +209,12 @@ func free(f policy.GrantFacts) bool {
 // overAll finds what does not hold of all open grants.
 func (e *Engine) overAll(ctx context.Context, ep *epoch, each func(r store.Reader, o over) error) error {
 	now := e.clock.now()
-	return e.view(ctx, func(r store.Reader) error {
-		for entry, err := range r.Scan(store.Prefix(prefixGrants)) {
-			if err != nil {
-				return err
-			}
-			o, is, err := ep.over(r, broker.GrantID(lastPart(entry.Key)), now)
-			if err != nil {
-				return err
-			}
-			if !is {
-				continue
-			}
-			if err := each(r, o); err != nil {
-				return err
-			}
+	return e.paged(ctx, prefixGrants, func(r store.Reader, key string) (bool, error) {
+		o, is, err := ep.over(r, broker.GrantID(lastPart(key)), now)
+		if err == nil && is {
+			err = each(r, o)
 		}
-		return nil
+		return true, err
 	})
 }
 
