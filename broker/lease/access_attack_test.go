@@ -265,3 +265,32 @@ func TestToolsBehindStrictParameters(t *testing.T) {
 		r.mustIssue("crm.read", func(q *lease.IssueRequest) { q.Params = map[string]string{"customer": "c-12"} })
 	})
 }
+
+// TestI5_KillSwitchWaitsForDeliveries: when it is said that all is dead, no
+// secret of it is on its way any more.
+func TestI5_KillSwitchWaitsForDeliveries(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := governedRig(t)
+		r.grant(support, "db.read", time.Hour)
+		d, err := r.engine.Issue(bg, as(support), lease.IssueRequest{Tool: "db.read"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		go func() {
+			_, err := r.end(lease.Selector{Agent: support}, false)
+			done <- err
+		}()
+		r.wantState(d.Lease.ID, broker.LeaseRevoked, time.Second)
+		time.Sleep(5 * time.Second)
+		select {
+		case err := <-done:
+			t.Fatalf("it is said that all is over while a secret is being handed over: %v", err)
+		default:
+		}
+		d.Done()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}

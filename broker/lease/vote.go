@@ -125,6 +125,9 @@ func (b *ballot) cast(t store.Txn) error {
 	if b.e.limbo.closed(b.rec.Incident) {
 		return incidentOver(b.rec.Incident)
 	}
+	if b.e.limbo.withdrawn(b.ep, b.rec) {
+		return broker.Refusef(broker.ReasonRequestOver, "let it be asked again", "request %s is being withdrawn", b.rec.ID)
+	}
 	basis, err := b.ep.basis(t, b.rec, b.now)
 	if err != nil {
 		return err
