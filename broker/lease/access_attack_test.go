@@ -3,9 +3,12 @@ package lease_test
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/audit"
@@ -292,5 +295,101 @@ func TestI5_KillSwitchWaitsForDeliveries(t *testing.T) {
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
+	})
+}
+
+// TestOwnersSeeTheirAgents: a person sees what is of the agents that they own,
+// by their name or a group's, and of no others; they end nothing by it.
+func TestOwnersSeeTheirAgents(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := governedRig(t)
+		third := spiffeid.RequireFromString("spiffe://acme.test/agent/third")
+		if err := r.reload("groups:\n", "  - id: "+third.String()+"\n    owner: other@acme.test\n    environment: production\ngroups:\n"); err != nil {
+			t.Fatal(err)
+		}
+		of := map[spiffeid.ID][]broker.LeaseID{}
+		for _, agent := range []spiffeid.ID{support, other, third} {
+			for _, tool := range []string{"db.read", "crm.read", "vault.read"} {
+				r.grant(agent, tool, time.Hour)
+				d, err := r.engine.Issue(bg, as(agent), lease.IssueRequest{Tool: tool})
+				if err != nil {
+					t.Fatal(err)
+				}
+				d.Done()
+				of[agent] = append(of[agent], d.Lease.ID)
+			}
+		}
+		for name, c := range map[string]struct {
+			who  broker.Caller
+			sees []spiffeid.ID
+		}{
+			"by name":  {person("support@acme.test"), []spiffeid.ID{support}},
+			"by group": {person("olga", "other@acme.test"), []spiffeid.ID{other, third}},
+			"agent":    {as(other), []spiffeid.ID{other}},
+			"operator": {as(sam), []spiffeid.ID{other, support, third}},
+		} {
+			sight, err := r.engine.SightOf(bg, c.who)
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			var want []broker.LeaseID
+			for _, agent := range c.sees {
+				want = append(want, of[agent]...)
+			}
+			slices.Sort(want)
+			for _, f := range []lease.LeaseFilter{{}, {All: true}} {
+				for _, size := range []int{0, 1, 2, 3} {
+					var leases []broker.LeaseID
+					grants := 0
+					for after := ""; ; {
+						p, err := r.engine.LeasesIn(bg, sight, f, after, size)
+						if err != nil {
+							t.Fatal(err)
+						}
+						if size > 0 && len(p.Items) > size {
+							t.Errorf("%s: a page of %d has %d", name, size, len(p.Items))
+						}
+						for _, l := range p.Items {
+							leases = append(leases, l.ID)
+						}
+						if after = p.Next; after == "" {
+							break
+						}
+					}
+					for after := ""; ; {
+						p, err := r.engine.GrantsIn(bg, sight, lease.GrantFilter{All: f.All}, after, size)
+						if err != nil {
+							t.Fatal(err)
+						}
+						grants += len(p.Items)
+						if after = p.Next; after == "" {
+							break
+						}
+					}
+					slices.Sort(leases)
+					if !slices.Equal(leases, want) || grants != len(want) {
+						t.Errorf("%s, %+v, pages of %d: %v and %d grants; want %v", name, f, size, leases, grants, want)
+					}
+				}
+			}
+			for _, agent := range []spiffeid.ID{support, other, third} {
+				p, err := r.engine.LeasesIn(bg, sight, lease.LeaseFilter{Agent: agent}, "", 0)
+				if sees := slices.Contains(c.sees, agent); err != nil || (len(p.Items) > 0) != sees {
+					t.Errorf("%s, of %s: %d, %v", name, agent, len(p.Items), err)
+				}
+				_, err = r.engine.Lease(bg, of[agent][0], sight)
+				if sees := slices.Contains(c.sees, agent); (err == nil) != sees {
+					t.Errorf("%s, a lease of %s: %v", name, agent, err)
+				}
+			}
+		}
+		_, err := r.engine.RevokeLease(bg, person("support@acme.test"), of[support][0], "")
+		r.wantReason(err, broker.ReasonPermissionDenied)
+		_, err = r.engine.RevokeLease(bg, person("support@acme.test"), of[other][0], "")
+		r.wantReason(err, broker.ReasonNotFound)
+		// As the identity provider says now.
+		r.seen(issuedAt(time.Now(), "olga"))
+		_, err = r.engine.SightOf(bg, person("olga", "other@acme.test"))
+		r.wantReason(err, broker.ReasonPermissionDenied)
 	})
 }

@@ -18,6 +18,8 @@ type RequestView struct {
 	BreakGlass  bool
 	Description string // of the tool
 	Sensitivity string
+	Owner       string // of the agent
+	Survives    string // what outlives a revocation of the tool's credentials
 }
 
 // RequestFilter says which requests to list. Zero fields match everything.
@@ -29,8 +31,8 @@ type RequestFilter struct {
 	BreakGlass bool
 }
 
-// Request returns one request to whoever may see it: its agent, whoever made
-// it, those who may decide it or did, and those who see all or review
+// Request returns one request to whoever may see it: its agent, that agent's
+// owner, whoever made it, those who may decide it or did, and those who see all or review
 // requests. To anybody else it does not exist.
 func (e *Engine) Request(ctx context.Context, caller broker.Caller, id broker.RequestID) (RequestView, error) {
 	ep := e.current.Load()
@@ -118,13 +120,19 @@ func (e *Engine) seesRequests(ctx context.Context, ep *epoch, caller broker.Call
 func (e *Engine) requestView(r getter, ep *epoch, caller broker.Caller, rec requestRecord, all bool) (v RequestView, sees bool, err error) {
 	v = RequestView{Request: rec.Request, BreakGlass: rec.BreakGlass}
 	if tool, ok := ep.catalog.Tool(rec.Tool); ok {
-		v.Description, v.Sensitivity = tool.Description, tool.Sensitivity
+		v.Description, v.Sensitivity, v.Survives = tool.Description, tool.Sensitivity, ep.catalog.ScopeInfo(tool.Name).Survives
 	}
+	agent, _ := ep.catalog.Agent(rec.Agent)
+	v.Owner = agent.Owner
 	me := caller.Principal()
 	sees = all || me != "" && (me == rec.CreatedBy || me == broker.WorkloadPrincipal(rec.Agent))
 	if caller.Person != nil {
 		_, voted := votedBy(rec, *caller.Person)
-		sees = sees || voted
+		owned, err := ep.owned(r, caller, rec.Agent)
+		if err != nil {
+			return v, false, err
+		}
+		sees = sees || voted || owned
 	}
 	if rec.State != broker.RequestPending {
 		return v, sees, nil
