@@ -393,3 +393,36 @@ func TestOwnersSeeTheirAgents(t *testing.T) {
 		r.wantReason(err, broker.ReasonPermissionDenied)
 	})
 }
+
+// TestEvidenceNamesItsPolicies: what was given, and what ended, is told with
+// the policies that decided that very thing.
+func TestEvidenceNamesItsPolicies(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := governedRig(t)
+		windows := strings.Replace(openPolicies, `@id("windows") permit (principal, action == Action::"open_incident", resource);`, `
+@id("windows.db") permit (principal, action == Action::"open_incident", resource == Tool::"db.read");
+@id("windows.crm") permit (principal, action == Action::"open_incident", resource == Tool::"crm.read");`, 1)
+		if err := r.reloadPolicies(windows); err != nil {
+			t.Fatal(err)
+		}
+		in := r.open(time.Hour, "db.read", "crm.read")
+		for _, ev := range r.events(lease.EventFilter{Incident: in.ID}) {
+			want := map[string]string{"db.read": "windows.db", "crm.read": "windows.crm", "crm.read,db.read": "windows.crm,windows.db"}[ev.Tool]
+			if ev.Details["policies"] != want || ev.Details["policy_digest"] == "" {
+				t.Errorf("%s of %s is told to be by %q; want %q", ev.Type, ev.Tool, ev.Details["policies"], want)
+			}
+		}
+		db, crm := r.mustIssue("db.read").Lease.ID, r.mustIssue("crm.read").Lease.ID
+		if err := r.reloadPolicies(windows + `
+@id("no.db") forbid (principal, action == Action::"issue", resource == Tool::"db.read");
+@id("no.crm") forbid (principal, action == Action::"issue", resource == Tool::"crm.read") when { context.duration_seconds * 9223372036854775807 > 0 };`); err != nil {
+			t.Fatal(err)
+		}
+		for id, want := range map[broker.LeaseID]string{db: "forbidden by no.db", crm: `could not be evaluated, which denies: policy "no.crm"`} {
+			evs := r.events(lease.EventFilter{Lease: id, Type: audit.LeaseRevoking})
+			if len(evs) != 1 || !strings.Contains(evs[0].Reason, want) || !strings.Contains(evs[0].Reason, r.engine.Catalog().Policies().Digest()) {
+				t.Errorf("the evidence: %+v; want %s", evs, want)
+			}
+		}
+	})
+}

@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/mayfly-security/mayfly/broker"
-	"github.com/mayfly-security/mayfly/broker/audit"
 	"github.com/mayfly-security/mayfly/broker/policy"
 	"github.com/mayfly-security/mayfly/store"
 )
@@ -46,11 +45,12 @@ func (e *Engine) watchTime() {
 func (e *Engine) sweepTimed(ctx context.Context, ep *epoch) error {
 	from, to := store.Prefix(prefixOpens)
 	for from != "" {
-		var ids []broker.LeaseID
+		gone := map[ending][]broker.LeaseID{}
 		next := ""
 		now := e.clock.late() // what must be over is judged by it
 		err := e.view(ctx, func(r store.Reader) error {
-			ids, next = ids[:0], from
+			clear(gone)
+			next = from
 			for range askPage {
 				grant := broker.GrantID("")
 				for entry, err := range r.Scan(next, to) {
@@ -70,7 +70,7 @@ func (e *Engine) sweepTimed(ctx context.Context, ep *epoch) error {
 					return err
 				}
 				if is && o.cause == broker.CausePolicy { // all else has events of its own
-					ids = append(ids, o.leases...)
+					o.into(gone)
 				}
 			}
 			return nil
@@ -78,9 +78,10 @@ func (e *Engine) sweepTimed(ctx context.Context, ep *epoch) error {
 		if err != nil {
 			return err
 		}
-		why := ending{cause: broker.CausePolicy, actor: audit.Broker, reason: becauseOf(broker.CausePolicy, ep)}
-		if _, err := e.endLeases(ctx, ids, why); err != nil {
-			return err
+		for why, ids := range gone {
+			if _, err := e.endLeases(ctx, ids, why); err != nil {
+				return err
+			}
 		}
 		from = next
 	}
