@@ -208,8 +208,11 @@ func (e *Engine) sweepPerson(ctx context.Context, digest string, why sweepRecord
 			}
 			id := broker.GrantID(lastPart(entry.Key))
 			g, ok, err := get[broker.Grant](r, keyGrant(id))
-			if err != nil || !ok {
+			if err != nil {
 				return err
+			}
+			if !ok {
+				continue // the others are looked at all the same
 			}
 			v, err := ep.lost(r, g)
 			if err != nil {

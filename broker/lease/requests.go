@@ -96,12 +96,25 @@ func (e *Engine) AwaitRequest(ctx context.Context, caller broker.Caller, id brok
 		if v.State != broker.RequestPending || seen.ID == "" || v.State != seen.State || len(v.Approvals) != len(seen.Approvals) {
 			return v, nil
 		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return RequestView{}, ctx.Err()
-		case <-e.ctx.Done():
-			return RequestView{}, broker.Refuse(broker.ReasonShuttingDown, "the broker is stopping", "ask again")
+		// Most changes are of other requests: who may see this one is asked, and
+		// what is missing counted, once there is news of it.
+		for same := true; same; {
+			select {
+			case <-changed:
+			case <-ctx.Done():
+				return RequestView{}, ctx.Err()
+			case <-e.ctx.Done():
+				return RequestView{}, broker.Refuse(broker.ReasonShuttingDown, "the broker is stopping", "ask again")
+			}
+			changed = e.asks.next()
+			err := e.view(ctx, func(r store.Reader) error {
+				rec, ok, err := get[requestRecord](r, keyRequest(id))
+				same = ok && rec.State == seen.State && len(rec.Approvals) == len(seen.Approvals)
+				return err
+			})
+			if err != nil {
+				return RequestView{}, err
+			}
 		}
 	}
 }
