@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -14,6 +15,7 @@ import (
 	"github.com/mayfly-security/mayfly/broker/audit"
 	"github.com/mayfly-security/mayfly/broker/lease"
 	"github.com/mayfly-security/mayfly/broker/policy"
+	"github.com/mayfly-security/mayfly/store"
 )
 
 // issuedAt is somebody of whom the identity provider speaks at a time.
@@ -425,4 +427,62 @@ func TestEvidenceNamesItsPolicies(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestALostGroupSurvivesTheBroker: wherever the broker dies while it is told
+// that somebody lost a group, nothing that stood on it outlives the restart,
+// once it was durable.
+func TestALostGroupSurvivesTheBroker(t *testing.T) {
+	for n := 1; ; n++ {
+		last := false
+		for _, carry := range []bool{false, true} {
+			if carry && n > 3 {
+				continue // the other half of a commit that the next n fails before
+			}
+			t.Run(fmt.Sprintf("%d_%v", n, carry), func(t *testing.T) {
+				bubble(t, func(t *testing.T) {
+					var now *mortal
+					r := governedRig(t, func(r *rig) {
+						r.wrap = func(s store.Store) store.Store { now = &mortal{Store: s}; return now }
+					})
+					var leases []broker.LeaseID
+					for range 5 { // more than one transaction ends
+						v := r.mustAsk("db.read")
+						r.mustApprove(v, person("ann", "finance"))
+						r.mustApprove(v, person("bob", "security"))
+						leases = append(leases, r.mustIssue("db.read").Lease.ID)
+					}
+					synctest.Wait()
+					now.arm(n, carry)
+					ctx, cancel := context.WithTimeout(bg, time.Minute)
+					defer cancel()
+					last = r.engine.PersonSeen(ctx, *person("ann", "sales").Person) == nil
+					r.restart()
+					time.Sleep(time.Minute)
+					durable := len(r.events(lease.EventFilter{Type: audit.PersonChanged})) == 1
+					if !durable && (n > 1 || carry) {
+						t.Error("what was committed is not in the evidence")
+					}
+					for _, id := range leases {
+						l := r.lease(id)
+						if durable && (l.State != broker.LeaseRevoked || l.Cause != broker.CauseVoterLost) || !durable && l.State != broker.LeaseActive {
+							t.Errorf("durable %v, and the lease is %s (%s)", durable, l.State, l.Cause)
+						}
+					}
+					if left := r.keys("sweep|"); len(left) != 0 {
+						t.Errorf("left: %q", left)
+					}
+					if left := r.keys("votes|"); durable && len(left) != 0 {
+						t.Errorf("left: %q", left)
+					}
+				})
+			})
+		}
+		if last || t.Failed() {
+			if n < 4 {
+				t.Errorf("it took %d commits only", n)
+			}
+			return
+		}
+	}
 }
