@@ -2,6 +2,7 @@ package broker
 
 import (
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -19,8 +20,8 @@ type Person struct {
 
 	AuthTime time.Time // when they last proved who they are (auth_time); zero if the identity provider did not say
 	ACR      string    // how, as a class (acr); empty if it did not say
-	IssuedAt time.Time // when the identity provider said all this (iat)
 	Method   SignInMethod
+	IssuedAt time.Time `json:",omitzero"` // when the identity provider said all of this (iat); zero if that is not known
 	Session  SessionID // of the broker's session; empty for a bearer token of the identity provider's
 }
 
@@ -31,9 +32,10 @@ const MaxPersonName = 200
 func (p Person) Principal() Principal { return PersonPrincipal(p.Name) }
 
 // Same reports whether p and o are one person: by the identity provider's name
-// for them, or by ours. Either is enough, so that nobody counts twice.
+// for them, or by ours, in which case says nothing: many are addresses. Either
+// is enough, so that nobody counts twice.
 func (p Person) Same(o Person) bool {
-	return p.Name == o.Name || p.Issuer == o.Issuer && p.Subject == o.Subject
+	return strings.EqualFold(p.Name, o.Name) || p.Issuer == o.Issuer && p.Subject == o.Subject
 }
 
 // In reports whether the identity provider says that the person is in group.

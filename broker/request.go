@@ -85,6 +85,10 @@ type ApprovalRule struct {
 	Digest     string // SHA-256, in hex, of everything above
 }
 
+// MaxVoters is the most people that one rule can need: what is known of each is
+// read in one transaction of the store.
+const MaxVoters = 20
+
 // Quorum is a number of people of one group.
 type Quorum struct {
 	Group string

@@ -101,7 +101,7 @@ type verdict struct {
 	subject  string
 	authTime time.Time // zero if the provider did not say
 	acr      string    // empty if the provider did not say
-	issued   time.Time
+	issued   time.Time // when it was issued; never zero
 	until    time.Time
 }
 

@@ -195,6 +195,6 @@ func (p *Provider) person(v verdict, method broker.SignInMethod) (broker.Person,
 	}
 	return broker.Person{
 		Name: name, Issuer: p.config.Issuer, Subject: v.subject, Groups: groups,
-		AuthTime: v.authTime, ACR: v.acr, IssuedAt: v.issued, Method: method,
+		AuthTime: v.authTime, ACR: v.acr, Method: method, IssuedAt: v.issued,
 	}, nil
 }

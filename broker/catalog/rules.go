@@ -12,7 +12,6 @@ import (
 // Limits on approval rules.
 const (
 	maxGrant       = 31 * 24 * time.Hour // of a grant, and of a request that waits
-	maxCount       = 20                  // people of one group
 	maxNeed        = 10                  // groups of one rule
 	maxACR         = 10
 	defaultExpires = time.Hour
@@ -78,13 +77,16 @@ func (l *loader) need(s source, path string, entries []quorum) []broker.Quorum {
 		l.fail(s, path, "a rule needs people of 1 to %d groups", maxNeed)
 	}
 	var all []broker.Quorum
+	people := 0
 	for i, e := range entries {
 		at, count := fmt.Sprintf("%s[%d]", path, i), 1
 		if e.Count != nil {
 			count = *e.Count
 		}
-		if count < 1 || count > maxCount {
-			l.fail(s, at+".count", "count is %d; it must be between 1 and %d", count, maxCount)
+		if count < 1 || count > broker.MaxVoters {
+			l.fail(s, at+".count", "count is %d; it must be between 1 and %d", count, broker.MaxVoters)
+		} else if people += count; people > broker.MaxVoters && people-count <= broker.MaxVoters {
+			l.fail(s, path, "the rule needs more than %d people, who cannot be counted in one transaction", broker.MaxVoters)
 		}
 		l.text(s, at+".group", "group", e.Group, true)
 		if strings.HasPrefix(e.Group, reserved) {

@@ -135,6 +135,7 @@ func TestRuleErrorsNameTheirPlace(t *testing.T) {
 		"no group":            {governed(t, "{group: support-leads}", "{count: 1}"), "group is missing"},
 		"count of none":       {governed(t, "count: 2", "count: 0"), "count is 0; it must be between 1 and 20"},
 		"count of many":       {governed(t, "count: 2", "count: 21"), "count is 21"},
+		"too many together":   {governed(t, "count: 2}\n      - {group: security}", "count: 12}\n      - {group: security, count: 9}"), "the rule needs more than 20 people"},
 		"group twice":         {governed(t, "{group: security}", "{group: finance}"), `group "finance" is named twice; say how many with count`},
 		"reserved group":      {governed(t, "{group: security}", "{group: \"mayfly:operators\"}"), "are the broker's own"},
 		"never":               {governed(t, "[requester, owner, user]", "[requestor]"), `never is for requester, owner and user, not "requestor"; did you mean "requester"?`},

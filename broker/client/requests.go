@@ -21,6 +21,8 @@ type Request struct {
 	Missing     []string // what is still needed, for people: "1 of finance"
 	Description string   // the tool's
 	Sensitivity string   // the tool's
+	Owner       string   // the agent's
+	Survives    string   // what outlives a revocation of the tool's credentials; empty for nothing
 	Votable     bool     // we may decide it now
 }
 
@@ -138,7 +140,7 @@ func (d *decoder) request(m *mayflyv1.Request) Request {
 			Why: m.GetWhy(),
 		},
 		BreakGlass: m.GetBreakGlass(), Missing: m.GetMissing(), Description: m.GetToolDescription(), Sensitivity: m.GetSensitivity(),
-		Votable: m.GetVotable(),
+		Votable: m.GetVotable(), Owner: m.GetAgentOwner(), Survives: m.GetSurvives(),
 	}
 	for _, a := range m.GetApprovals() {
 		r.Approvals = append(r.Approvals, broker.Approval{

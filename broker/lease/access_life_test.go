@@ -268,6 +268,9 @@ func TestWhoSeesRequests(t *testing.T) {
 			"requester": {person("ann", "finance"), []broker.RequestID{mine.ID, byAnn.ID}, []broker.RequestID{mine.ID}},
 			"approver":  {person("bob", "finance"), []broker.RequestID{mine.ID, byAnn.ID}, []broker.RequestID{mine.ID, byAnn.ID}},
 			"stranger":  {person("eve", "sales"), nil, nil},
+			"owner":     {person("Support@acme.test"), []broker.RequestID{mine.ID}, nil},
+			"owners":    {person("olga", "other@acme.test"), []broker.RequestID{byAnn.ID}, nil},
+			"no owner":  {person("olga", "Other@acme.test"), nil, nil},
 			"operator":  {as(sam), []broker.RequestID{mine.ID, byAnn.ID}, nil},
 			"bot":       {as(pager), nil, nil},
 		} {
@@ -349,21 +352,21 @@ func TestPersonDrawsNothing(t *testing.T) {
 		d := r.mustIssue("crm.read")
 		_, err = r.engine.RevokeLease(bg, person("eve"), d.Lease.ID, "")
 		r.wantReason(err, broker.ReasonNotFound)
-		_, err = r.engine.Owner(bg, person("eve"))
+		_, err = r.engine.SightOf(bg, person("eve"))
 		r.wantReason(err, broker.ReasonPermissionDenied)
-		if id, err := r.engine.Owner(bg, as(support)); err != nil || id != support {
-			t.Error(id, err)
+		if s, err := r.engine.SightOf(bg, as(support)); err != nil || !s.Sees(support) || s.Sees(other) {
+			t.Error(s, err)
 		}
 		// A person is an operator by their group.
-		if id, err := r.engine.Owner(bg, person("sue", "sre")); err != nil || !id.IsZero() {
-			t.Error(id, err)
+		if s, err := r.engine.SightOf(bg, person("sue", "sre")); err != nil || !s.All {
+			t.Error(s, err)
 		}
 		if l, err := r.engine.RevokeLease(bg, person("sue", "sre"), d.Lease.ID, ""); err != nil || l.Cause != broker.CauseRevoked {
 			t.Error(l, err)
 		}
 		// As the identity provider says now, not as the session began.
 		r.seen(person("sue"))
-		_, err = r.engine.Owner(bg, person("sue", "sre"))
+		_, err = r.engine.SightOf(bg, person("sue", "sre"))
 		r.wantReason(err, broker.ReasonPermissionDenied)
 	})
 }

@@ -371,7 +371,8 @@ func TestKillSwitchWithoutTheStore(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		faulty := &faultyStore{}
 		r := governedRig(t, func(r *rig) { r.wrap = faulty.wrap })
-		mine, _, _ := accessOfAll(r)
+		mine, _, pending := accessOfAll(r)
+		asked := r.request(pending)
 		synctest.Wait()
 		faulty.failAll(true)
 		_, err := r.end(lease.Selector{Agent: support}, false)
@@ -386,11 +387,23 @@ func TestKillSwitchWithoutTheStore(t *testing.T) {
 			t.Errorf("%d credentials live on", n)
 		}
 		faulty.failAll(false)
+		if v, err := r.approve(asked, person("ann", "finance")); err == nil {
+			t.Errorf("the first vote after it: %s", v.State)
+		}
 		time.Sleep(time.Minute)
 		for _, id := range mine {
 			if l := r.lease(id); l.State != broker.LeaseRevoked {
 				t.Errorf("%s is %s", l.Tool, l.State)
 			}
 		}
+		if v := r.request(pending); v.State != broker.RequestWithdrawn || v.Why != "a leak" {
+			t.Errorf("the request is %s (%s)", v.State, v.Why)
+		}
+		for _, what := range []audit.Type{audit.AccessEnding, audit.AccessEnded} {
+			if evs := r.events(lease.EventFilter{Type: what}); len(evs) != 1 || evs[0].Details["selector"] != "agent="+support.String() {
+				t.Errorf("%s: %+v", what, evs)
+			}
+		}
+		r.mustAsk("crm.read") // it forbids nothing for later
 	})
 }

@@ -209,11 +209,6 @@ func TestRequestRefusals(t *testing.T) {
 				r.t.Fatal(err)
 			}
 		}, want: broker.ReasonAgentDisabled},
-		"too many people": {change: func(r *rig, _ *lease.AccessRequest) {
-			if err := r.reload("name: one\n    need: [{group: finance}]", "name: one\n    need: [{group: finance, count: 20}, {group: security}]"); err != nil {
-				r.t.Fatal(err)
-			}
-		}, want: broker.ReasonPolicyInvalid},
 		"too many": {change: func(r *rig, _ *lease.AccessRequest) {
 			for range 32 {
 				r.mustAsk("crm.read")

@@ -7,8 +7,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/policy"
 	"github.com/mayfly-security/mayfly/store"
@@ -103,7 +101,7 @@ func (e *Engine) administers(ctx context.Context, ep *epoch, caller broker.Calle
 	if v.Allowed || q.Subject.Agent != nil { // an agent never administers for want of others
 		return v, nil
 	}
-	recovers, err := e.recovers(ctx, caller.Principal())
+	recovers, err := e.recovers(ctx, q.Subject.Principal())
 	if recovers {
 		v = policy.Verdict{Allowed: true, Policies: []string{recoveryPolicy}, Digest: v.Digest}
 	}
@@ -123,20 +121,6 @@ func (e *Engine) seesAll(ctx context.Context, ep *epoch, caller broker.Caller) b
 		return false
 	}
 	return v.Allowed
-}
-
-// Owner is the agent whose leases and grants the caller may see: the zero ID,
-// which means everybody's, for whoever may see all, and a workload's own
-// otherwise. A person has none of their own, and is refused.
-func (e *Engine) Owner(ctx context.Context, caller broker.Caller) (spiffeid.ID, error) {
-	switch {
-	case e.SeesAll(ctx, caller):
-		return spiffeid.ID{}, nil
-	case caller.ID.IsZero():
-		return spiffeid.ID{}, broker.Refuse(broker.ReasonPermissionDenied,
-			"a person has no leases or grants of their own, and may not see everybody's", "ask an operator; `mayfly policy explain administer --verb all.see` says what would allow it")
-	}
-	return caller.ID, nil
 }
 
 // callerName is the caller's principal, for people.

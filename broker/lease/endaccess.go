@@ -3,6 +3,7 @@ package lease
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -125,16 +126,11 @@ func (e *Engine) endAccess(ctx context.Context, caller broker.Caller, s Selector
 	why := sweepRecord{Cause: broker.CauseRevoked, Actor: caller.Principal().String(), Reason: reason, Correlation: caller.Correlation,
 		Access: &accessEnding{Selector: s, At: now}}
 	e.ending.begin(id)
-	err = e.update(ctx, now, func(t store.Txn) error {
-		if err := put(t, keySweep(sweepAccess, id), why); err != nil {
-			return err
-		}
-		return appendEvent(t, audit.Event{Time: now, Type: audit.AccessEnding, Actor: why.Actor, Reason: reason, Correlation: why.Correlation,
-			Details: tellVerdict(map[string]string{"selector": s.String(), "ending": id}, verdict)})
-	})
+	err = e.update(ctx, now, func(t store.Txn) error { return beginAccess(t, id, why, verdict, now) })
 	if err != nil {
 		e.ending.done(id)
 		if untellable(err) {
+			e.limbo.endsAccess(id, begunEnding{why, verdict})
 			err = e.endAccessAnyway(ctx, s, why, err)
 		}
 		return err
@@ -160,6 +156,19 @@ func (e *Engine) endAccess(ctx context.Context, caller broker.Caller, s Selector
 	return e.countDown(ctx, id, why, rad, ids, swept, told)
 }
 
+// beginAccess is the commit that decides a kill switch.
+func beginAccess(t store.Txn, id string, why sweepRecord, verdict policy.Verdict, now time.Time) error {
+	key := keySweep(sweepAccess, id)
+	if _, begun, err := get[sweepRecord](t, key); err != nil || begun {
+		return err
+	}
+	if err := put(t, key, why); err != nil {
+		return err
+	}
+	return appendEvent(t, audit.Event{Time: now, Type: audit.AccessEnding, Actor: why.Actor, Reason: why.Reason, Correlation: why.Correlation,
+		Details: tellVerdict(map[string]string{"selector": why.Access.Selector.String(), "ending": id}, verdict)})
+}
+
 // tellEvery is how often, at most, a caller is told how the ending goes on.
 const tellEvery = 100 * time.Millisecond
 
@@ -172,16 +181,21 @@ func (e *Engine) countDown(ctx context.Context, id string, why sweepRecord, rad 
 	}
 	last := rad
 	sweeping := true
+	grants := map[broker.GrantID]struct{}{} // of the leases that have ended
 	for {
 		changed := e.watch.next()
 		began := time.Now()
-		still, err := e.stillAlive(ctx, left, &rad)
+		still, err := e.stillAlive(ctx, left, &rad, grants)
 		if err != nil {
 			return err
 		}
 		left = still
 		rad.Alive = len(left)
 		if len(left) == 0 && !sweeping && e.finishAccess(context.WithoutCancel(ctx), id, why) {
+			// What was on its way when it began is over too, or says so.
+			if err := e.awaitDeliveries(ctx, slices.Collect(maps.Keys(grants))...); err != nil {
+				return err
+			}
 			rad.Done = true
 			return told(rad)
 		}
@@ -204,9 +218,11 @@ func (e *Engine) countDown(ctx context.Context, id string, why sweepRecord, rad 
 		case why.Access = <-swept:
 			sweeping, swept = false, nil
 			// Leases that were being made when the counting began are among them now.
-			if left, err = e.selectedLeases(ctx, why.Access); err != nil {
+			met, err := e.selectedLeases(ctx, why.Access)
+			if err != nil {
 				return err
 			}
+			left = slices.Compact(slices.Sorted(slices.Values(append(met, left...))))
 		case <-late.C:
 			if sweeping && !e.ending.has(id) {
 				// The housekeeper goes on with what failed.
@@ -228,9 +244,9 @@ func (e *Engine) countDown(ctx context.Context, id string, why sweepRecord, rad 
 	}
 }
 
-// stillAlive looks at leases, and counts those that are overdue, or have lapsed
-// since.
-func (e *Engine) stillAlive(ctx context.Context, ids []broker.LeaseID, rad *Radius) (still []broker.LeaseID, err error) {
+// stillAlive looks at leases, counts those that are overdue, or have lapsed
+// since, and adds the grants of those that have ended.
+func (e *Engine) stillAlive(ctx context.Context, ids []broker.LeaseID, rad *Radius, grants map[broker.GrantID]struct{}) (still []broker.LeaseID, err error) {
 	now := e.clock.now()
 	overdue, lapsed := 0, 0
 	for part := range slices.Chunk(ids, lookPage) {
@@ -246,8 +262,11 @@ func (e *Engine) stillAlive(ctx context.Context, ids []broker.LeaseID, rad *Radi
 					if l.Overdue(now) {
 						overdue++
 					}
-				case l.State == broker.LeaseLapsed:
-					lapsed++
+				default:
+					grants[l.Grant] = struct{}{}
+					if l.State == broker.LeaseLapsed {
+						lapsed++
+					}
 				}
 			}
 			return nil

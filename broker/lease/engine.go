@@ -175,6 +175,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		return nil, err
 	}
 	e.wg.Go(e.house.run)
+	e.wg.Go(e.watchTime)
 	return e, nil
 }
 

@@ -55,6 +55,9 @@ func (e *Engine) explain(ctx context.Context, caller broker.Caller, req ExplainR
 			return Explanation{}, err
 		}
 	}
+	if _, agent := ep.catalog.Agent(who.ID); agent && !req.Agent.IsZero() && req.Agent != who.ID {
+		return Explanation{}, broker.Refuse(broker.ReasonInvalidArgument, "an agent asks, and is given, for itself alone", "leave out the other agent")
+	}
 	q := policy.Query{Action: req.Action, Verb: req.Verb, Params: req.Params, Requester: who.Principal(), Now: e.clock.now()}
 	var x Explanation
 	err := e.view(ctx, func(r store.Reader) (err error) {
@@ -69,7 +72,7 @@ func (e *Engine) explain(ctx context.Context, caller broker.Caller, req ExplainR
 				return err
 			}
 		}
-		if req.Action == policy.ActionIssue && q.Agent != nil {
+		if req.Action == policy.ActionIssue && q.Agent != nil && q.Agent.ID == who.ID { // nobody else is given anything
 			x.Grants, err = ep.explainGrants(r, q)
 		}
 		return err

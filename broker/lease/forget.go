@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"strings"
 	"time"
 
 	"github.com/mayfly-security/mayfly/broker"
@@ -63,7 +64,7 @@ func requireReason(reason, what string) error {
 	if err := broker.CheckText("reason", reason, broker.MaxReason); err != nil {
 		return err
 	}
-	if reason == "" {
+	if strings.TrimSpace(reason) == "" {
 		return broker.Refuse(broker.ReasonInvalidArgument, what+" needs a reason", "say why with --reason")
 	}
 	return nil

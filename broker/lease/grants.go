@@ -89,11 +89,8 @@ func (e *Engine) createGrant(ctx context.Context, caller broker.Caller, req Gran
 
 // newGrant checks a request and makes the grant that it asks for.
 func (ep *epoch) newGrant(req GrantRequest, by broker.Principal, now time.Time) (broker.Grant, error) {
-	if err := broker.CheckText("reason", req.Reason, broker.MaxReason); err != nil {
+	if err := requireReason(req.Reason, "a grant"); err != nil {
 		return broker.Grant{}, err
-	}
-	if req.Reason == "" {
-		return broker.Grant{}, broker.Refuse(broker.ReasonInvalidArgument, "a grant needs a reason", "say why with --reason")
 	}
 	agent, known := ep.catalog.Agent(req.Agent)
 	if !known || agent.Disabled {

@@ -63,16 +63,18 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 		OpenedBy: caller.Principal(), OpenedAt: now, EndsAt: now.Add(duration), State: broker.IncidentOpen,
 	}
 	var grants []broker.Grant
-	var verdict policy.Verdict // of the last; each allowed it
+	var verdicts []policy.Verdict // what allowed each
 	for _, agent := range req.Agents {
 		for _, tool := range req.Tools {
 			g, err := ep.newGrant(GrantRequest{Agent: agent, Tool: tool, NotAfter: in.EndsAt, Reason: in.Title}, caller.Principal(), now)
 			if err != nil {
 				return broker.Incident{}, err
 			}
-			if verdict, err = e.mayOpen(ep, caller, g, in); err != nil {
+			verdict, err := e.mayOpen(ep, caller, g, in)
+			if err != nil {
 				return broker.Incident{}, err
 			}
+			verdicts = append(verdicts, verdict)
 			g.Incident = in.ID
 			grants = append(grants, g)
 			in.Grants = append(in.Grants, g.ID)
@@ -110,16 +112,20 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 		if err := t.Put(keyHouse(in.EndsAt, houseIncident, string(in.ID)), nil); err != nil {
 			return err
 		}
-		for _, g := range grants {
-			if err := openGrant(t, g, caller, verdict); err != nil {
+		together := policy.Verdict{Allowed: true, Digest: ep.policies().Digest()}
+		for i, g := range grants {
+			if err := openGrant(t, g, caller, verdicts[i]); err != nil {
 				return err
 			}
+			together.Policies = append(together.Policies, verdicts[i].Policies...)
 		}
+		slices.Sort(together.Policies)
+		together.Policies = slices.Compact(together.Policies)
 		return appendEvent(t, audit.Event{
 			Time: now, Type: audit.IncidentOpened, Actor: caller.Principal().String(), Incident: in.ID,
 			Tool: strings.Join(req.Tools, ","), Agent: joinIDs(req.Agents),
 			Reason: in.Title, Correlation: caller.Correlation,
-			Details: tellVerdict(map[string]string{"reference": in.Reference, "ends_at": in.EndsAt.Format(time.RFC3339)}, verdict),
+			Details: tellVerdict(map[string]string{"reference": in.Reference, "ends_at": in.EndsAt.Format(time.RFC3339)}, together),
 		})
 	})
 	if err != nil {
@@ -154,7 +160,7 @@ func checkIncident(req *IncidentRequest) error {
 		return err
 	}
 	switch {
-	case req.Title == "":
+	case strings.TrimSpace(req.Title) == "":
 		return broker.Refuse(broker.ReasonInvalidArgument, "an incident needs a title", "say what happened with --title")
 	case len(req.Agents) == 0, len(req.Tools) == 0:
 		return broker.Refuse(broker.ReasonInvalidArgument, "a window needs at least one agent and one tool", "name them with --agent and --tool")

@@ -52,6 +52,7 @@ const (
 	prefixGrant    = "grant|"
 	prefixIncident = "incident|"
 	prefixGrants   = "grants|"
+	prefixOpens    = "open|"
 	prefixRevoking = "revoking|"
 	prefixSweep    = "sweep|"
 	prefixHouse    = "house|"
@@ -86,7 +87,7 @@ func keyLeaseOf(agent spiffeid.ID, id broker.LeaseID) string {
 	return prefixLeasesOf(agent) + string(id)
 }
 
-func prefixOpen(grant broker.GrantID) string { return "open|" + string(grant) + "|" }
+func prefixOpen(grant broker.GrantID) string { return prefixOpens + string(grant) + "|" }
 
 func keyOpen(grant broker.GrantID, id broker.LeaseID) string {
 	return prefixOpen(grant) + string(id)

@@ -20,10 +20,18 @@ type limbo struct {
 	mu        sync.Mutex
 	incidents map[broker.IncidentID]sweepRecord
 	grants    map[broker.GrantID]sweepRecord
+	access    map[string]begunEnding // kill switches, by their IDs
+}
+
+// begunEnding is a kill switch that the store could not be told of.
+type begunEnding struct {
+	why     sweepRecord
+	verdict policy.Verdict
 }
 
 func newLimbo() *limbo {
-	return &limbo{incidents: map[broker.IncidentID]sweepRecord{}, grants: map[broker.GrantID]sweepRecord{}}
+	return &limbo{incidents: map[broker.IncidentID]sweepRecord{}, grants: map[broker.GrantID]sweepRecord{},
+		access: map[string]begunEnding{}}
 }
 
 func (l *limbo) closes(id broker.IncidentID, why sweepRecord) {
@@ -54,6 +62,31 @@ func (l *limbo) closed(id broker.IncidentID) bool {
 	defer l.mu.Unlock()
 	_, is := l.incidents[id]
 	return is
+}
+
+func (l *limbo) endsAccess(id string, b begunEnding) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.access[id] = b
+}
+
+// withdrawn reports whether a request was pending when a kill switch in limbo
+// was pulled that matches it.
+func (l *limbo) withdrawn(ep *epoch, rec requestRecord) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, b := range l.access {
+		if a := b.why.Access; !rec.CreatedAt.After(a.At) && a.Selector.request(ep, rec) {
+			return true
+		}
+	}
+	return false
+}
+
+func (l *limbo) allAccess() map[string]begunEnding {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return maps.Clone(l.access)
 }
 
 func (l *limbo) all() (map[broker.IncidentID]sweepRecord, map[broker.GrantID]sweepRecord) {
@@ -200,6 +233,20 @@ func (e *Engine) doomed(l *leaseRecord) bool {
 
 // tellLimbo commits the ends that the store could not be told.
 func (e *Engine) tellLimbo(ctx context.Context) error {
+	for id, b := range e.limbo.allAccess() {
+		now := e.clock.now()
+		if err := e.update(ctx, now, func(t store.Txn) error { return beginAccess(t, id, b.why, b.verdict, now) }); err != nil {
+			return err
+		}
+		// The sweep key stands for it now; its requests are withdrawn before
+		// anybody may decide them.
+		if err := e.withdrawRequests(ctx, b.why.Access.Selector, b.why); err != nil {
+			return err
+		}
+		e.limbo.mu.Lock()
+		delete(e.limbo.access, id)
+		e.limbo.mu.Unlock()
+	}
 	incidents, grants := e.limbo.all()
 	for id, why := range incidents {
 		now := e.clock.now()

@@ -22,7 +22,7 @@ type personRecord struct {
 	Name, Issuer, Subject string
 	Groups                []string  `json:",omitempty"`
 	AuthTime              time.Time `json:",omitzero"` // the latest that was seen
-	IssuedAt              time.Time `json:",omitzero"` // of the latest token that was seen
+	IssuedAt              time.Time `json:",omitzero"` // the latest that was seen
 	SeenAt                time.Time
 }
 
@@ -39,12 +39,11 @@ func newPersonRecord(p broker.Person, now time.Time) personRecord {
 }
 
 // next is the record after the identity provider said p. What it said earlier
-// than the last, or of an earlier sign-in, takes groups away, and gives none:
-// else whoever lost a group would show the token of before.
+// than the last, or of an earlier sign-in, takes groups away, and gives none.
 func (r personRecord) next(p broker.Person, now time.Time) personRecord {
 	is := newPersonRecord(p, now)
 	if p.AuthTime.Before(r.AuthTime) || p.IssuedAt.Before(r.IssuedAt) {
-		is.AuthTime, is.IssuedAt = later(is.AuthTime, r.AuthTime), later(is.IssuedAt, r.IssuedAt)
+		is.Name, is.AuthTime, is.IssuedAt = r.Name, later(r.AuthTime, p.AuthTime), later(r.IssuedAt, p.IssuedAt)
 		is.Groups = slices.DeleteFunc(is.Groups, func(g string) bool { return !slices.Contains(r.Groups, g) })
 	}
 	return is
@@ -55,10 +54,10 @@ func (r personRecord) same(o personRecord) bool {
 	return r.Name == o.Name && slices.Equal(r.Groups, o.Groups) && r.AuthTime.Equal(o.AuthTime) && r.IssuedAt.Equal(o.IssuedAt)
 }
 
-// subject is a caller as policies see it now. A person is in the groups that
-// the identity provider said last, whatever their session began with, and in
-// those of this epoch's catalog; one whom it never told of is in what the caller
-// says.
+// subject is a caller as policies see it now. A person has the name and the
+// groups that the identity provider said last, whatever their session began
+// with, and is in those of this epoch's catalog; one whom it never told of is
+// what the caller says.
 func (ep *epoch) subject(r getter, caller broker.Caller) (policy.Subject, error) {
 	if caller.Person == nil {
 		return ep.catalog.Subject(caller), nil
@@ -69,7 +68,7 @@ func (ep *epoch) subject(r getter, caller broker.Caller) (policy.Subject, error)
 		return policy.Subject{}, err
 	}
 	if known {
-		p.Groups = rec.Groups
+		p.Name, p.Groups = rec.Name, rec.Groups
 	}
 	return ep.catalog.Subject(broker.Caller{Person: &p}), nil
 }
@@ -78,6 +77,19 @@ func (ep *epoch) subject(r getter, caller broker.Caller) (policy.Subject, error)
 func (ep *epoch) groupsOf(r getter, p broker.Person) ([]string, error) {
 	s, err := ep.subject(r, broker.Caller{Person: &p})
 	return s.Groups, err
+}
+
+// voter is a person as one who decides a request, and a refusal if its rule
+// does not let them: by the name that they come with, or by the one that they
+// have now.
+func (ep *epoch) voter(r getter, rec requestRecord, b basis, p broker.Person) (s policy.Subject, refusal, err error) {
+	if s, err = ep.subject(r, broker.Caller{Person: &p}); err != nil {
+		return s, nil, err
+	}
+	if refusal = b.eligible(rec, p, s.Groups); refusal == nil {
+		refusal = b.eligible(rec, *s.Person, s.Groups)
+	}
+	return s, refusal, nil
 }
 
 // lost is the first of the grant's voters who stood for it and does so no
@@ -121,8 +133,9 @@ func (e *Engine) PersonSeen(ctx context.Context, p broker.Person) error {
 		return err
 	}
 	var lost []string
+	sweep := false
 	err = e.update(ctx, now, func(t store.Txn) error {
-		lost = nil
+		lost, sweep = nil, false
 		was, known, err := get[personRecord](t, keyPerson(digest))
 		if err != nil {
 			return err
@@ -142,19 +155,25 @@ func (e *Engine) PersonSeen(ctx context.Context, p broker.Person) error {
 				lost = append(lost, g)
 			}
 		}
-		if len(lost) == 0 {
+		// The catalog's groups go by the name.
+		renamed := known && was.Name != is.Name
+		if sweep = len(lost) > 0 || renamed; !sweep {
 			return nil
 		}
 		if err := put(t, keySweep(sweepPerson, digest), sweepRecord{Cause: broker.CauseVoterLost, Actor: audit.Broker}); err != nil {
 			return err
 		}
-		return appendEvent(t, audit.Event{Time: now, Type: audit.PersonChanged, Actor: p.Principal().String(),
+		ev := audit.Event{Time: now, Type: audit.PersonChanged, Actor: p.Principal().String(),
 			Details: map[string]string{
 				"issuer": broker.Shorten(p.Issuer, 500), "lost": broker.Shorten(strings.Join(lost, ","), 2000),
 				"groups": broker.Shorten(strings.Join(is.Groups, ","), 2000),
-			}})
+			}}
+		if renamed {
+			ev.Details["name_was"] = was.Name
+		}
+		return appendEvent(t, ev)
 	})
-	if err != nil || len(lost) == 0 {
+	if err != nil || !sweep {
 		return err
 	}
 	grants, err := e.sweepPerson(context.WithoutCancel(ctx), digest, sweepRecord{Cause: broker.CauseVoterLost, Actor: audit.Broker})
@@ -170,16 +189,23 @@ func (e *Engine) PersonSeen(ctx context.Context, p broker.Person) error {
 func (e *Engine) sweepPerson(ctx context.Context, digest string, why sweepRecord) ([]broker.GrantID, error) {
 	ep := e.settled()
 	var gone []broker.GrantID
-	err := e.view(ctx, func(r store.Reader) error {
+	var rec personRecord
+	err := e.view(ctx, func(r store.Reader) (err error) {
 		gone = gone[:0]
+		if rec, _, err = get[personRecord](r, keyPerson(digest)); err != nil {
+			return err
+		}
 		for entry, err := range r.Scan(store.Prefix(prefixVotesOf(digest))) {
 			if err != nil {
 				return err
 			}
 			id := broker.GrantID(lastPart(entry.Key))
 			g, ok, err := get[broker.Grant](r, keyGrant(id))
-			if err != nil || !ok {
+			if err != nil {
 				return err
+			}
+			if !ok {
+				continue // the others are looked at all the same
 			}
 			v, err := ep.lost(r, g)
 			if err != nil {
@@ -198,7 +224,14 @@ func (e *Engine) sweepPerson(ctx context.Context, digest string, why sweepRecord
 	if err := e.endForGood(ctx, gone, why); err != nil {
 		return nil, err
 	}
-	return gone, e.swept(ctx, sweepPerson, digest)
+	// What was told of the person meanwhile has a sweep of its own to do.
+	return gone, e.update(ctx, e.clock.now(), func(t store.Txn) error {
+		now, _, err := get[personRecord](t, keyPerson(digest))
+		if err != nil || !now.SeenAt.Equal(rec.SeenAt) {
+			return err
+		}
+		return t.Delete(keySweep(sweepPerson, digest))
+	})
 }
 
 // endForGood withdraws grants and ends their leases.

@@ -93,7 +93,7 @@ func (s Selector) ofAccess(ep *epoch, agent spiffeid.ID, tool, provider string, 
 		return provider == s.Provider
 	case s.Owner != "":
 		a, _ := ep.catalog.Agent(agent)
-		return a.Owner == s.Owner
+		return strings.EqualFold(a.Owner, s.Owner)
 	case s.Incident != "":
 		return incident == s.Incident
 	}
@@ -104,16 +104,25 @@ func (s Selector) grant(ep *epoch, g broker.Grant) bool {
 	if s.Person == "" {
 		return s.ofAccess(ep, g.Agent, g.Tool, "", g.Incident)
 	}
-	return g.CreatedBy == broker.PersonPrincipal(s.Person) || g.OnBehalfOf != nil && g.OnBehalfOf.Name == s.Person ||
-		slices.ContainsFunc(g.Voters, func(v broker.Voter) bool { return v.Name == s.Person })
+	return s.person(g.CreatedBy) || g.OnBehalfOf != nil && s.named(g.OnBehalfOf.Name) ||
+		slices.ContainsFunc(g.Voters, func(v broker.Voter) bool { return s.named(v.Name) })
+}
+
+// named reports whether a person is called as the selector says. As everywhere
+// that is for the worse of them, case says nothing.
+func (s Selector) named(name string) bool { return strings.EqualFold(name, s.Person) }
+
+func (s Selector) person(p broker.Principal) bool {
+	name, is := p.Person()
+	return is && s.named(name)
 }
 
 func (s Selector) request(ep *epoch, r requestRecord) bool {
 	if s.Person == "" {
 		return s.ofAccess(ep, r.Agent, r.Tool, "", r.Incident)
 	}
-	return r.CreatedBy == broker.PersonPrincipal(s.Person) || r.OnBehalfOf != nil && r.OnBehalfOf.Name == s.Person ||
-		slices.ContainsFunc(r.Approvals, func(a broker.Approval) bool { return a.Approved && a.Person.Name == s.Person })
+	return s.person(r.CreatedBy) || r.OnBehalfOf != nil && s.named(r.OnBehalfOf.Name) ||
+		slices.ContainsFunc(r.Approvals, func(a broker.Approval) bool { return a.Approved && s.named(a.Person.Name) })
 }
 
 // lease needs the grant where leases are selected by a person.

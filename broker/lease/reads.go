@@ -37,8 +37,8 @@ type LeaseFilter struct {
 	Overdue  bool // only the overdue
 }
 
-// Leases lists leases in the order of their making, for an operator, or an
-// agent's own: the caller sees to it that an agent's filter names that agent.
+// Leases lists leases in the order of their making, for whoever sees them all;
+// for others, see LeasesIn.
 func (e *Engine) Leases(ctx context.Context, f LeaseFilter, after string, size int) (Page[broker.Lease], error) {
 	prefix := prefixLease
 	switch {
@@ -65,16 +65,15 @@ func (e *Engine) Leases(ctx context.Context, f LeaseFilter, after string, size i
 	})
 }
 
-// Lease returns one lease. owner, as of Owner, is the agent whose leases are
-// seen: a lease of another agent is not found, like one that does not exist.
-// The zero ID sees them all.
-func (e *Engine) Lease(ctx context.Context, id broker.LeaseID, owner spiffeid.ID) (broker.Lease, error) {
+// Lease returns one lease. A lease of an agent that the caller does not see, as
+// of SightOf, is not found, like one that does not exist.
+func (e *Engine) Lease(ctx context.Context, id broker.LeaseID, s Sight) (broker.Lease, error) {
 	var l leaseRecord
 	err := e.store.View(ctx, func(r store.Reader) error {
 		var ok bool
 		var err error
 		l, ok, err = get[leaseRecord](r, keyLease(id))
-		if err == nil && (!ok || !owner.IsZero() && l.Agent != owner) {
+		if err == nil && (!ok || !s.Sees(l.Agent)) {
 			err = policy.NotFound("lease", string(id))
 		}
 		return err
@@ -100,14 +99,14 @@ func (e *Engine) revokeLease(ctx context.Context, caller broker.Caller, id broke
 	if err := broker.CheckText("reason", reason, broker.MaxReason); err != nil {
 		return broker.Lease{}, err
 	}
-	l, err := e.Lease(ctx, id, spiffeid.ID{})
+	l, err := e.Lease(ctx, id, Sight{All: true})
 	if err != nil {
 		return broker.Lease{}, err
 	}
 	if caller.ID != l.Agent {
 		ep := e.current.Load()
 		if _, err := e.administer(ctx, ep, caller, policy.VerbRevokeLease); err != nil {
-			if !e.seesAll(ctx, ep, caller) {
+			if s, _ := e.SightOf(ctx, caller); !s.Sees(l.Agent) {
 				err = policy.NotFound("lease", string(id))
 			}
 			return broker.Lease{}, err
@@ -129,7 +128,7 @@ func (e *Engine) revokeLease(ctx context.Context, caller broker.Caller, id broke
 	if _, err := e.awaitEnd(ctx, []broker.LeaseID{id}); err != nil {
 		return broker.Lease{}, err
 	}
-	return e.Lease(context.WithoutCancel(ctx), id, spiffeid.ID{})
+	return e.Lease(context.WithoutCancel(ctx), id, Sight{All: true})
 }
 
 // GrantFilter says which grants to list. Zero fields match everything.
@@ -146,7 +145,8 @@ type GrantView struct {
 	Suspended bool
 }
 
-// Grants lists grants in the order of their making.
+// Grants lists grants in the order of their making, for whoever sees them all;
+// for others, see GrantsIn.
 func (e *Engine) Grants(ctx context.Context, f GrantFilter, after string, size int) (Page[GrantView], error) {
 	prefix := prefixGrant
 	if !f.All {
@@ -180,8 +180,17 @@ func (ep *epoch) grantView(r getter, g broker.Grant, now time.Time) (GrantView, 
 		return v, nil
 	}
 	f, err := ep.read(r, g.ID, nil, now)
-	v.Suspended = f.Suspended()
+	v.Suspended = ep.couldGive(f, now).Suspended()
 	return v, err
+}
+
+// couldGive is what is known of a grant, for those who list it: where it leaves
+// values to its leases, policies are taken to allow what they allow with some.
+func (ep *epoch) couldGive(f policy.GrantFacts, now time.Time) policy.GrantFacts {
+	if f.AgentKnown && f.ToolKnown && !f.Policy.Allowed && free(f) {
+		f.Policy.Allowed = ep.policies().Could(ep.aboutGrant(f, nil, now), policy.Chosen()...)
+	}
+	return f
 }
 
 // IncidentView is an incident with its grants and how many of its leases have
@@ -261,8 +270,8 @@ type ToolView struct {
 	Survives string
 	Granted  *broker.Grant // the grant that would be used now; nil if there is none
 	Refusal  broker.Reason // why there is none
-	// Requestable: the policy set lets the caller ask for it, as far as that
-	// can be told without the parameters.
+	// Requestable: the policy set lets the caller ask for it, with some
+	// parameters if not with all.
 	Requestable bool
 }
 
@@ -284,7 +293,7 @@ func (e *Engine) Tools(ctx context.Context, caller broker.Caller) ([]ToolView, e
 			if err != nil {
 				return err
 			}
-			facts[f.Grant.Tool] = append(facts[f.Grant.Tool], f)
+			facts[f.Grant.Tool] = append(facts[f.Grant.Tool], ep.couldGive(f, now))
 		}
 		return nil
 	})

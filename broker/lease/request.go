@@ -23,13 +23,9 @@ const maxWaiting = 32
 // is that there is an end to it.
 const maxGiven = 256
 
-// maxVoters is the most people that one rule can need, and maxApprovals the
-// most votes that one request can have: what is known of each is read in one
-// transaction.
-const (
-	maxVoters    = 20
-	maxApprovals = 50
-)
+// maxApprovals is the most votes that one request can have: what is known of
+// each voter is read in one transaction.
+const maxApprovals = 50
 
 // maxAttached is the most grants that one incident may have, those asked for
 // under it too: they are in its record, which closing it writes.
@@ -145,14 +141,6 @@ func ruleOf(tool broker.Tool, breakGlass bool) *broker.ApprovalRule {
 	return tool.Approval
 }
 
-// people is how many a rule needs.
-func people(rule broker.ApprovalRule) (n int) {
-	for _, q := range rule.Need {
-		n += q.Count
-	}
-	return n
-}
-
 // newRequest checks a request against the catalog.
 func (ep *epoch) newRequest(caller broker.Caller, req AccessRequest, now time.Time) (requestRecord, *broker.ApprovalRule, error) {
 	refuse := func(err error) (requestRecord, *broker.ApprovalRule, error) { return requestRecord{}, nil, err }
@@ -185,9 +173,6 @@ func (ep *epoch) newRequest(caller broker.Caller, req AccessRequest, now time.Ti
 	switch {
 	case uses < 0:
 		return refuse(broker.Refuse(broker.ReasonInvalidArgument, "the number of uses is negative", "give 0 for any number, or a number above it"))
-	case rule != nil && people(*rule) > maxVoters:
-		return refuse(broker.Refusef(broker.ReasonPolicyInvalid, "an operator makes the rule smaller",
-			"rule %s of tool %s needs %d people, and at most %d can be counted", rule.Name, tool.Name, people(*rule), maxVoters))
 	case rule != nil && rule.SingleUse && uses > 1:
 		return refuse(broker.Refusef(broker.ReasonInvalidArgument, "ask for one use",
 			"%d uses were asked for; the rule %s of tool %s gives one at a time", uses, rule.Name, tool.Name))
@@ -401,8 +386,8 @@ func (ep *epoch) about(action policy.Action, rec requestRecord, subject policy.S
 	}
 }
 
-// mayAsk reports whether the caller may ask for a tool for itself, as far as
-// that can be told without the parameters.
+// mayAsk reports whether the caller may ask for a tool for itself, with
+// whatever parameters, reason or user it needs.
 func (ep *epoch) mayAsk(caller broker.Caller, tool broker.Tool, now time.Time) bool {
 	agent, ok := ep.catalog.Agent(caller.ID)
 	if !ok || agent.Disabled || caller.Person != nil {
@@ -412,7 +397,7 @@ func (ep *epoch) mayAsk(caller broker.Caller, tool broker.Tool, now time.Time) b
 	if tool.Approval != nil {
 		rec.Rule, rec.Duration = tool.Approval.Name, tool.Approval.MaxDuration
 	}
-	return ep.decide(ep.aboutRequest(rec, ep.catalog.Subject(caller), broker.Incident{}, now)).Allowed
+	return ep.policies().Could(ep.aboutRequest(rec, ep.catalog.Subject(caller), broker.Incident{}, now), policy.Asked()...)
 }
 
 // userToken is what a user's token is bound to: the first agent that shows it.

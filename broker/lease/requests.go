@@ -18,6 +18,8 @@ type RequestView struct {
 	BreakGlass  bool
 	Description string // of the tool
 	Sensitivity string
+	Owner       string // of the agent
+	Survives    string // what outlives a revocation of the tool's credentials
 }
 
 // RequestFilter says which requests to list. Zero fields match everything.
@@ -29,8 +31,8 @@ type RequestFilter struct {
 	BreakGlass bool
 }
 
-// Request returns one request to whoever may see it: its agent, whoever made
-// it, those who may decide it or did, and those who see all or review
+// Request returns one request to whoever may see it: its agent, that agent's
+// owner, whoever made it, those who may decide it or did, and those who see all or review
 // requests. To anybody else it does not exist.
 func (e *Engine) Request(ctx context.Context, caller broker.Caller, id broker.RequestID) (RequestView, error) {
 	ep := e.current.Load()
@@ -94,12 +96,25 @@ func (e *Engine) AwaitRequest(ctx context.Context, caller broker.Caller, id brok
 		if v.State != broker.RequestPending || seen.ID == "" || v.State != seen.State || len(v.Approvals) != len(seen.Approvals) {
 			return v, nil
 		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return RequestView{}, ctx.Err()
-		case <-e.ctx.Done():
-			return RequestView{}, broker.Refuse(broker.ReasonShuttingDown, "the broker is stopping", "ask again")
+		// Most changes are of other requests: who may see this one is asked, and
+		// what is missing counted, once there is news of it.
+		for same := true; same; {
+			select {
+			case <-changed:
+			case <-ctx.Done():
+				return RequestView{}, ctx.Err()
+			case <-e.ctx.Done():
+				return RequestView{}, broker.Refuse(broker.ReasonShuttingDown, "the broker is stopping", "ask again")
+			}
+			changed = e.asks.next()
+			err := e.view(ctx, func(r store.Reader) error {
+				rec, ok, err := get[requestRecord](r, keyRequest(id))
+				same = ok && rec.State == seen.State && len(rec.Approvals) == len(seen.Approvals)
+				return err
+			})
+			if err != nil {
+				return RequestView{}, err
+			}
 		}
 	}
 }
@@ -118,13 +133,19 @@ func (e *Engine) seesRequests(ctx context.Context, ep *epoch, caller broker.Call
 func (e *Engine) requestView(r getter, ep *epoch, caller broker.Caller, rec requestRecord, all bool) (v RequestView, sees bool, err error) {
 	v = RequestView{Request: rec.Request, BreakGlass: rec.BreakGlass}
 	if tool, ok := ep.catalog.Tool(rec.Tool); ok {
-		v.Description, v.Sensitivity = tool.Description, tool.Sensitivity
+		v.Description, v.Sensitivity, v.Survives = tool.Description, tool.Sensitivity, ep.catalog.ScopeInfo(tool.Name).Survives
 	}
+	agent, _ := ep.catalog.Agent(rec.Agent)
+	v.Owner = agent.Owner
 	me := caller.Principal()
 	sees = all || me != "" && (me == rec.CreatedBy || me == broker.WorkloadPrincipal(rec.Agent))
 	if caller.Person != nil {
 		_, voted := votedBy(rec, *caller.Person)
-		sees = sees || voted
+		owned, err := ep.owned(r, caller, rec.Agent)
+		if err != nil {
+			return v, false, err
+		}
+		sees = sees || voted || owned
 	}
 	if rec.State != broker.RequestPending {
 		return v, sees, nil
@@ -152,10 +173,10 @@ func (e *Engine) votable(r getter, ep *epoch, caller broker.Caller, rec requestR
 	if _, voted := votedBy(rec, *caller.Person); voted {
 		return false, nil
 	}
-	groups, err := ep.groupsOf(r, *caller.Person)
-	if err != nil || b.eligible(rec, *caller.Person, groups) != nil {
+	subject, refusal, err := ep.voter(r, rec, b, *caller.Person)
+	if err != nil || refusal != nil {
 		return false, err
 	}
-	_, verdict := ep.mayApprove(rec, b, *caller.Person, groups, e.clock.now())
+	_, verdict := ep.mayApprove(rec, b, subject, e.clock.now())
 	return verdict.Allowed, nil
 }

@@ -292,7 +292,7 @@ func key(k string) func(*lease.IssueRequest) {
 
 func (r *rig) lease(id broker.LeaseID) broker.Lease {
 	r.t.Helper()
-	l, err := r.engine.Lease(context.Background(), id, spiffeid.ID{})
+	l, err := r.engine.Lease(context.Background(), id, lease.Sight{All: true})
 	if err != nil {
 		r.t.Fatal(err)
 	}

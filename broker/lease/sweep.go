@@ -153,7 +153,8 @@ type over struct {
 	grant   broker.Grant
 	cause   broker.Cause
 	verdict policy.Verdict
-	leases  []broker.LeaseID // that have not ended, and are over
+	leases  []broker.LeaseID            // that have not ended, and are over
+	whys    map[string][]broker.LeaseID // the same, by why, for people
 }
 
 // over finds what of an open grant does not hold by this epoch; is reports
@@ -165,7 +166,7 @@ func (ep *epoch) over(r store.Reader, id broker.GrantID, now time.Time) (o over,
 		return o, false, err
 	}
 	cause, holds := f.Holds(now)
-	o = over{grant: f.Grant, cause: cause, verdict: f.Policy}
+	o = over{grant: f.Grant, cause: cause, verdict: f.Policy, whys: map[string][]broker.LeaseID{}}
 	each := f.AgentKnown && f.ToolKnown && free(f) && (holds || cause == broker.CausePolicy)
 	if holds && !each {
 		return o, false, nil
@@ -189,6 +190,8 @@ func (ep *epoch) over(r store.Reader, id broker.GrantID, now time.Time) (o over,
 			o.cause, o.verdict = broker.CausePolicy, v
 		}
 		o.leases = append(o.leases, lease)
+		why := becauseOf(o.cause, o.verdict)
+		o.whys[why] = append(o.whys[why], lease)
 	}
 	return o, len(o.leases) > 0 || n == 0 && !holds, nil
 }
@@ -209,23 +212,12 @@ func free(f policy.GrantFacts) bool {
 // overAll finds what does not hold of all open grants.
 func (e *Engine) overAll(ctx context.Context, ep *epoch, each func(r store.Reader, o over) error) error {
 	now := e.clock.now()
-	return e.view(ctx, func(r store.Reader) error {
-		for entry, err := range r.Scan(store.Prefix(prefixGrants)) {
-			if err != nil {
-				return err
-			}
-			o, is, err := ep.over(r, broker.GrantID(lastPart(entry.Key)), now)
-			if err != nil {
-				return err
-			}
-			if !is {
-				continue
-			}
-			if err := each(r, o); err != nil {
-				return err
-			}
+	return e.paged(ctx, prefixGrants, func(r store.Reader, key string) (bool, error) {
+		o, is, err := ep.over(r, broker.GrantID(lastPart(key)), now)
+		if err == nil && is {
+			err = each(r, o)
 		}
-		return nil
+		return true, err
 	})
 }
 
@@ -241,17 +233,17 @@ func (e *Engine) sweepCatalog(ctx context.Context) ([]broker.GrantID, error) {
 		return nil, err
 	}
 	var grants, lost []broker.GrantID
-	causes := map[broker.Cause][]broker.LeaseID{}
+	causes := map[ending][]broker.LeaseID{}
 	for _, o := range gone {
 		grants = append(grants, o.grant.ID)
 		if o.cause == broker.CauseVoterLost {
 			lost = append(lost, o.grant.ID)
 		} else {
-			causes[o.cause] = append(causes[o.cause], o.leases...)
+			o.into(causes)
 		}
 	}
-	for cause, ids := range causes {
-		if _, err := e.endLeases(ctx, ids, ending{cause: cause, actor: audit.Broker, reason: becauseOf(cause, ep)}); err != nil {
+	for why, ids := range causes {
+		if _, err := e.endLeases(ctx, ids, why); err != nil {
 			return nil, err
 		}
 	}
@@ -271,12 +263,20 @@ func (e *Engine) sweepCatalog(ctx context.Context) ([]broker.GrantID, error) {
 	})
 }
 
-// becauseOf says for people which policy set ended what it does not allow.
-func becauseOf(cause broker.Cause, ep *epoch) string {
+// into adds what is over to leases by why they end.
+func (o over) into(all map[ending][]broker.LeaseID) {
+	for why, ids := range o.whys {
+		e := ending{cause: o.cause, actor: audit.Broker, reason: why}
+		all[e] = append(all[e], ids...)
+	}
+}
+
+// becauseOf says for people which policies ended what they do not allow.
+func becauseOf(cause broker.Cause, v policy.Verdict) string {
 	if cause != broker.CausePolicy {
 		return ""
 	}
-	return "policy set " + ep.policies().Digest() + " does not allow it"
+	return "policy set " + v.Digest + " does not allow it: " + v.Why()
 }
 
 // awaitDeliveries returns when every delivery under the grants that had begun

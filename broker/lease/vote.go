@@ -125,6 +125,9 @@ func (b *ballot) cast(t store.Txn) error {
 	if b.e.limbo.closed(b.rec.Incident) {
 		return incidentOver(b.rec.Incident)
 	}
+	if b.e.limbo.withdrawn(b.ep, b.rec) {
+		return broker.Refusef(broker.ReasonRequestOver, "let it be asked again", "request %s is being withdrawn", b.rec.ID)
+	}
 	basis, err := b.ep.basis(t, b.rec, b.now)
 	if err != nil {
 		return err
@@ -138,14 +141,14 @@ func (b *ballot) cast(t store.Txn) error {
 	if err := b.know(t, person); err != nil {
 		return err
 	}
-	groups, err := b.ep.groupsOf(t, person)
+	subject, refusal, err := b.ep.voter(t, b.rec, basis, person)
 	if err != nil {
 		return err
 	}
-	if err := basis.eligible(b.rec, person, groups); err != nil {
-		return err
+	if refusal != nil {
+		return refusal
 	}
-	b.query, b.verdict = b.ep.mayApprove(b.rec, basis, person, groups, b.now)
+	b.query, b.verdict = b.ep.mayApprove(b.rec, basis, subject, b.now)
 	if !b.verdict.Allowed {
 		return b.verdict.Refusal(callerName(b.caller), "decide request "+string(b.rec.ID))
 	}
@@ -258,9 +261,8 @@ func requestOver(r broker.Request) *broker.Error {
 }
 
 // mayApprove asks the policy set whether a person may decide a request.
-func (ep *epoch) mayApprove(rec requestRecord, b basis, p broker.Person, groups []string, now time.Time) (policy.Query, policy.Verdict) {
-	p.Groups = groups // the catalog's among them, which changes nothing
-	q := ep.about(policy.ActionApprove, rec, ep.catalog.Subject(broker.Caller{Person: &p}), b.incident, now)
+func (ep *epoch) mayApprove(rec requestRecord, b basis, voter policy.Subject, now time.Time) (policy.Query, policy.Verdict) {
+	q := ep.about(policy.ActionApprove, rec, voter, b.incident, now)
 	return q, ep.decide(q)
 }
 
@@ -287,18 +289,18 @@ func (ep *epoch) count(r getter, rec requestRecord, b basis) (policy.Tally, erro
 		if !a.Approved || a.Digest != rec.Digest {
 			continue
 		}
-		groups, err := ep.groupsOf(r, a.Person)
+		subject, refusal, err := ep.voter(r, rec, b, a.Person)
 		if err != nil {
 			return policy.Tally{}, err
 		}
-		if b.eligible(rec, a.Person, groups) != nil {
+		if refusal != nil {
 			continue
 		}
 		// By what is so now, and the sign-in as old as it was at the vote.
-		if _, v := ep.mayApprove(rec, b, a.Person, groups, a.At); !v.Allowed {
+		if _, v := ep.mayApprove(rec, b, subject, a.At); !v.Allowed {
 			continue
 		}
-		ballots = append(ballots, policy.Ballot{Person: a.Person, Groups: groups, Duration: a.Duration})
+		ballots = append(ballots, policy.Ballot{Person: a.Person, Groups: subject.Groups, Duration: a.Duration})
 	}
 	return b.voting(rec).Tally(ballots), nil
 }

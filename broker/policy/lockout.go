@@ -28,12 +28,22 @@ func Administers(d Decider, s Subject, now time.Time) bool {
 func Lockout(d Decider, subjects []Subject, now time.Time) error {
 	for hour := range 7 * 24 {
 		at := now.Add(time.Duration(hour) * time.Hour)
-		if slices.ContainsFunc(subjects, func(s Subject) bool { return Administers(d, s, at) }) {
+		if slices.ContainsFunc(subjects, func(s Subject) bool { return Administers(d, s.fresh(at), at) }) {
 			return nil
 		}
 	}
 	return broker.Refusef(broker.ReasonLockout, "keep a policy that permits `administer` to a group that somebody is in; the present set stays",
 		"this policy set would let nobody administer the broker: of %d operators and groups, none may do all of %v", len(subjects), recoveryVerbs())
+}
+
+// fresh is the subject, who if a person has just signed in.
+func (s Subject) fresh(at time.Time) Subject {
+	if s.Person != nil {
+		p := *s.Person
+		p.AuthTime = at
+		s.Person = &p
+	}
+	return s
 }
 
 // maxMadeUp bounds the people that are made up.

@@ -28,15 +28,18 @@ func (v Verdict) AdminRefusal(who string, verb Verb) *broker.Error {
 }
 
 func (v Verdict) refusal(reason broker.Reason, next, who, what string) *broker.Error {
-	why := "no policy permits it"
+	return broker.Refusef(reason, next, "%s may not %s: %s (policy set %s)", who, what, v.Why(), Short(v.Digest)).Because(DeniedBy{v})
+}
+
+// Why says for people why a Verdict denies.
+func (v Verdict) Why() string {
 	switch {
 	case len(v.Errors) > 0:
-		why = "a policy could not be evaluated, which denies: " + broker.Clean(broker.Shorten(listed(v.Errors), 300))
+		return "a policy could not be evaluated, which denies: " + broker.Clean(broker.Shorten(listed(v.Errors), 300))
 	case len(v.Policies) > 0:
-		why = "forbidden by " + listed(v.Policies)
+		return "forbidden by " + listed(v.Policies)
 	}
-	return broker.Refusef(reason, next,
-		"%s may not %s: %s (policy set %s)", who, what, why, Short(v.Digest)).Because(DeniedBy{v})
+	return "no policy permits it"
 }
 
 // Short is a digest as people are shown it.

@@ -68,6 +68,12 @@ func (v Voting) owns(p broker.Person, groups []string) bool {
 	return v.Owner != "" && (same(p.Name) || slices.ContainsFunc(groups, same))
 }
 
+// Owns reports whether a person, in these groups, may see what is an agent's as
+// its owner. A group's name is taken as it is written.
+func Owns(owner string, p broker.Person, groups []string) bool {
+	return owner != "" && (strings.EqualFold(p.Name, owner) || slices.Contains(groups, owner))
+}
+
 // who says whom the rule asks.
 func (v Voting) who() string {
 	var all []string

@@ -26,6 +26,7 @@ type Set struct {
 	digest   string
 	policies []*member // in the order of their IDs
 	index    map[Action]index
+	timed    map[Action]bool // a policy about it reads the time
 	names    []Name
 	literals map[string][]string // what attributes are compared with, for Candidates
 }
@@ -138,8 +139,12 @@ func Diff(old, next *Set) (added, removed, changed []string) {
 func (s *Set) seal() {
 	slices.SortFunc(s.policies, func(a, b *member) int { return strings.Compare(a.id, b.id) })
 	h := sha256.New()
+	s.timed = map[Action]bool{}
 	for _, m := range s.policies {
 		m.reads = contextOf(m.ast())
+		for _, a := range Actions() {
+			s.timed[a] = s.timed[a] || concerns(m.ast().Action, actionUID(a)) && readsTime(m.ast())
+		}
 		for _, part := range []string{m.id, m.text} {
 			var n [8]byte
 			binary.BigEndian.PutUint64(n[:], uint64(len(part)))

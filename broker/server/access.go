@@ -71,11 +71,8 @@ func (q requestService) answer(v lease.RequestView, err error) (*mayflyv1.Reques
 	if err != nil {
 		return nil, err
 	}
-	return requestMessage(v, q.s.survives(v.Tool)), nil
+	return requestMessage(v), nil
 }
-
-// survives is what outlives a revocation of a tool's credentials.
-func (s *Server) survives(tool string) string { return s.engine.Catalog().ScopeInfo(tool).Survives }
 
 func (q requestService) GetRequest(ctx context.Context, req *connect.Request[mayflyv1.GetRequestRequest]) (*connect.Response[mayflyv1.Request], error) {
 	return call(ctx, q.s, "get_request", func(caller broker.Caller) (*mayflyv1.Request, error) {
@@ -105,7 +102,7 @@ func (q requestService) ListRequests(ctx context.Context, req *connect.Request[m
 		}
 		res := &mayflyv1.ListRequestsResponse{NextPageToken: p.Next}
 		for _, v := range p.Items {
-			res.Requests = append(res.Requests, requestMessage(v, q.s.survives(v.Tool)))
+			res.Requests = append(res.Requests, requestMessage(v))
 		}
 		return res, nil
 	})
@@ -129,7 +126,7 @@ func (q requestService) WatchRequest(ctx context.Context, req *connect.Request[m
 			if err != nil {
 				return err
 			}
-			if err := out.Send(requestMessage(v, q.s.survives(v.Tool))); err != nil {
+			if err := out.Send(requestMessage(v)); err != nil {
 				return err
 			}
 			if v.State != broker.RequestPending {
@@ -190,7 +187,7 @@ func (q requestService) DenyRequest(ctx context.Context, req *connect.Request[ma
 	})
 }
 
-func requestMessage(v lease.RequestView, survives string) *mayflyv1.Request {
+func requestMessage(v lease.RequestView) *mayflyv1.Request {
 	m := &mayflyv1.Request{
 		Id: string(v.ID), Agent: v.Agent.String(), Tool: v.Tool, Parameters: v.Params, Duration: durationpb.New(v.Duration),
 		MaxUses: int32(v.MaxUses), Reason: v.Reason, Ticket: v.Ticket, IncidentId: string(v.Incident), OnBehalfOf: userName(v.OnBehalfOf),
@@ -198,9 +195,7 @@ func requestMessage(v lease.RequestView, survives string) *mayflyv1.Request {
 		State: string(v.State), Rule: v.Rule, BreakGlass: v.BreakGlass, Digest: v.Digest, Missing: v.Missing,
 		GrantId: string(v.Grant), DecidedAt: stamp(v.DecidedAt), DecidedBy: v.DecidedBy.String(), Why: v.Why,
 		ToolDescription: v.Description, Sensitivity: v.Sensitivity, Votable: v.Votable,
-	}
-	if survives != "" {
-		m.ToolDescription += " (after a revocation: " + survives + ")"
+		AgentOwner: v.Owner, Survives: v.Survives,
 	}
 	for _, a := range v.Approvals {
 		am := &mayflyv1.Approval{

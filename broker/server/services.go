@@ -63,8 +63,9 @@ func checkPage[ID ~string](size int32, token string, parse func(string) (ID, err
 	if size < 0 {
 		return unheard{broker.Refusef(broker.ReasonInvalidArgument, "leave it out, or give a number from 1 to 1000", "page_size is %d", size)}
 	}
-	_, err := parse(token[strings.LastIndexByte(token, '|')+1:])
-	if token != "" && (err != nil || len(token) > 512 || broker.Clean(token) != token) {
+	last := token[strings.LastIndexByte(token, '|')+1:]
+	_, err := parse(last)
+	if token != "" && (err != nil && last != "" || len(token) > 512 || broker.Clean(token) != token) {
 		return unheard{broker.Refuse(broker.ReasonInvalidArgument, "the page token is malformed", "send the token of the page before, unchanged")}
 	}
 	return nil
@@ -140,11 +141,11 @@ func (a accessService) GetLease(ctx context.Context, req *connect.Request[mayfly
 		if err != nil {
 			return nil, err
 		}
-		owner, err := own(a.s.engine.Owner(ctx, caller))
+		sight, err := own(a.s.engine.SightOf(ctx, caller))
 		if err != nil {
 			return nil, err
 		}
-		l, err := own(a.s.engine.Lease(ctx, id, owner))
+		l, err := own(a.s.engine.Lease(ctx, id, sight))
 		if err != nil {
 			return nil, err
 		}
@@ -169,17 +170,11 @@ func (a accessService) ListLeases(ctx context.Context, req *connect.Request[mayf
 		if f.Agent, err = spiffeID("agent", m.GetAgent()); err != nil {
 			return nil, err
 		}
-		owner, err := own(a.s.engine.Owner(ctx, caller))
+		sight, err := own(a.s.engine.SightOf(ctx, caller))
 		if err != nil {
 			return nil, err
 		}
-		if !owner.IsZero() {
-			if !f.Agent.IsZero() && f.Agent != owner {
-				return &mayflyv1.ListLeasesResponse{}, nil // another's are not found
-			}
-			f.Agent = owner
-		}
-		p, err := a.s.engine.Leases(ctx, f, m.GetPageToken(), int(m.GetPageSize()))
+		p, err := a.s.engine.LeasesIn(ctx, sight, f, m.GetPageToken(), int(m.GetPageSize()))
 		if err != nil {
 			return nil, err
 		}
@@ -266,17 +261,11 @@ func (g grantService) ListGrants(ctx context.Context, req *connect.Request[mayfl
 		if f.Agent, err = spiffeID("agent", m.GetAgent()); err != nil {
 			return nil, err
 		}
-		owner, err := own(g.s.engine.Owner(ctx, caller))
+		sight, err := own(g.s.engine.SightOf(ctx, caller))
 		if err != nil {
 			return nil, err
 		}
-		if !owner.IsZero() {
-			if !f.Agent.IsZero() && f.Agent != owner {
-				return &mayflyv1.ListGrantsResponse{}, nil
-			}
-			f.Agent = owner
-		}
-		p, err := g.s.engine.Grants(ctx, f, m.GetPageToken(), int(m.GetPageSize()))
+		p, err := g.s.engine.GrantsIn(ctx, sight, f, m.GetPageToken(), int(m.GetPageSize()))
 		if err != nil {
 			return nil, err
 		}

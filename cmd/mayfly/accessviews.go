@@ -35,6 +35,8 @@ type requestView struct {
 	Why             string            `json:"why,omitempty"`
 	ToolDescription string            `json:"toolDescription,omitempty"`
 	Sensitivity     string            `json:"sensitivity,omitempty"`
+	AgentOwner      string            `json:"agentOwner,omitempty"`
+	Survives        string            `json:"survives,omitempty"`
 	Votable         bool              `json:"votable"`
 }
 
@@ -109,7 +111,7 @@ func viewRequest(r client.Request) requestView {
 		Reason: r.Reason, Ticket: r.Ticket, IncidentID: string(r.Incident), OnBehalfOf: userText(r.OnBehalfOf),
 		CreatedBy: r.CreatedBy.String(), CreatedAt: r.CreatedAt, ExpiresAt: r.ExpiresAt, State: string(r.State), Rule: r.Rule,
 		BreakGlass: r.BreakGlass, Digest: r.Digest, Missing: r.Missing, GrantID: string(r.Grant), DecidedAt: r.DecidedAt,
-		DecidedBy: r.DecidedBy.String(), Why: r.Why, ToolDescription: r.Description, Sensitivity: r.Sensitivity, Votable: r.Votable,
+		DecidedBy: r.DecidedBy.String(), Why: r.Why, ToolDescription: r.Description, Sensitivity: r.Sensitivity, AgentOwner: r.Owner, Survives: r.Survives, Votable: r.Votable,
 	}
 	for _, a := range r.Approvals {
 		v.Approvals = append(v.Approvals, approvalView{

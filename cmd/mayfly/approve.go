@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -103,7 +102,7 @@ func (p *program) vote(ctx context.Context, arg string, f voteFlags, word string
 			}
 			return broker.Refusef(broker.ReasonRequestOver, "there is nothing to decide", "request %s is %s", r.ID, r.State)
 		}
-		shown := append(requestFields(r, p.now()), "what survives", survivesOf(ctx, c, r.Tool))
+		shown := requestFields(r, p.now())
 		p.tell(func(out *page) {
 			if f.yes && p.output == "json" {
 				return // nobody is asked, and standard error is for errors as JSON
@@ -146,18 +145,4 @@ func (p *program) vote(ctx context.Context, arg string, f voteFlags, word string
 			}
 		})
 	})
-}
-
-// survivesOf says what outlives a revocation of a tool's leases, where the
-// broker tells us of the tool.
-func survivesOf(ctx context.Context, c *client.Client, tool string) string {
-	tools, err := c.Tools(ctx)
-	if err != nil {
-		return "" // whoever may decide may not see the tool
-	}
-	i := slices.IndexFunc(tools, func(t client.Tool) bool { return t.Name == tool })
-	if i < 0 {
-		return ""
-	}
-	return tools[i].Survives
 }

@@ -293,7 +293,7 @@ func seedCommand(ts *testscript.TestScript, _ bool, args []string) {
 		Id: "r0" + strings.Repeat("0", 24), Agent: agent, Tool: "crm.read", Parameters: map[string]string{"customer": text, text: text},
 		Duration: durationpb.New(time.Hour), MaxUses: 3, Reason: text, Ticket: text, IncidentId: text, OnBehalfOf: "person:" + text, CreatedBy: "person:" + text,
 		CreatedAt: at(-time.Minute - time.Second), ExpiresAt: at(29*time.Minute + 30*time.Second), State: "pending", Rule: text, BreakGlass: true,
-		Digest: strings.Repeat("d", 64), Missing: []string{"1 of " + text}, ToolDescription: text, Sensitivity: text, Votable: true, Why: text,
+		Digest: strings.Repeat("d", 64), Missing: []string{"1 of " + text}, ToolDescription: text, Sensitivity: text, AgentOwner: text, Survives: text, Votable: true, Why: text,
 		Approvals: []*mayflyv1.Approval{{Person: "person:" + text, Approved: true, At: at(-time.Second), Comment: text, Duration: durationpb.New(time.Minute), Acr: text}},
 	}}
 	r.Explained = &mayflyv1.ExplainResponse{

@@ -200,7 +200,8 @@ func paramFlags(params map[string]string) string {
 func requestFields(r client.Request, now time.Time) []string {
 	f := []string{
 		"request", string(r.ID), "state", string(r.State), "why", r.Why,
-		"agent", r.Agent.String(), "on behalf of", userText(r.OnBehalfOf), "tool", r.Tool, "description", r.Description, "sensitivity", r.Sensitivity,
+		"agent", r.Agent.String(), "agent's owner", r.Owner, "on behalf of", userText(r.OnBehalfOf), "tool", r.Tool, "description", r.Description,
+		"sensitivity", r.Sensitivity, "what survives", r.Survives,
 	}
 	for _, pair := range pairs(r.Params) {
 		name, value, _ := strings.Cut(pair, "=")

@@ -49,6 +49,7 @@ func (r requests) CreateRequest(_ context.Context, c *connect.Request[mayflyv1.C
 		CreatedAt: timestamppb.New(now), ExpiresAt: timestamppb.New(now.Add(30*time.Minute + 30*time.Second)), State: string(broker.RequestPending), Rule: tool.GetApproval(),
 		BreakGlass: m.GetBreakGlass(), Digest: strings.Repeat("d", 64), Missing: []string{"1 of " + tool.GetApproval()},
 		ToolDescription: tool.GetDescription(), Sensitivity: tool.GetSensitivity(), Votable: true,
+		AgentOwner: "troubleshooting@acme.test", Survives: tool.GetSurvives(),
 	}
 	if m.GetSubjectToken() != "" {
 		made.OnBehalfOf = "person:user@acme.test"

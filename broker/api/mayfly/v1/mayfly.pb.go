@@ -3120,11 +3120,15 @@ type Request struct {
 	DecidedBy string                 `protobuf:"bytes,22,opt,name=decided_by,json=decidedBy,proto3" json:"decided_by,omitempty"`
 	// For people: why it was denied, or is void.
 	Why string `protobuf:"bytes,23,opt,name=why,proto3" json:"why,omitempty"`
-	// The tool's description, sensitivity and what survives, for who decides.
+	// The tool's description and sensitivity, for who decides.
 	ToolDescription string `protobuf:"bytes,24,opt,name=tool_description,json=toolDescription,proto3" json:"tool_description,omitempty"`
 	Sensitivity     string `protobuf:"bytes,25,opt,name=sensitivity,proto3" json:"sensitivity,omitempty"`
 	// The caller may decide it now.
-	Votable       bool `protobuf:"varint,26,opt,name=votable,proto3" json:"votable,omitempty"`
+	Votable bool `protobuf:"varint,26,opt,name=votable,proto3" json:"votable,omitempty"`
+	// Who answers for the agent, as the catalog says now.
+	AgentOwner string `protobuf:"bytes,27,opt,name=agent_owner,json=agentOwner,proto3" json:"agent_owner,omitempty"`
+	// What outlives a revocation of the tool's credentials; empty for nothing.
+	Survives      string `protobuf:"bytes,28,opt,name=survives,proto3" json:"survives,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3339,6 +3343,20 @@ func (x *Request) GetVotable() bool {
 		return x.Votable
 	}
 	return false
+}
+
+func (x *Request) GetAgentOwner() string {
+	if x != nil {
+		return x.AgentOwner
+	}
+	return ""
+}
+
+func (x *Request) GetSurvives() string {
+	if x != nil {
+		return x.Survives
+	}
+	return ""
 }
 
 // Approval is one person's yes or no.
@@ -5642,7 +5660,7 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\"T\n" +
 	"\x10EndStrayResponse\x12&\n" +
 	"\x05stray\x18\x01 \x01(\v2\x10.mayfly.v1.StrayR\x05stray\x12\x18\n" +
-	"\aremoved\x18\x02 \x01(\bR\aremoved\"\xbe\a\n" +
+	"\aremoved\x18\x02 \x01(\bR\aremoved\"\xfb\a\n" +
 	"\aRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x12\n" +
@@ -5680,7 +5698,10 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\x03why\x18\x17 \x01(\tR\x03why\x12)\n" +
 	"\x10tool_description\x18\x18 \x01(\tR\x0ftoolDescription\x12 \n" +
 	"\vsensitivity\x18\x19 \x01(\tR\vsensitivity\x12\x18\n" +
-	"\avotable\x18\x1a \x01(\bR\avotable\x1a=\n" +
+	"\avotable\x18\x1a \x01(\bR\avotable\x12\x1f\n" +
+	"\vagent_owner\x18\x1b \x01(\tR\n" +
+	"agentOwner\x12\x1a\n" +
+	"\bsurvives\x18\x1c \x01(\tR\bsurvives\x1a=\n" +
 	"\x0fParametersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x86\x02\n" +
