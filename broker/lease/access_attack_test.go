@@ -25,36 +25,6 @@ func issuedAt(at time.Time, name string, groups ...string) broker.Caller {
 	return c
 }
 
-// TestOlderTokenGivesNothingBack: within one sign-in at the identity provider
-// all tokens say the same auth_time, and some providers say none. Which of two
-// is the older one says iat.
-func TestOlderTokenGivesNothingBack(t *testing.T) {
-	for name, auth := range map[string]time.Duration{"one sign-in": -time.Hour, "no auth_time": 0} {
-		t.Run(name, func(t *testing.T) {
-			bubble(t, func(t *testing.T) {
-				r := governedRig(t)
-				now := time.Now()
-				token := func(at time.Time, groups ...string) broker.Caller {
-					c := issuedAt(at, "ann", groups...)
-					if c.Person.AuthTime = now.Add(auth); auth == 0 {
-						c.Person.AuthTime = time.Time{}
-					}
-					return c
-				}
-				old := token(now.Add(-2*time.Minute), "finance")
-				r.seen(old)
-				r.seen(token(now.Add(-time.Minute)))
-				r.seen(old)
-				if _, err := r.approve(r.mustAsk("crm.read"), old); broker.ReasonOf(err) != broker.ReasonNotFound && broker.ReasonOf(err) != broker.ReasonNotEligible {
-					t.Errorf("an older token gave a group back: %v", err)
-				}
-				r.seen(token(now, "finance"))
-				r.mustApprove(r.mustAsk("crm.read"), old)
-			})
-		})
-	}
-}
-
 // TestRenamedPerson: whoever gets another name at the identity provider is in
 // the catalog's groups by that name, whatever an older session says.
 func TestRenamedPerson(t *testing.T) {
