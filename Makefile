@@ -38,7 +38,7 @@ torture: need-postgres $(TESTBED)/vault ## Kill the broker under load, and compa
 	$(BIN)/torture/torture --mayflyd $(BIN)/torture/mayflyd --vault $(TESTBED)/vault $(ARGS)
 
 .PHONY: test
-test: need-cc need-postgres $(TESTBED)/vault $(TESTBED)/minio $(TESTBED)/oidc testbed-iamsim ## Run every test, with the race detector; builds Vault and MinIO once (minutes)
+test: need-cc need-postgres $(TESTBED)/vault $(TESTBED)/oidc $(TESTBED)/minio $(TESTBED)/awsjs need-aws testbed-iamsim ## Run every test, with the race detector; builds Vault and MinIO once (minutes)
 	$(GO) test -race -parallel 8 -timeout 15m $(TEST_ARGS) ./...
 	$(GO) test -timeout 10m $(TEST_ARGS) -run '^TestStorm$$' ./providers/awssts # whole: too slow with the race detector
 
@@ -55,16 +55,22 @@ need-postgres:
 .PHONY: need-node
 need-node:
 	@command -v npm >/dev/null && node -e 'process.exit(process.versions.node.split(".")[0] >= 20 ? 0 : 1)' 2>/dev/null || { \
-	  echo "this needs Node.js 20 or newer with npm, for the OpenID provider of the tests: apt-get install -y nodejs npm" >&2; exit 1; }
+	  echo "this needs Node.js 20 or newer with npm, for the OpenID provider and AWS's SDK of the tests: apt-get install -y nodejs npm" >&2; exit 1; }
+
+.PHONY: need-aws
+need-aws:
+	@PATH=/usr/bin:$$PATH; command -v aws >/dev/null && python3 -c 'import boto3' 2>/dev/null || { \
+	  echo "make test needs the AWS CLI and boto3, as Debian has them: apt-get install -y awscli python3-boto3" >&2; exit 1; }
 
 # The servers that tests, demonstrations and the torture use. Each is pinned in
 # a module of its own, and built again when that changes.
-.PHONY: testbed testbed-vault testbed-minio testbed-etcd testbed-oidc testbed-iamsim
-testbed: testbed-vault testbed-minio testbed-etcd testbed-oidc testbed-iamsim ## Build the real servers that tests use: Vault, MinIO, etcd, an OpenID provider
+.PHONY: testbed testbed-vault testbed-minio testbed-etcd testbed-oidc testbed-awsjs testbed-iamsim
+testbed: testbed-vault testbed-minio testbed-etcd testbed-oidc testbed-awsjs testbed-iamsim ## Build the real servers that tests use: Vault, MinIO, etcd, an OpenID provider; and AWS's SDK for JavaScript
 testbed-vault: $(TESTBED)/vault
 testbed-minio: $(TESTBED)/minio
 testbed-etcd: $(TESTBED)/etcd
 testbed-oidc: $(TESTBED)/oidc
+testbed-awsjs: $(TESTBED)/awsjs
 
 $(TESTBED)/vault: deploy/testbed/vault/main.go deploy/testbed/vault/go.mod deploy/testbed/vault/go.sum
 	@GO='$(GO)' deploy/testbed/build vault . $@
@@ -81,6 +87,8 @@ $(TESTBED)/etcd: deploy/testbed/etcd/go.mod deploy/testbed/etcd/go.sum
 	@GO='$(GO)' deploy/testbed/build etcd go.etcd.io/etcd/server/v3 $@
 $(TESTBED)/oidc: $(addprefix deploy/testbed/oidc/,build package.json package-lock.json .npmrc server.mjs) | need-node
 	@deploy/testbed/oidc/build $@
+$(TESTBED)/awsjs: $(addprefix deploy/testbed/awsjs/,build package.json package-lock.json .npmrc read.mjs) | need-node
+	@deploy/testbed/awsjs/build $@
 
 .PHONY: lint
 lint: $(TOOLS)/buf $(TOOLS)/staticcheck ## gofmt, vet, staticcheck, buf, and that generated code is fresh

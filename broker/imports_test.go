@@ -57,6 +57,7 @@ var within = map[string][]string{
 	"attestation/attestationtest":          {"attestation/devtrust"}, // the suite's callers come from a real trust domain
 	"providers/vault":                      {"providers/vault/vaultscope"},
 	"providers/awssts":                     {"providers/awssts/awsscope", "providers/awssts/denylist"},
+	"providers/secretsmanager":             {"providers/secretsmanager/fakesecrets"}, // its tests
 	"deploy/torture":                       {"deploy/torture/ledger", "deploy/torture/proxy", "deploy/testbed"},
 }
 
@@ -73,6 +74,8 @@ var only = map[string][]string{
 	"providers/awssts/awsscope":  {"broker", "providers"},
 	"providers/awssts/denylist":  {"broker"},
 	"providers/awssts/fakeaws":   {}, // a fake of AWS, which knows nothing of us
+
+	"providers/secretsmanager/fakesecrets": {}, // another
 }
 
 func level(pkg string) (int, bool) {

@@ -65,6 +65,12 @@ If the credential ends before the command does, you are warned on standard error
 		r := runner{p: p, passIdentity: passIdentity}
 		return r.run(ctx, req, args[1:])
 	})
+	return runsCommand(c)
+}
+
+// runsCommand is for verbs that run a command: their own failures have a code of
+// their own, beside the command's.
+func runsCommand(c *cobra.Command) *cobra.Command {
 	do := c.RunE
 	c.RunE = func(cmd *cobra.Command, args []string) error { return ownFailure(do(cmd, args)) }
 	c.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &exitError{exitExec, err} })
@@ -134,8 +140,19 @@ func (r *runner) child(path string, argv []string, cred *client.Credential, sign
 	if len(vars) == 0 {
 		return 0, fmt.Errorf("tool %s sets no environment variables, so there is nothing to give to a command; use get", clean(cred.Lease.Tool))
 	}
+	end := time.NewTimer(cred.Lease.End.Sub(r.p.now()))
+	defer end.Stop()
+	return r.command(path, argv, r.environ(vars), signals, end.C, func() {
+		r.p.warn("lease %s ended while %s still runs: its credential is not accepted any more", cred.Lease.ID, clean(argv[0]))
+	})
+}
+
+// command runs a command to its end, passes signals on to it, and returns its
+// exit code. An error means that it was not started. late is called when end
+// comes before the command's.
+func (r *runner) command(path string, argv, env []string, signals *signals, end <-chan time.Time, late func()) (int, error) {
 	cmd := &exec.Cmd{
-		Path: path, Args: argv, Env: r.environ(vars),
+		Path: path, Args: argv, Env: env,
 		Stdin: r.p.stdin, Stdout: r.p.stdout, Stderr: r.p.stderr,
 	}
 	if err := cmd.Start(); err != nil {
@@ -143,16 +160,14 @@ func (r *runner) child(path string, argv []string, cred *client.Credential, sign
 	}
 	done := make(chan error, 1)
 	go func() { done <- cmd.Wait() }()
-	end := time.NewTimer(cred.Lease.End.Sub(r.p.now()))
-	defer end.Stop()
 	for {
 		select {
 		case sig := <-signals.c:
 			if !fromTerminal(sig) {
 				_ = cmd.Process.Signal(sig) // an error means that it has just ended
 			}
-		case <-end.C:
-			r.p.warn("lease %s ended while %s still runs: its credential is not accepted any more", cred.Lease.ID, clean(argv[0]))
+		case <-end:
+			late()
 		case err := <-done:
 			return childCode(cmd, err)
 		}

@@ -62,11 +62,11 @@ func exitCodes() []exitCode {
 			broker.ReasonTokenInvalid, broker.ReasonSignIn}},
 		{"7", "revoke --agent, --all and the like: not everything is known to be dead. What is alive is ended as soon as that is possible.", nil},
 		{"8", "The answer is no. policy explain: the access is not possible. policy test: a case failed. policy preview: grants would end, or decisions turn.", nil},
-		{"125", "exec: mayfly itself failed, for whatever reason of the above; the command was not started.", nil},
-		{"126", "exec: the command was found and could not be started.", nil},
-		{"127", "exec: the command was not found.", nil},
-		{"128+n", "Ended by signal n. For exec: the command was.", nil},
-		{"other", "exec: the command's own exit code. It is passed on as it is, so it may be one of the above.", nil},
+		{"125", "exec, aws exec: mayfly itself failed, for whatever reason of the above; the command was not started.", nil},
+		{"126", "exec, aws exec: the command was found and could not be started.", nil},
+		{"127", "exec, aws exec: the command was not found.", nil},
+		{"128+n", "Ended by signal n. For exec and aws exec: the command was.", nil},
+		{"other", "exec, aws exec: the command's own exit code. It is passed on as it is, so it may be one of the above.", nil},
 	}
 }
 
@@ -161,6 +161,8 @@ func environment() []struct{ name, meaning string } {
 		{client.EnvPeopleCA, "A PEM file with the authorities of that listener's certificate, in place of the system's."},
 		{client.EnvToken, "A person's token, in place of the session that mayfly login keeps."},
 		{"XDG_CONFIG_HOME", "Sessions are kept in mayfly/ below it, each in a file with mode 0600. Default: ~/.config."},
+		{"XDG_RUNTIME_DIR, XDG_CACHE_HOME", "aws credentials keeps leases in mayfly/aws/ below the first that is set, each in a file with mode 0600. Default: ~/.cache."},
+		{envAWSConfig + ", " + envAWSCredentials, "The files that aws configure writes and looks at. Default: config and credentials in ~/.aws."},
 		{"BROWSER", "The command that opens a browser; %s in it stands for the address. Default: xdg-open, or open on macOS."},
 		{"HTTPS_PROXY, NO_PROXY", "As everywhere. TLS goes through the proxy from end to end."},
 	}

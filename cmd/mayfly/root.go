@@ -49,7 +49,7 @@ Begin with "mayfly whoami" and "mayfly tools".`,
 		p.loginCommand(), p.logoutCommand(), p.whoamiCommand(), p.toolsCommand(), p.getCommand(), p.execCommand(),
 		p.requestCommand(), p.approveCommand(), p.denyCommand(),
 		p.leasesCommand(), p.revokeCommand(), p.straysCommand(), p.grantCommand(), p.incidentCommand(),
-		p.policyCommand(), p.auditCommand(), p.svidCommand(), p.vaultCommand(), p.versionCommand(), p.docsCommand(),
+		p.policyCommand(), p.auditCommand(), p.svidCommand(), p.awsCommand(), p.vaultCommand(), p.versionCommand(), p.docsCommand(),
 		exitCodesTopic(), environmentTopic(),
 	)
 	return root

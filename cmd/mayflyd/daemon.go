@@ -22,6 +22,7 @@ import (
 	"github.com/mayfly-security/mayfly/broker/signin"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/awssts"
+	"github.com/mayfly-security/mayfly/providers/secretsmanager"
 	"github.com/mayfly-security/mayfly/providers/token"
 	"github.com/mayfly-security/mayfly/providers/vault"
 	"github.com/mayfly-security/mayfly/store"
@@ -36,9 +37,10 @@ const drainTime = 30 * time.Second
 // only, and open nothing.
 func drivers(login attestation.LoginSource) map[string]providers.Driver {
 	return map[string]providers.Driver{
-		"awssts": awssts.New(login),
-		"token":  token.Driver{},
-		"vault":  vault.Driver{Login: login},
+		"awssts":         awssts.New(login),
+		"secretsmanager": secretsmanager.Driver{Login: login},
+		"token":          token.Driver{},
+		"vault":          vault.Driver{Login: login},
 	}
 }
 

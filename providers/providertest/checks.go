@@ -27,6 +27,9 @@ func testConfig(t *testing.T, s *subject) {
 			t.Errorf("the secret has the field %q, and ValidateScope tells of %q", field, info.Fields)
 		}
 	}
+	if info.Static != s.Static {
+		t.Errorf("ValidateScope says static: %v", info.Static)
+	}
 	if info.MinTTL > s.Tool.MaxTTL {
 		t.Errorf("MinTTL is %s, more than the tool's maximum of %s", info.MinTTL, s.Tool.MaxTTL)
 	}
@@ -51,9 +54,12 @@ func testMint(t *testing.T, s *subject) {
 		if len(m.minted.Handle) == 0 {
 			t.Error("there is no handle")
 		}
-		// I8: everything dies by itself.
-		if m.minted.DiesAt.IsZero() {
-			t.Error("it never dies by itself")
+		if m.minted.Static != s.Static || s.Static && m.minted.Survives == "" {
+			t.Errorf("it is said to be static: %v, and survives: %q", m.minted.Static, m.minted.Survives)
+		}
+		// I8: everything dies by itself, but for what was there before.
+		if m.minted.DiesAt.IsZero() != s.Static {
+			t.Errorf("it dies by itself at %s", m.minted.DiesAt)
 		}
 		if m.minted.DiesAt.After(m.req.End) && !s.DiesLate {
 			t.Errorf("it dies by itself at %s, after its end %s", m.minted.DiesAt, m.req.End)
@@ -68,7 +74,7 @@ func testMint(t *testing.T, s *subject) {
 	for _, field := range a.minted.Secret.Names() {
 		x, _ := a.minted.Secret.Reveal(field)
 		y, _ := b.minted.Secret.Reveal(field)
-		if x == y && !slices.Contains(s.Public, field) {
+		if x == y && !s.Static && !slices.Contains(s.Public, field) {
 			t.Errorf("two leases have the same %s", field)
 		}
 	}
@@ -242,6 +248,9 @@ func testConfirmEndsNothing(t *testing.T, s *subject) {
 // testDiesByItself: I8, without anybody asking.
 func testDiesByItself(t *testing.T, s *subject) {
 	a := s.mint(t)
+	if s.Static {
+		return
+	}
 	if s.Until == nil {
 		t.Log("not tested: the Setup has no Until")
 		return

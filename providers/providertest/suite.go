@@ -54,6 +54,9 @@ type Setup struct {
 	// DiesLate says that the provider cannot keep an end exactly, and that
 	// DiesAt may lie after what was asked.
 	DiesLate bool
+	// Static says that the secrets were there before their leases and stay: they
+	// are the same for all, do not die, and their leases lapse.
+	Static bool
 }
 
 // Run runs the suite: the contract of package providers, as every provider
@@ -222,7 +225,13 @@ func (s *subject) end(t *testing.T, endings ...providers.Ending) {
 			if d.Err != nil {
 				t.Fatalf("revoking ending %d: %v", i, d.Err)
 			}
-			if d.Progress != broker.ProgressVerified {
+			if s.Static && endings[i].Handle != nil && d.Progress == broker.ProgressVerified {
+				t.Fatalf("ending %d is verified, and a static secret stays", i)
+			}
+			if d.Lapsed && !s.Static {
+				t.Fatalf("ending %d lapses, and its secret is not static", i)
+			}
+			if d.Progress != broker.ProgressVerified && !d.Lapsed {
 				if d.RetryAt.IsZero() {
 					t.Fatalf("ending %d is %q without an error and without a time to look again", i, d.Progress)
 				}
@@ -246,6 +255,9 @@ func (s *subject) end(t *testing.T, endings ...providers.Ending) {
 // mustBeDead checks that verified was true.
 func (s *subject) mustBeDead(t *testing.T, a *attempt) {
 	t.Helper()
+	if s.Static {
+		return // nobody said that it is
+	}
 	if !a.minted.Secret.IsZero() && s.Works(a.req, a.minted.Secret) {
 		t.Error("its death was verified, and it works")
 	}

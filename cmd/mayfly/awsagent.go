@@ -1,0 +1,211 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/client"
+)
+
+const (
+	// awsPause is how long a refused renewal is not tried again.
+	awsPause = time.Second
+	// awsLook is how often the broker is asked whether the lease lives.
+	awsLook = 15 * time.Second
+)
+
+// awsAgent holds one lease in memory and gives it to all who ask. It is renewed
+// shortly before its end if anybody asked for it; one that nobody uses is left to
+// end, and a new one is made for the next who asks.
+type awsAgent struct {
+	obtain func(context.Context) (*client.Credential, awsLease, error)
+	state  func(context.Context, broker.LeaseID) (broker.LeaseState, error)
+	giveUp func(client.Lease)
+	now    func() time.Time
+	warn   func(format string, args ...any)
+
+	mu      sync.Mutex
+	lease   awsLease      // the zero lease: there is none
+	renewAt time.Time     // of lease
+	used    bool          // somebody was given lease
+	making  chan struct{} // closed when the asking that is under way is over; nil if none is
+	refused error         // what came of the last asking
+	again   time.Time     // no sooner is it tried again
+	held    []client.Lease
+	closed  bool
+	asking  sync.WaitGroup
+	ctx     context.Context // of what is asked in the background
+	stop    context.CancelFunc
+}
+
+func (p *program) newAWSAgent(ctx context.Context, c *client.Client, req client.GetRequest) *awsAgent {
+	a := &awsAgent{
+		obtain: func(ctx context.Context) (*client.Credential, awsLease, error) { return p.awsObtain(ctx, c, req) },
+		state: func(ctx context.Context, id broker.LeaseID) (broker.LeaseState, error) {
+			l, err := c.Lease(ctx, id)
+			return l.State, err
+		},
+		giveUp: func(l client.Lease) { _ = p.giveBack(ctx, c, l, "the endpoint ended") }, // it has told what went wrong
+		now:    p.now, warn: p.warn,
+	}
+	a.ctx, a.stop = context.WithCancel(context.WithoutCancel(ctx))
+	return a
+}
+
+// get gives the lease, waiting for one where there is none. The asking goes on
+// also when the caller stops waiting: an SDK waits two seconds, and asks again.
+func (a *awsAgent) get(ctx context.Context) (awsLease, error) {
+	for {
+		a.mu.Lock()
+		now := a.now()
+		if a.closed {
+			a.mu.Unlock()
+			return awsLease{}, context.Canceled
+		}
+		alive := a.lease.alive(now)
+		if (!alive || !now.Before(a.renewAt)) && a.making == nil && !now.Before(a.again) {
+			a.ask()
+		}
+		if alive {
+			a.used = true
+			lease := a.lease
+			a.mu.Unlock()
+			return lease, nil
+		}
+		making, refused := a.making, a.refused
+		a.mu.Unlock()
+		if making == nil {
+			return awsLease{}, refused
+		}
+		select {
+		case <-making:
+		case <-ctx.Done():
+			return awsLease{}, ctx.Err()
+		}
+	}
+}
+
+// prime has the first lease made, for nobody yet: what keeps it from being made
+// is told at once.
+func (a *awsAgent) prime(ctx context.Context) error {
+	_, err := a.get(ctx)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.used = false
+	return err
+}
+
+// ask asks for a lease in the background. The caller holds the lock.
+func (a *awsAgent) ask() {
+	making := make(chan struct{})
+	a.making = making
+	a.asking.Go(func() {
+		cred, lease, err := a.obtain(a.ctx)
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.making = nil
+		defer close(making)
+		now := a.now()
+		if err == nil {
+			a.hold(cred.Lease, now)
+			if !lease.alive(now) {
+				err = fmt.Errorf("lease %s came with an end that has passed: compare this machine's clock with the broker's", lease.ID)
+			}
+		}
+		if a.refused = err; err != nil {
+			a.again = now.Add(awsPause + rand.N(awsPause/4))
+			if a.lease.alive(now) && a.ctx.Err() == nil {
+				f := failureOf(err)
+				a.warn("lease %s is not renewed: %s%s", a.lease.ID, f.Message, inBrackets(f.Reason))
+			}
+			return
+		}
+		a.lease, a.used, a.again = lease, false, time.Time{}
+		a.renewAt = lease.End.Add(-lease.margin() - rand.N(lease.margin()/2+1))
+	})
+}
+
+// hold remembers a lease until its end: somebody may be using the one before
+// still. The caller holds the lock.
+func (a *awsAgent) hold(l client.Lease, now time.Time) {
+	a.held = append(slices.DeleteFunc(a.held, func(l client.Lease) bool { return !now.Before(l.End) }), l)
+}
+
+// run renews the lease and sees whether it lives, until ctx ends.
+func (a *awsAgent) run(ctx context.Context) {
+	look := a.now().Add(awsLook)
+	for {
+		a.mu.Lock()
+		wait := look.Sub(a.now())
+		if a.lease.ID != "" && a.used {
+			wait = min(wait, max(a.renewAt.Sub(a.now()), a.again.Sub(a.now())))
+		}
+		a.mu.Unlock()
+		timer := time.NewTimer(max(wait, 10*time.Millisecond))
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		case <-timer.C:
+		}
+		a.renew()
+		if !a.now().Before(look) {
+			a.look(ctx)
+			look = a.now().Add(awsLook)
+		}
+	}
+}
+
+// renew asks for a new lease where it is time, and the present one was used.
+func (a *awsAgent) renew() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	now := a.now()
+	if a.used && a.making == nil && a.lease.alive(now) && !now.Before(a.renewAt) && !now.Before(a.again) {
+		a.ask()
+	}
+}
+
+// look drops a lease that was ended early: nobody is given it any more, and the
+// next who asks is told why there is no other.
+func (a *awsAgent) look(ctx context.Context) {
+	a.mu.Lock()
+	id, alive := a.lease.ID, a.lease.alive(a.now())
+	a.mu.Unlock()
+	if !alive {
+		return
+	}
+	state, err := a.state(ctx, id)
+	if err != nil || state == broker.LeaseActive {
+		return // a broker that is away says nothing of the lease
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.lease.ID == id {
+		a.lease, a.used = awsLease{}, false
+		a.warn("lease %s was ended", id)
+	}
+}
+
+// close ends what the agent holds. Nobody is given anything afterwards.
+func (a *awsAgent) close() {
+	a.mu.Lock()
+	a.closed = true
+	a.mu.Unlock()
+	a.stop()
+	a.asking.Wait()
+	a.mu.Lock()
+	held, now := a.held, a.now()
+	a.held, a.lease = nil, awsLease{}
+	a.mu.Unlock()
+	for _, l := range held {
+		if now.Before(l.End) {
+			a.giveUp(l)
+		}
+	}
+}

@@ -1,0 +1,229 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/client"
+)
+
+// The variables that point an SDK to the endpoint ("Container credential
+// provider" of the AWS SDKs and Tools Reference Guide).
+const (
+	envContainerURI   = "AWS_CONTAINER_CREDENTIALS_FULL_URI"
+	envContainerToken = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"
+
+	containerPath = "/credentials"
+	// containerWait is how long one request waits for a lease that is made.
+	containerWait = 30 * time.Second
+)
+
+// awsEndpoint is the endpoint that SDKs get credentials from in a container: on
+// loopback, and for those who have its token.
+type awsEndpoint struct {
+	agent *awsAgent
+	ln    net.Listener
+	srv   *http.Server
+	dir   string // made for the token; empty if the caller chose a place
+	token string // the file's path
+	sum   [sha256.Size]byte
+	done  chan error
+}
+
+// listenLoopback listens where nobody from outside can come.
+func listenLoopback(address string) (net.Listener, error) {
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, usagef("--listen %q is not of the form host:port", address)
+	}
+	if ip, err := netip.ParseAddr(host); host != "localhost" && (err != nil || !ip.IsLoopback()) {
+		return nil, usagef("--listen %q is not on loopback: the credentials are for this machine alone, and travel without TLS", address)
+	}
+	ln, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("listening for SDKs: %w", err)
+	}
+	if at, err := netip.ParseAddrPort(ln.Addr().String()); err != nil || !at.Addr().IsLoopback() {
+		return nil, errors.Join(usagef("--listen %q is not on loopback", address), ln.Close())
+	}
+	return ln, nil
+}
+
+// openAWSEndpoint listens and writes the token. tokenFile may be empty.
+func (p *program) openAWSEndpoint(agent *awsAgent, listen, tokenFile string) (_ *awsEndpoint, err error) {
+	e := &awsEndpoint{agent: agent, token: tokenFile, done: make(chan error, 1)}
+	if e.ln, err = listenLoopback(listen); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			_ = e.ln.Close() // nothing came in
+		}
+	}()
+	if err := e.writeToken(p.getenv("XDG_RUNTIME_DIR")); err != nil {
+		return nil, err
+	}
+	e.srv = &http.Server{
+		Handler: e, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 5 * time.Second, WriteTimeout: containerWait + 10*time.Second,
+		IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10, ErrorLog: log.New(io.Discard, "", 0), // clients that break off
+	}
+	go func() { e.done <- e.srv.Serve(e.ln) }()
+	return e, nil
+}
+
+// writeToken makes the token, and puts it into a file for its owner alone. No
+// line end may follow it: SDKs send what is in the file as it is.
+func (e *awsEndpoint) writeToken(runtime string) error {
+	if e.token == "" {
+		if !filepath.IsAbs(runtime) {
+			runtime = ""
+		}
+		dir, err := os.MkdirTemp(runtime, "mayfly-aws-") // mode 0700
+		if err != nil {
+			return fmt.Errorf("making a place for the endpoint's token: %w", err)
+		}
+		e.dir, e.token = dir, filepath.Join(dir, "token")
+	} else if path, err := filepath.Abs(e.token); err == nil {
+		e.token = path
+	}
+	token := rand.Text() + rand.Text() // 260 bits
+	e.sum = sha256.Sum256([]byte(token))
+	f, err := newSecretFile(e.token)
+	if err == nil {
+		err = f.commit([]byte(token))
+	}
+	if err != nil {
+		e.removeToken()
+	}
+	return err
+}
+
+func (e *awsEndpoint) removeToken() {
+	_ = os.Remove(e.token) // with the endpoint the token opens nothing any more
+	if e.dir != "" {
+		_ = os.RemoveAll(e.dir)
+	}
+}
+
+func (e *awsEndpoint) uri() string { return "http://" + e.ln.Addr().String() + containerPath }
+
+// variables point an SDK to the endpoint.
+func (e *awsEndpoint) variables() []client.Variable {
+	return []client.Variable{{Name: envContainerToken, Value: e.token}, {Name: envContainerURI, Value: e.uri()}}
+}
+
+// close ends the listening, and what was under way.
+func (e *awsEndpoint) close() {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if e.srv.Shutdown(ctx) != nil {
+		_ = e.srv.Close() // nobody waits for it any more
+	}
+	e.removeToken()
+}
+
+// ServeHTTP implements http.Handler.
+func (e *awsEndpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	sum := sha256.Sum256([]byte(r.Header.Get("Authorization")))
+	switch {
+	case subtle.ConstantTimeCompare(sum[:], e.sum[:]) != 1:
+		// First of all: nobody else learns anything here.
+		refuseSDK(w, http.StatusUnauthorized, "unauthorized", "the Authorization header is not the content of the file at "+envContainerToken)
+		return
+	case !loopbackHost(r.Host):
+		refuseSDK(w, http.StatusForbidden, "forbidden", "the request is for another host")
+		return
+	case r.URL.Path != containerPath:
+		refuseSDK(w, http.StatusNotFound, "not_found", "the credentials are at "+containerPath)
+		return
+	case r.Method != http.MethodGet:
+		w.Header().Set("Allow", http.MethodGet)
+		refuseSDK(w, http.StatusMethodNotAllowed, "method_not_allowed", "use GET")
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), containerWait)
+	defer cancel()
+	lease, err := e.agent.get(ctx)
+	if err != nil {
+		f := failureOf(err)
+		message := f.Message
+		if f.Next != "" {
+			message += "; next: " + f.Next
+		}
+		refuseSDK(w, statusForSDK(err), orElse(f.Reason, "unavailable"), clean(message))
+		return
+	}
+	doc, err := lease.containerOutput()
+	if err != nil {
+		refuseSDK(w, http.StatusInternalServerError, "internal", "the credentials cannot be written")
+		return
+	}
+	head(w, http.StatusOK)
+	_, _ = w.Write(doc) // a client that is gone asks again
+}
+
+// loopbackHost refuses names that somebody else's DNS points to us.
+func loopbackHost(hostPort string) bool {
+	host, _, err := net.SplitHostPort(hostPort)
+	if err != nil {
+		host = hostPort
+	}
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && ip.IsLoopback()
+}
+
+// statusForSDK is the status of an error: SDKs ask again after 5xx, and give up
+// after 4xx.
+func statusForSDK(err error) int {
+	var refusal *broker.Error
+	switch code := codeOf(err); {
+	case errors.As(err, &refusal) && refusal.Reason == broker.ReasonRateLimited:
+		return http.StatusTooManyRequests
+	case code == exitUsage:
+		return http.StatusBadRequest
+	case code == exitRefused, code == exitNotFound:
+		return http.StatusForbidden
+	case code == exitUnexpected:
+		return http.StatusInternalServerError
+	}
+	return http.StatusServiceUnavailable
+}
+
+func head(w http.ResponseWriter, status int) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(status)
+}
+
+// refuseSDK writes an error as SDKs read it: that for Go has small letters, and
+// that for JavaScript has capitals.
+func refuseSDK(w http.ResponseWriter, status int, code, message string) {
+	doc, err := json.Marshal(map[string]string{"code": code, "message": message, "Code": code, "Message": message})
+	if err != nil {
+		doc = []byte("{}")
+	}
+	head(w, status)
+	_, _ = w.Write(append(doc, '\n')) // a client that is gone asks again
+}
+
+func orElse(s, other string) string {
+	if s == "" {
+		return other
+	}
+	return s
+}
