@@ -456,3 +456,59 @@ func TestALostGroupSurvivesTheBroker(t *testing.T) {
 		}
 	}
 }
+
+// TestAdministrationNamesItsPolicies: whatever somebody administers is told
+// with the policies that let them, a recovery among them.
+func TestAdministrationNamesItsPolicies(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := governedRig(t)
+		if err := r.engine.Recover(bg, "person:eve", time.Hour, "locked out", "uid:0"); err != nil {
+			t.Fatal(err)
+		}
+		for who, want := range map[string]string{"eve": "recovery", "sue": "operators"} {
+			caller := person(who)
+			if who == "sue" {
+				caller = person(who, "sre")
+			}
+			g, h := r.grant(support, "db.read", time.Hour), r.grant(support, "vault.read", time.Hour)
+			d, v := r.mustIssue("vault.read"), r.mustAsk("crm.read")
+			if _, _, err := r.engine.WithdrawGrant(bg, caller, g.ID, "x"); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := r.engine.RevokeLease(bg, caller, d.Lease.ID, "x"); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := r.engine.WithdrawRequest(bg, caller, v.ID, "x"); err != nil {
+				t.Fatal(err)
+			}
+			if err := r.engine.EndAccess(bg, caller, lease.Selector{Tool: "vault.read"}, false, "x", func(lease.Radius) error { return nil }); err != nil {
+				t.Fatal(err)
+			}
+			for what, f := range map[string]lease.EventFilter{
+				"a grant":               {Grant: g.ID, Type: audit.GrantEnded},
+				"a lease":               {Lease: d.Lease.ID, Type: audit.LeaseRevoking},
+				"a request":             {Request: v.ID, Type: audit.RequestEnded},
+				"a kill switch's grant": {Grant: h.ID, Type: audit.GrantEnded},
+			} {
+				evs := r.events(f)
+				if len(evs) != 1 || evs[0].Details["policies"] != want || evs[0].Details["policy_digest"] == "" {
+					t.Errorf("%s ended %s: %+v", who, what, evs)
+				}
+			}
+		}
+		// Nobody's policies are told of what an agent does of its own.
+		r.grant(support, "db.read", time.Hour)
+		d, v := r.mustIssue("db.read"), r.mustAsk("crm.read")
+		if _, err := r.engine.RevokeLease(bg, as(support), d.Lease.ID, ""); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.engine.WithdrawRequest(bg, as(support), v.ID, ""); err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range []lease.EventFilter{{Lease: d.Lease.ID, Type: audit.LeaseRevoking}, {Request: v.ID, Type: audit.RequestEnded}} {
+			if evs := r.events(f); len(evs) != 1 || evs[0].Details["policies"] != "" {
+				t.Errorf("%+v", evs)
+			}
+		}
+	})
+}

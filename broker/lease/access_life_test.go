@@ -403,11 +403,17 @@ func TestRecovery(t *testing.T) {
 		if !strings.Contains(string(r.logs.Bytes()), "RECOVERY IS OPEN") {
 			t.Error("nothing loud in the log")
 		}
-		g, err := r.engine.CreateGrant(bg, eve, lease.GrantRequest{Agent: support, Tool: "db.read", For: time.Hour, Reason: "repair"})
-		if err != nil {
-			t.Fatal(err)
+		// Nor be given anything: that asks nobody, and is no part of a recovery.
+		_, err = r.engine.CreateGrant(bg, eve, lease.GrantRequest{Agent: support, Tool: "db.read", For: time.Hour, Reason: "repair"})
+		r.wantReason(err, broker.ReasonPermissionDenied)
+		g := r.grant(support, "db.read", time.Hour)
+		if _, _, err := r.engine.WithdrawGrant(bg, eve, g.ID, "repair"); err != nil {
+			t.Errorf("ending, in the recovery: %v", err)
 		}
-		if evs := r.events(lease.EventFilter{Grant: g.ID}); len(evs) != 1 || evs[0].Details["policies"] != "recovery" {
+		if err := r.engine.EndAccess(bg, eve, lease.Selector{Agent: other}, false, "repair", func(lease.Radius) error { return nil }); err != nil {
+			t.Errorf("the kill switch, in the recovery: %v", err)
+		}
+		if evs := r.events(lease.EventFilter{Type: audit.AccessEnding}); len(evs) != 1 || evs[0].Details["policies"] != "recovery" {
 			t.Errorf("the evidence of what was done in it: %+v", evs)
 		}
 		r.restart() // it outlives that

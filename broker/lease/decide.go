@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/broker/audit"
 	"github.com/mayfly-security/mayfly/broker/policy"
 	"github.com/mayfly-security/mayfly/store"
 )
@@ -98,7 +99,9 @@ func (e *Engine) administers(ctx context.Context, ep *epoch, caller broker.Calle
 	if verb != policy.VerbSeeAll { // each listing asks that
 		e.decisions.add(q, v)
 	}
-	if v.Allowed || q.Subject.Agent != nil { // an agent never administers for want of others
+	// An agent never administers for want of others, and what gives is no part of
+	// a recovery: policies may have taken it from everybody.
+	if v.Allowed || q.Subject.Agent != nil || verb == policy.VerbMakeGrant {
 		return v, nil
 	}
 	recovers, err := e.recovers(ctx, q.Subject.Principal())
@@ -162,6 +165,29 @@ func tellVerdict(details map[string]string, v policy.Verdict) map[string]string 
 		details["policy_digest"] = v.Digest
 	}
 	return details
+}
+
+// permission is what let somebody do something, for the evidence; the zero
+// permission is of what needs none. It can be compared and kept.
+type permission struct {
+	Policies string `json:",omitempty"`
+	Digest   string `json:",omitempty"`
+}
+
+func permissionOf(v policy.Verdict) permission {
+	told := tellVerdict(nil, v)
+	return permission{Policies: told["policies"], Digest: told["policy_digest"]}
+}
+
+// tell puts a permission into a piece of evidence.
+func (p permission) tell(ev *audit.Event) {
+	if p == (permission{}) {
+		return
+	}
+	if ev.Details == nil {
+		ev.Details = map[string]string{}
+	}
+	ev.Details["policies"], ev.Details["policy_digest"] = p.Policies, p.Digest
 }
 
 // view is store.View with the store's own errors as a refusal.

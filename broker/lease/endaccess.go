@@ -124,7 +124,7 @@ func (e *Engine) endAccess(ctx context.Context, caller broker.Caller, s Selector
 	now := e.clock.now()
 	id := string(broker.NewCorrelationID(now))
 	why := sweepRecord{Cause: broker.CauseRevoked, Actor: caller.Principal().String(), Reason: reason, Correlation: caller.Correlation,
-		Access: &accessEnding{Selector: s, At: now}}
+		By: permissionOf(verdict), Access: &accessEnding{Selector: s, At: now}}
 	e.ending.begin(id)
 	err = e.update(ctx, now, func(t store.Txn) error { return beginAccess(t, id, why, verdict, now) })
 	if err != nil {
@@ -401,7 +401,7 @@ func (e *Engine) withdrawRequests(ctx context.Context, s Selector, why sweepReco
 		err := e.update(ctx, now, func(t store.Txn) error {
 			ended = 0
 			for _, id := range part {
-				is, err := endPending(t, broker.RequestID(id), now, broker.RequestWithdrawn, by{why.Actor, why.Correlation}, why.Reason)
+				is, err := endPending(t, broker.RequestID(id), now, broker.RequestWithdrawn, by{why.Actor, why.Correlation, why.By}, why.Reason)
 				if err != nil {
 					return err
 				}

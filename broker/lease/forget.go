@@ -29,7 +29,8 @@ func (e *Engine) ForgetLease(ctx context.Context, caller broker.Caller, id broke
 }
 
 func (e *Engine) forgetLease(ctx context.Context, caller broker.Caller, id broker.LeaseID, reason string) (broker.Lease, error) {
-	if _, err := e.administer(ctx, e.current.Load(), caller, policy.VerbForgetLease); err != nil {
+	verdict, err := e.administer(ctx, e.current.Load(), caller, policy.VerbForgetLease)
+	if err != nil {
 		return broker.Lease{}, err
 	}
 	if err := requireReason(reason, "forgetting a lease"); err != nil {
@@ -38,7 +39,7 @@ func (e *Engine) forgetLease(ctx context.Context, caller broker.Caller, id broke
 	why := ending{cause: broker.CauseForgotten, actor: caller.Principal().String(), reason: reason, correlation: caller.Correlation}
 	now := e.clock.now()
 	var l *leaseRecord
-	err := e.update(ctx, now, func(t store.Txn) (err error) {
+	err = e.update(ctx, now, func(t store.Txn) (err error) {
 		if l, err = mustLease(t, id); err != nil {
 			return err
 		}
@@ -48,7 +49,7 @@ func (e *Engine) forgetLease(ctx context.Context, caller broker.Caller, id broke
 		if err := e.forgettable(l, now); err != nil {
 			return err
 		}
-		return lapse(t, l, now, e.cfg.Retention, why, lastKnown(l))
+		return lapse(t, l, now, e.cfg.Retention, why, tellVerdict(lastKnown(l), verdict))
 	})
 	if err != nil {
 		return broker.Lease{}, err

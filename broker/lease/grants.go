@@ -241,6 +241,7 @@ func endGrant(t store.Txn, id broker.GrantID, now time.Time, state broker.GrantS
 	}
 	ev := grantEvent(g, now, audit.GrantEnded)
 	ev.Actor, ev.Reason, ev.Cause, ev.Correlation = why.Actor, why.Reason, string(why.Cause), why.Correlation
+	why.By.tell(&ev)
 	return appendEvent(t, ev)
 }
 
@@ -278,13 +279,15 @@ func (e *Engine) withdrawGrant(ctx context.Context, caller broker.Caller, id bro
 	if err := broker.CheckText("reason", reason, broker.MaxReason); err != nil {
 		return broker.Grant{}, Ended{}, err
 	}
-	if _, err := e.administer(ctx, e.current.Load(), caller, policy.VerbWithdrawGrant); err != nil {
+	verdict, err := e.administer(ctx, e.current.Load(), caller, policy.VerbWithdrawGrant)
+	if err != nil {
 		return broker.Grant{}, Ended{}, err
 	}
-	why := sweepRecord{Cause: broker.CauseGrantWithdrawn, Actor: caller.Principal().String(), Reason: reason, Correlation: caller.Correlation}
+	why := sweepRecord{Cause: broker.CauseGrantWithdrawn, Actor: caller.Principal().String(), Reason: reason, Correlation: caller.Correlation,
+		By: permissionOf(verdict)}
 	var g broker.Grant
 	now := e.clock.now()
-	err := e.update(ctx, now, func(t store.Txn) error {
+	err = e.update(ctx, now, func(t store.Txn) error {
 		was, ok, err := get[broker.Grant](t, keyGrant(id))
 		if err != nil {
 			return err

@@ -103,9 +103,10 @@ func (e *Engine) revokeLease(ctx context.Context, caller broker.Caller, id broke
 	if err != nil {
 		return broker.Lease{}, err
 	}
+	var verdict policy.Verdict
 	if caller.ID != l.Agent {
 		ep := e.current.Load()
-		if _, err := e.administer(ctx, ep, caller, policy.VerbRevokeLease); err != nil {
+		if verdict, err = e.administer(ctx, ep, caller, policy.VerbRevokeLease); err != nil {
 			if s, _ := e.SightOf(ctx, caller); !s.Sees(l.Agent) {
 				err = policy.NotFound("lease", string(id))
 			}
@@ -119,7 +120,7 @@ func (e *Engine) revokeLease(ctx context.Context, caller broker.Caller, id broke
 	if caller.ID == l.Agent {
 		cause = broker.CauseReturned
 	}
-	why := ending{cause: cause, actor: caller.Principal().String(), reason: reason, correlation: caller.Correlation}
+	why := ending{cause: cause, actor: caller.Principal().String(), reason: reason, correlation: caller.Correlation, by: permissionOf(verdict)}
 	if _, err := e.endLeases(ctx, []broker.LeaseID{id}, why); untellable(err) {
 		return broker.Lease{}, underWay(err)
 	} else if err != nil {

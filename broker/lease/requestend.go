@@ -16,6 +16,7 @@ import (
 type by struct {
 	actor       string
 	correlation broker.CorrelationID
+	by          permission
 }
 
 // requestChunk is how many requests one transaction looks at and ends: with
@@ -111,6 +112,7 @@ func (r *requestRecord) end(t store.Txn, now time.Time, state broker.RequestStat
 	}
 	ev := r.event(now, what, broker.Caller{Correlation: who.correlation}, policy.Verdict{})
 	ev.Actor, ev.Reason, ev.Cause = who.actor, why, string(state)
+	who.by.tell(&ev)
 	return appendEvent(t, ev)
 }
 
@@ -149,10 +151,13 @@ func (e *Engine) withdrawRequest(ctx context.Context, caller broker.Caller, id b
 	if err != nil {
 		return RequestView{}, err
 	}
+	who := byCaller(caller)
 	if p := caller.Principal(); p != seen.CreatedBy && p != broker.WorkloadPrincipal(seen.Agent) {
-		if _, err := e.administer(ctx, e.current.Load(), caller, policy.VerbWithdraw); err != nil {
+		verdict, err := e.administer(ctx, e.current.Load(), caller, policy.VerbWithdraw)
+		if err != nil {
 			return RequestView{}, err
 		}
+		who.by = permissionOf(verdict)
 	}
 	now := e.clock.now()
 	ended := 0
@@ -170,7 +175,7 @@ func (e *Engine) withdrawRequest(ctx context.Context, caller broker.Caller, id b
 			return requestOver(rec.Request)
 		}
 		ended = 1
-		return rec.end(t, now, broker.RequestWithdrawn, byCaller(caller), reason)
+		return rec.end(t, now, broker.RequestWithdrawn, who, reason)
 	})
 	if err != nil {
 		return RequestView{}, err

@@ -122,7 +122,8 @@ func (e *Engine) EndStray(ctx context.Context, caller broker.Caller, provider, n
 }
 
 func (e *Engine) endStray(ctx context.Context, caller broker.Caller, provider, name, reason string) (s Stray, removed bool, err error) {
-	if _, err := e.administer(ctx, e.current.Load(), caller, policy.VerbStrays); err != nil {
+	verdict, err := e.administer(ctx, e.current.Load(), caller, policy.VerbStrays)
+	if err != nil {
 		return s, false, err
 	}
 	if err := requireReason(reason, "ending a stray"); err != nil {
@@ -163,6 +164,7 @@ func (e *Engine) endStray(ctx context.Context, caller broker.Caller, provider, n
 		if err != nil {
 			return err
 		}
+		ev.Details = tellVerdict(ev.Details, verdict)
 		return appendEvent(t, ev)
 	})
 	if err != nil {

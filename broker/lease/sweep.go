@@ -27,6 +27,7 @@ type sweepRecord struct {
 	Actor       string
 	Reason      string
 	Correlation broker.CorrelationID
+	By          permission    `json:",omitzero"`
 	Access      *accessEnding `json:",omitempty"` // of a sweep of kind access
 }
 
@@ -39,7 +40,7 @@ const (
 )
 
 func (s sweepRecord) ending() ending {
-	return ending{cause: s.Cause, actor: s.Actor, reason: s.Reason, correlation: s.Correlation}
+	return ending{cause: s.Cause, actor: s.Actor, reason: s.Reason, correlation: s.Correlation, by: s.By}
 }
 
 // resumeSweeps does what an earlier run, or an attempt that failed, left.

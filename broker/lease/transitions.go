@@ -25,6 +25,7 @@ type ending struct {
 	actor       string // a SPIFFE ID, or audit.Broker
 	reason      string // in the actor's words; may be empty
 	correlation broker.CorrelationID
+	by          permission
 	refund      bool // the use of the grant is given back: the agent never had it
 	// handle, if not empty, is a better handle than the store's: the store
 	// could not be told of it.
@@ -89,6 +90,7 @@ func startRevoking(t store.Txn, l *leaseRecord, now time.Time, why ending) error
 	}
 	ev := l.event(now, audit.LeaseRevoking)
 	ev.Actor, ev.Reason = why.actor, why.reason
+	why.by.tell(&ev)
 	if why.correlation != "" {
 		ev.Correlation = why.correlation
 	}

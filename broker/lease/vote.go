@@ -158,7 +158,9 @@ func (b *ballot) cast(t store.Txn) error {
 	b.changed = true
 	if !b.vote.Approve {
 		b.rec.Approvals = append(b.rec.Approvals, approval)
-		return b.rec.end(t, b.now, broker.RequestDenied, byCaller(b.caller), b.vote.Comment)
+		who := byCaller(b.caller)
+		who.by = permissionOf(b.verdict)
+		return b.rec.end(t, b.now, broker.RequestDenied, who, b.vote.Comment)
 	}
 	if err := policy.StepUp(basis.rule.StepUp, person.AuthTime, person.ACR, person.Method, b.now); err != nil {
 		return err
