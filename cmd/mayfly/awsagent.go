@@ -120,7 +120,7 @@ func (a *awsAgent) ask() {
 		if a.refused = err; err != nil {
 			a.again = now.Add(awsPause + rand.N(awsPause/4))
 			if a.lease.alive(now) && a.ctx.Err() == nil {
-				f := failureOf(err)
+				f := failureOf(err, "")
 				a.warn("lease %s is not renewed: %s%s", a.lease.ID, f.Message, inBrackets(f.Reason))
 			}
 			return

@@ -124,7 +124,7 @@ func (p *program) awsCached(ctx context.Context, c *client.Client, req client.Ge
 	cred, lease, err := p.awsObtain(ctx, c, req)
 	if err != nil {
 		if kept.alive(p.now()) && ctx.Err() == nil {
-			f := failureOf(err)
+			f := failureOf(err, "")
 			p.warn("lease %s is not renewed: %s%s", kept.ID, f.Message, inBrackets(f.Reason))
 			return kept, nil
 		}

@@ -159,7 +159,7 @@ func (e *awsEndpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer cancel()
 	lease, err := e.agent.get(ctx)
 	if err != nil {
-		f := failureOf(err)
+		f := failureOf(err, "")
 		message := f.Message
 		if f.Next != "" {
 			message += "; next: " + f.Next
