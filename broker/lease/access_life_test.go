@@ -452,10 +452,13 @@ func TestLockout(t *testing.T) {
 		if err := r.engine.Recover(bg, broker.WorkloadPrincipal(sam), time.Hour, "repair", "uid:0"); err != nil {
 			t.Fatal(err)
 		}
-		r.grant(support, "crm.read", time.Hour)
+		if _, err := r.engine.Preview(bg, as(sam), []policy.Source{{Name: "p.cedar", Text: openPolicies}}); err != nil {
+			t.Errorf("in the recovery: %v", err)
+		}
 		if err := r.reloadPolicies(openPolicies); err != nil {
 			t.Error(err)
 		}
+		r.grant(support, "crm.read", time.Hour)
 	})
 }
 
