@@ -108,8 +108,8 @@ generate: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-connect-go ## 
 	$(GO) run ./cmd/mayfly docs docs/reference
 
 .PHONY: bench
-bench: ## Leases a second over mTLS, memory and start time with 100,000 open leases
-	$(GO) test -run '^$$' -bench . -benchtime 3s -timeout 20m ./cmd/mayflyd ./store/bolt
+bench: ## Leases a second over mTLS, memory and start time with 100,000 open leases, and policy decisions
+	$(GO) test -run '^$$' -bench . -benchtime 3s -timeout 20m ./cmd/mayflyd ./store/bolt ./broker/policy
 
 .PHONY: bench-vault
 bench-vault: build need-postgres $(TESTBED)/vault ## Logins a second, and ends of many, beside Vault alone; ARGS="--clients 16 --rounds 4"
