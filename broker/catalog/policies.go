@@ -8,7 +8,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/mayfly-security/mayfly/broker"
-	"github.com/mayfly-security/mayfly/broker/catalog/strictyaml"
 	"github.com/mayfly-security/mayfly/broker/policy"
 )
 
@@ -29,25 +28,17 @@ func (l *loader) policies(sources []policy.Source) {
 	var wrong policy.Errors
 	switch {
 	case errors.As(err, &wrong):
-		for _, e := range wrong {
-			l.place(e.Position, e.Message)
-		}
+		l.errs = append(l.errs, wrong...)
 		return
 	case err != nil:
-		l.place(policy.Position{File: sources[0].Name, Line: 1, Column: 1}, err.Error())
+		l.errs = append(l.errs, &policy.Error{Position: policy.Position{File: sources[0].Name, Line: 1, Column: 1}, Message: err.Error()})
 		return
 	}
 	l.snapshot.policies = set
 	if len(l.errs) > 0 {
 		return // a tool that is there but was refused is one error already
 	}
-	for _, problem := range l.snapshot.CheckPolicies(set) {
-		l.place(problem.Position, problem.Message)
-	}
-}
-
-func (l *loader) place(at policy.Position, message string) {
-	l.errs = append(l.errs, &strictyaml.Error{Position: strictyaml.Position(at), Message: message})
+	l.errs = append(l.errs, l.snapshot.CheckPolicies(set)...)
 }
 
 // LoadPolicies reads a policy set as it would be read beside this catalog's

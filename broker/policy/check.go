@@ -29,7 +29,7 @@ type check struct {
 
 func (c *check) fail(at Position, format string, args ...any) {
 	c.failed = true
-	c.errs = append(c.errs, &Error{at, fmt.Sprintf(format, args...)})
+	c.errs = append(c.errs, &Error{Position: at, Message: fmt.Sprintf(format, args...)})
 }
 
 // place is where these tokens stand in a row in the policy, or where the
@@ -42,7 +42,7 @@ func (c *check) place(row ...string) Position {
 }
 
 func (c *check) tokenAt(i int) Position {
-	return Position{c.file, c.tokens[i].line, c.tokens[i].column}
+	return Position{File: c.file, Line: c.tokens[i].line, Column: c.tokens[i].column}
 }
 
 func (c *check) annotations() {

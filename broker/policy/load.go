@@ -50,7 +50,8 @@ func load(sources []Source, builtin bool) (*Set, error) {
 		l.source(src)
 	}
 	if len(l.set.policies) > maxSet {
-		l.errs = append(l.errs, &Error{l.set.policies[maxSet].at, fmt.Sprintf("there are %d policies; at most %d are taken", len(l.set.policies), maxSet)})
+		l.errs = append(l.errs, &Error{Position: l.set.policies[maxSet].at,
+			Message: fmt.Sprintf("there are %d policies; at most %d are taken", len(l.set.policies), maxSet)})
 	}
 	if len(l.errs) > 0 {
 		return nil, l.errs.sort()
@@ -62,7 +63,7 @@ func load(sources []Source, builtin bool) (*Set, error) {
 // source reads one file.
 func (l *loader) source(src Source) {
 	fail := func(at token, format string, args ...any) {
-		l.errs = append(l.errs, &Error{Position{src.Name, at.line, at.column}, fmt.Sprintf(format, args...)})
+		l.errs = append(l.errs, &Error{Position: Position{File: src.Name, Line: at.line, Column: at.column}, Message: fmt.Sprintf(format, args...)})
 	}
 	if len(src.Text) > maxSource {
 		fail(token{line: 1, column: 1}, "the file is larger than %d bytes", maxSource)
@@ -101,7 +102,7 @@ func indexAt(tokens []token, offset int) int {
 // policy checks one policy and adds it to the set.
 func (l *loader) policy(file string, p *cedar.Policy, tokens []token) {
 	c := &check{loader: l, file: file, tokens: tokens}
-	m := &member{policy: p, at: Position{file, p.Position().Line, p.Position().Column}, text: joined(tokens)}
+	m := &member{policy: p, at: Position{File: file, Line: p.Position().Line, Column: p.Position().Column}, text: joined(tokens)}
 	c.member = m
 	c.annotations()
 	c.expressions()

@@ -1,10 +1,6 @@
 package awssts
 
 import (
-	"bytes"
-	"encoding/json"
-	"errors"
-	"fmt"
 	"time"
 
 	"github.com/mayfly-security/mayfly/broker"
@@ -13,7 +9,10 @@ import (
 	"github.com/mayfly-security/mayfly/providers/awssts/denylist"
 )
 
-const handleVersion = 1
+const (
+	handleVersion = 1
+	handleFor     = "a session in AWS"
+)
 
 // handle is all that ending a lease needs: the tool may have changed or gone.
 type handle struct {
@@ -27,29 +26,19 @@ type handle struct {
 	Key      string            `json:"key,omitempty"` // compatible: the session's access key, which is no secret; empty until it is known
 }
 
-func (h handle) encode() (providers.Handle, error) {
-	b, err := json.Marshal(h)
-	if err != nil {
-		return nil, fmt.Errorf("encoding handle: %w", err)
-	}
-	return b, nil
-}
+func (h handle) encode() (providers.Handle, error) { return providers.EncodeHandle(h) }
 
 func decodeHandle(raw providers.Handle) (handle, error) {
 	var h handle
-	dec := json.NewDecoder(bytes.NewReader(raw))
-	if err := dec.Decode(&h); err != nil || dec.More() {
-		return h, errors.New("the handle is no handle of a session in AWS")
+	if err := providers.DecodeHandle(raw, &h, &h.Version, handleVersion, handleFor); err != nil {
+		return h, err
 	}
-	if h.Version > handleVersion {
-		return h, fmt.Errorf("the handle has version %d and this broker reads up to %d: it was written by a newer Mayfly", h.Version, handleVersion)
-	}
-	if h.Version < 1 || h.Session == "" || h.Dies.IsZero() {
-		return h, errors.New("the handle is no handle of a session in AWS")
+	if h.Session == "" || h.Dies.IsZero() {
+		return h, providers.NoHandle(handleFor)
 	}
 	if h.Role != "" {
 		if _, err := awsscope.ParseRole(h.Role); err != nil {
-			return h, errors.New("the handle is no handle of a session in AWS")
+			return h, providers.NoHandle(handleFor)
 		}
 	}
 	return h, nil

@@ -1,10 +1,7 @@
 package token
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"time"
 
@@ -12,7 +9,10 @@ import (
 	"github.com/mayfly-security/mayfly/providers"
 )
 
-const handleVersion = 1
+const (
+	handleVersion = 1
+	handleFor     = "a token"
+)
 
 // handle is what decides how a token ends, so that nothing of the catalog is
 // needed for it: the tool may have changed or gone.
@@ -22,25 +22,15 @@ type handle struct {
 	DiesAt       time.Time `json:"dies_at"`
 }
 
-func (h handle) encode() (providers.Handle, error) {
-	b, err := json.Marshal(h)
-	if err != nil {
-		return nil, fmt.Errorf("encoding handle: %w", err)
-	}
-	return b, nil
-}
+func (h handle) encode() (providers.Handle, error) { return providers.EncodeHandle(h) }
 
 func decodeHandle(raw providers.Handle) (handle, error) {
 	var h handle
-	dec := json.NewDecoder(bytes.NewReader(raw))
-	if err := dec.Decode(&h); err != nil || dec.More() {
-		return h, errors.New("the handle is no handle of a token")
+	if err := providers.DecodeHandle(raw, &h, &h.Version, handleVersion, handleFor); err != nil {
+		return h, err
 	}
-	if h.Version > handleVersion {
-		return h, fmt.Errorf("the handle has version %d and this broker reads up to %d: it was written by a newer Mayfly", h.Version, handleVersion)
-	}
-	if h.Version < 1 || h.Verification != introspect && h.Verification != offline || h.DiesAt.IsZero() {
-		return h, errors.New("the handle is no handle of a token")
+	if h.Verification != introspect && h.Verification != offline || h.DiesAt.IsZero() {
+		return h, providers.NoHandle(handleFor)
 	}
 	return h, nil
 }

@@ -1,16 +1,15 @@
 package vault
 
 import (
-	"bytes"
-	"encoding/json"
-	"errors"
-	"fmt"
 	"time"
 
 	"github.com/mayfly-security/mayfly/providers"
 )
 
-const handleVersion = 1
+const (
+	handleVersion = 1
+	handleFor     = "a lease in Vault"
+)
 
 // handle is all that ending a lease needs: the tool may have changed or gone.
 // Whoever holds it and the broker's login can end the lease, and nothing else:
@@ -34,25 +33,15 @@ type handle struct {
 	Read    bool      `json:"read,omitempty"`   // Vault has answered
 }
 
-func (h handle) encode() (providers.Handle, error) {
-	b, err := json.Marshal(h)
-	if err != nil {
-		return nil, fmt.Errorf("encoding handle: %w", err)
-	}
-	return b, nil
-}
+func (h handle) encode() (providers.Handle, error) { return providers.EncodeHandle(h) }
 
 func decodeHandle(raw providers.Handle) (handle, error) {
 	var h handle
-	dec := json.NewDecoder(bytes.NewReader(raw))
-	if err := dec.Decode(&h); err != nil || dec.More() {
-		return h, errors.New("the handle is no handle of a lease in Vault")
+	if err := providers.DecodeHandle(raw, &h, &h.Version, handleVersion, handleFor); err != nil {
+		return h, err
 	}
-	if h.Version > handleVersion {
-		return h, fmt.Errorf("the handle has version %d and this broker reads up to %d: it was written by a newer Mayfly", h.Version, handleVersion)
-	}
-	if h.Version < 1 || !h.Class.known() || h.Accessor == "" || h.LeaseID != "" && !h.Read {
-		return h, errors.New("the handle is no handle of a lease in Vault")
+	if !h.Class.known() || h.Accessor == "" || h.LeaseID != "" && !h.Read {
+		return h, providers.NoHandle(handleFor)
 	}
 	return h, nil
 }

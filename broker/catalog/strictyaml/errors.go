@@ -4,47 +4,22 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
-	"strings"
 
 	"github.com/mayfly-security/mayfly/broker"
 )
 
-// Position is a place in a file. Lines and columns count from 1; a column is
-// one character.
-type Position struct {
-	File         string
-	Line, Column int
-}
-
-func (p Position) String() string { return fmt.Sprintf("%s:%d:%d", p.File, p.Line, p.Column) }
+// Position is a place in a file.
+type Position = broker.Position
 
 // Error is one thing that is wrong in a file.
-type Error struct {
-	Position
-	Message string
-}
-
-func (e *Error) Error() string { return e.Position.String() + ": " + e.Message }
+type Error = broker.PlacedError
 
 // Errors is everything that is wrong, in the order of files and lines. It is
 // never empty.
 type Errors []*Error
 
 // Error gives one line for each error. A long list is cut, and says so.
-func (e Errors) Error() string {
-	var b strings.Builder
-	for i, each := range e {
-		if i == maxShown {
-			fmt.Fprintf(&b, "\nand %d more", len(e)-i)
-			break
-		}
-		if i > 0 {
-			b.WriteByte('\n')
-		}
-		b.WriteString(each.Error())
-	}
-	return b.String()
-}
+func (e Errors) Error() string { return broker.PlacedLines(e) }
 
 // Unwrap lets errors.As find a single *Error.
 func (e Errors) Unwrap() []error {

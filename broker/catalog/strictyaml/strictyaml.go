@@ -21,7 +21,6 @@ const (
 	MaxSize  = 1 << 20 // bytes: some 5,000 agents; a catalog may have many files
 	MaxDepth = 32      // collections within one another
 	MaxKeys  = 1000    // keys of one mapping; the parser's time grows with their square
-	maxShown = 50      // errors in one report
 )
 
 // Document is a file that was read: it knows where everything stands. It is
