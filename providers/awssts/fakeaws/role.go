@@ -92,3 +92,13 @@ func (f *Fake) whoIs(key string) (code, answer string) {
 	}
 	return "", "<Arn>" + arn + "</Arn><UserId>AIDA</UserId><Account>123456789012</Account>"
 }
+
+// Sessions are all sessions that were made.
+func (f *Fake) Sessions() (all []*Session) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, s := range f.sessions {
+		all = append(all, s)
+	}
+	return all
+}
