@@ -251,6 +251,45 @@ func killed(r *rig) {
 	if !r.aws.stands().Equal(ended) {
 		t.Errorf("what is denied: %v", r.aws.stands().Sorted())
 	}
+	// Killed when AWS has made a session and nobody was told of it: it is denied
+	// all the same. That it is dead is not said yet: the attempt might still come to
+	// something.
+	h := r.aws.holdMade()
+	ask := r.command("agent/support", "aws", "credentials", "crm.export", "--param", "customer=acme", "--ttl", "30m", "--no-cache", "--timeout", "5s")
+	if err := ask.Start(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-h.holds:
+	case <-time.After(30 * time.Second):
+		t.Fatal("no session is made")
+	}
+	r.kill()
+	h.open <- false
+	<-h.done
+	r.start()
+	if err := ask.Wait(); err == nil {
+		t.Error("there are credentials of a session that was cut off")
+	}
+	known := map[string]bool{}
+	for _, k := range all {
+		known[k.lease] = true
+	}
+	var orphans []keys
+	for _, s := range r.aws.Sessions() {
+		if s.Source != "" && !known[s.Name] {
+			orphans = append(orphans, keys{AccessKeyID: s.Key, lease: s.Name})
+		}
+	}
+	if len(orphans) == 0 {
+		t.Fatal("no session was made")
+	}
+	for _, k := range orphans {
+		r.until("the session that nobody has is denied", 30*time.Second, func() bool { return !r.aws.Works(k.AccessKeyID) })
+		if l := r.lease("operator/sam", k.lease); l.State != "revoking" {
+			t.Errorf("the attempt that was cut off is %+v", l)
+		}
+	}
 	// And the broker goes on.
 	r.mayfly("agent/support", "revoke", all[3].lease)
 	r.dead(all...)

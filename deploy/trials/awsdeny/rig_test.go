@@ -83,7 +83,7 @@ tools:
 )
 
 // account is the AWS account of a test: a fake behind two addresses, with hands
-// that hold a call of IAM before it is acted upon or before it is answered.
+// that hold a call before it is acted upon or before it is answered.
 type account struct {
 	*fakeaws.Fake
 	t        *testing.T
@@ -96,6 +96,7 @@ type account struct {
 	mu     sync.Mutex
 	before *hand // holds the next PutRolePolicy before it is acted upon
 	after  *hand // holds the next PutRolePolicy after that
+	made   *hand // holds the next AssumeRole for a lease after a session was made
 	writes []time.Time
 }
 
@@ -124,7 +125,7 @@ func newAccount(t *testing.T) *account {
 		},
 	}, role, brokerRole)
 	a.SetRole(role, fakeaws.Role{MaxSession: time.Hour})
-	a.sts, a.iam = httptest.NewServer(a.Fake), httptest.NewServer(a)
+	a.sts, a.iam = httptest.NewServer(a), httptest.NewServer(a)
 	a.iamAddr = a.iam.Listener.Addr().String()
 	t.Cleanup(func() {
 		a.sts.Close()
@@ -150,18 +151,20 @@ func (a *account) verify(token string) error {
 	return err
 }
 
-// ServeHTTP is IAM, with hands.
+// ServeHTTP is STS and IAM, with hands.
 func (a *account) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	body, err := io.ReadAll(r.Body)
 	form, _ := url.ParseQuery(string(body)) // a bad one is the fake's to refuse
 	r.Body = io.NopCloser(bytes.NewReader(body))
-	if err != nil || form.Get("Action") != "PutRolePolicy" {
-		a.Fake.ServeHTTP(w, r)
-		return
-	}
+	var before, after *hand
 	a.mu.Lock()
-	before, after := a.before, a.after
-	a.before, a.after = nil, nil
+	switch action := form.Get("Action"); {
+	case err != nil:
+	case action == "PutRolePolicy":
+		before, after, a.before, a.after = a.before, a.after, nil, nil
+	case action == "AssumeRole" && form.Has("SourceIdentity"): // a probe's has none
+		after, a.made = a.made, nil
+	}
 	a.mu.Unlock()
 	goesOn := func(h *hand) bool {
 		if h == nil {
@@ -180,7 +183,7 @@ func (a *account) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	answer := httptest.NewRecorder()
 	a.Fake.ServeHTTP(answer, r)
-	if answer.Code == http.StatusOK {
+	if answer.Code == http.StatusOK && form.Get("Action") == "PutRolePolicy" {
 		a.mu.Lock()
 		a.writes = append(a.writes, time.Now())
 		a.mu.Unlock()
@@ -188,7 +191,9 @@ func (a *account) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if !goesOn(after) {
 		panic(http.ErrAbortHandler)
 	}
-	w.Header().Set("Content-Type", "text/xml")
+	for name, values := range answer.Header() {
+		w.Header()[name] = values
+	}
 	w.WriteHeader(answer.Code)
 	_, _ = w.Write(answer.Body.Bytes()) // who was killed reads nothing
 }
@@ -204,6 +209,14 @@ func (a *account) holdWrite(acted bool) *hand {
 		a.before = h
 	}
 	return h
+}
+
+// holdMade has the next session of a lease held once it is made.
+func (a *account) holdMade() *hand {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.made = newHand()
+	return a.made
 }
 
 // cut makes IAM unreachable.
