@@ -149,6 +149,12 @@ func (s Scope) Warnings(c Config) []providers.Finding {
 	}
 	for _, arn := range s.PolicyARNs {
 		note("write statements, which the catalog fixes", "everything that %s allows, and its role: the policy may change without the catalog", arn)
+		switch name := arn[strings.LastIndexByte(arn, '/')+1:]; {
+		case name == "ReadOnlyAccess":
+			note("write statements, or take a service's own policy", "%s reads nearly everything in the account", arn)
+		case strings.HasSuffix(name, "FullAccess"), strings.HasPrefix(name, "AdministratorAccess"):
+			note("write statements for what the tool is for", "%s gives, by its name, everything of a service", arn)
+		}
 	}
 	if !s.compatible {
 		note("in resource policies, name the role and not its sessions' ARNs, and allow nobody by * with a condition on aws:PrincipalArn",
@@ -161,13 +167,17 @@ func (s Scope) Warnings(c Config) []providers.Finding {
 // parameters may be, and how much room is left.
 func (s Scope) frame() string {
 	var parts []string
+	what := "the statements"
+	if s.PolicyARNs != nil {
+		what = "the policies"
+	}
 	switch n := len(s.Roles); {
 	case s.compatible:
 		parts = append(parts, "its leases can do what the statements and the provider's own keys both allow")
 	case n == 1:
-		parts = append(parts, "its leases are sessions of "+s.Roles[0].ARN+", and can do what the statements and the role both allow")
+		parts = append(parts, fmt.Sprintf("its leases are sessions of %s, and can do what %s and the role both allow", s.Roles[0].ARN, what))
 	default:
-		parts = append(parts, fmt.Sprintf("its leases are sessions of %d roles (%s, …), and can do what the statements and the role both allow", n, s.Roles[0].ARN))
+		parts = append(parts, fmt.Sprintf("its leases are sessions of %d roles (%s, …), and can do what %s and the role both allow", n, s.Roles[0].ARN, what))
 	}
 	for _, p := range s.params {
 		switch {
@@ -176,8 +186,10 @@ func (s Scope) frame() string {
 		case p.Type == broker.ParamString && p.Pattern != nil:
 			whole := strings.TrimSuffix(strings.TrimPrefix(p.Pattern.String(), "^(?:"), ")$")
 			parts = append(parts, fmt.Sprintf("%s matches %s", p.Name, whole))
+		case p.Type == broker.ParamInteger && p.Min != nil && p.Max != nil:
+			parts = append(parts, fmt.Sprintf("%s is from %d to %d", p.Name, *p.Min, *p.Max))
 		default:
-			parts = append(parts, fmt.Sprintf("%s is of type %s", p.Name, p.Type))
+			parts = append(parts, fmt.Sprintf("%s is any %s", p.Name, p.Type))
 		}
 	}
 	if policy, err := s.Largest(time.Unix(0, 0)); err == nil {
@@ -192,10 +204,14 @@ func (s Statement) warn(at string, note func(fix, format string, args ...any)) {
 		if strings.ContainsAny(a, "*?") {
 			note("name the actions one by one", "%s has the wildcard %s: actions that AWS adds later are in it, too", at, a)
 		}
+		var more []string
 		for _, known := range slices.Sorted(maps.Keys(escalations)) {
 			if matches(strings.ToLower(a), known) {
-				note("leave it out, or bound the resource to what may be reached by it", "%s: with %s (in %s) more can be done than the tool says: %s", at, known, a, escalations[known])
+				more = append(more, known+" ("+escalations[known]+")")
 			}
+		}
+		if len(more) > 0 {
+			note("leave it out, or bound the resource to what may be reached by it", "%s: with %s more can be done than the tool says: %s", at, a, strings.Join(more, "; "))
 		}
 	}
 	const beside = "put a separator between them, such as /"

@@ -3,13 +3,17 @@ package awsscope
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/mayfly-security/mayfly/broker"
 )
 
 // TestWarnsOf: what a statement reaches is told in words, and what is wide in it.
 func TestWarnsOf(t *testing.T) {
+	one, nine := int64(1), int64(9)
 	allow := func(fields string) string { return statement(`"Effect":"Allow",` + fields) }
 	for _, test := range []struct {
 		name, scope string
@@ -33,10 +37,15 @@ func TestWarnsOf(t *testing.T) {
 		{"all tables", allow(`"Action":"dynamodb:GetItem","Resource":"arn:aws:dynamodb:eu-central-1:123456789012:table/*"`), "every resource of its kind", false},
 		{"one table", allow(`"Action":"dynamodb:GetItem","Resource":"arn:aws:dynamodb:eu-central-1:123456789012:table/crm*"`), "every resource of its kind", true},
 		{"a function", allow(`"Action":"lambda:InvokeFunction","Resource":"arn:aws:lambda:eu-central-1:123456789012:function:x"`), "the function does what its role may do", false},
+		{"an integer", allow(`"Action":"dynamodb:GetItem","Resource":"arn:aws:dynamodb:eu-central-1:123456789012:table/crm-${params.n}"`), "n is from 1 to 9;", false},
+		{"a managed policy", `{` + role + `,"policy_arns":["arn:aws:iam::aws:policy/AmazonS3FullAccess"]}`, "can do what the policies and the role both allow", false},
+		{"a wide managed policy", `{` + role + `,"policy_arns":["arn:aws:iam::aws:policy/AmazonS3FullAccess"]}`, "everything of a service", false},
+		{"a managed policy that reads all", `{` + role + `,"policy_arns":["arn:aws:iam::aws:policy/ReadOnlyAccess"]}`, "reads nearly everything", false},
+		{"a managed policy that reads some", `{` + role + `,"policy_arns":["arn:aws:iam::aws:policy/AmazonS3ReadOnlyAccess"]}`, "reads nearly everything", true},
 		{"boundary", allow(`"Action":"s3:GetObject","Resource":"arn:aws:s3:::crm/*"`), "more than the role's boundary", false},
 		{"deny", statement(`"Effect":"Allow","Action":"s3:GetObject","Resource":"arn:aws:s3:::crm/*"},{"Effect":"Deny","Action":"s3:*","Resource":"*"`), "wildcard", true},
 	} {
-		s, err := ParseScope(config(t), tool(test.scope, str("customer", "[a-z]{1,9}")))
+		s, err := ParseScope(config(t), tool(test.scope, str("customer", "[a-z]{1,9}"), broker.Param{Name: "n", Type: broker.ParamInteger, Min: &one, Max: &nine}))
 		if err != nil {
 			t.Errorf("%s: %v", test.name, err)
 			continue
@@ -47,6 +56,29 @@ func TestWarnsOf(t *testing.T) {
 		}
 		if text := strings.Join(all, "\n"); strings.Contains(text, test.says) == test.silent {
 			t.Errorf("%s: of %q it says:\n%s", test.name, test.says, text)
+		}
+	}
+}
+
+// TestWarnsWhole: what a service's wildcard brings is told in one line that is shown whole.
+func TestWarnsWhole(t *testing.T) {
+	services := map[string]bool{}
+	for known := range escalations {
+		service, _, _ := strings.Cut(known, ":")
+		services[service] = true
+	}
+	for service := range services {
+		each := Statement{Effect: "Allow", Action: []string{service + ":*"}, Resource: []string{"*"}}
+		told := 0
+		each.warn("statement ExampleOfALongSidWithFortyCharactersXX", func(_, format string, args ...any) {
+			if text := fmt.Sprintf(format, args...); strings.Contains(text, "more can be done") {
+				if told++; len(text) > 1000 {
+					t.Errorf("%d bytes are cut at 1000: %s", len(text), text)
+				}
+			}
+		})
+		if told != 1 {
+			t.Errorf("%s: %d lines", service, told)
 		}
 	}
 }
