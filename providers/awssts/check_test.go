@@ -3,8 +3,11 @@ package awssts
 import (
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -120,6 +123,12 @@ func TestCheckLiveBroken(t *testing.T) {
 		{"everybody", trusts(`"*"`), nil, true, []string{"trusts everybody (*) in every account"}},
 		{"account", trusts(`"arn:aws:iam::123456789012:root"`), nil, false, []string{"trusts the whole account"}},
 		{"another", trusts(`["arn:aws:iam::123456789012:user/keys","arn:aws:iam::123456789012:role/ci"]`), nil, false, []string{"also trusts arn:aws:iam::123456789012:role/ci"}},
+		{"everybody, under conditions", func(r *fakeaws.Role) {
+			r.Trust = `{"Statement":[{"Effect":"Deny","Principal":"*"},{"Effect":"Allow","Principal":{"AWS":"*"},"Condition":{"StringEquals":{"aws:PrincipalOrgID":"o-1"}}}]}`
+		}, nil, false, []string{"trusts everybody (*) under conditions"}},
+		{"a service", func(r *fakeaws.Role) {
+			r.Trust = `{"Statement":{"Effect":"Allow","Principal":{"Service":"lambda.amazonaws.com"}}}`
+		}, nil, false, []string{"also trusts lambda.amazonaws.com"}},
 		{"no trust", func(r *fakeaws.Role) { r.Trust = "x" }, nil, false, []string{"its trust policy cannot be read here"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -171,6 +180,11 @@ func TestCheckLiveAccount(t *testing.T) {
 		{"probe", faking(func(c *fakeaws.Config) { c.NoProbe = true }), checkTools(time.Hour), "", "a probe may not ask sts:DecodeAuthorizationMessage", ""},
 		{"too large", faking(func(*fakeaws.Config) {}), []broker.Tool{{Name: "big", MaxTTL: time.Minute,
 			Scope: json.RawMessage(`{"role":"arn:aws:iam::123456789012:role/mayfly/crm0","statements":[{"Effect":"Allow","Action":"s3:GetObject","Resource":"arn:aws:s3:::packed-too-large"}]}`)}}, "big", "larger than AWS takes (", ""},
+		{"malformed", fails("AssumeRole", "MalformedPolicyDocument", 400), checkTools(time.Hour), "crm.read", "AWS cannot read its session policy (", ""},
+		{"role that is not read", fails("GetRole", "ServiceFailure", 500), checkTools(time.Hour), "", "", "reading role crm0"},
+		{"policy that is not read", fails("GetRolePolicy", "Throttling", 400), checkTools(time.Hour), "", "", "reading the policies"},
+		{"write that is not answered", fails("PutRolePolicy", "ServiceFailure", 500), checkTools(time.Hour), "", "", "writing a policy"},
+		{"deletion that is not answered", fails("DeleteRolePolicy", "Throttling", 400), checkTools(time.Hour), "", "", "deleting a policy"},
 		{"throttled", fails("AssumeRole", "Throttling", 400), checkTools(time.Hour), "", "", "Throttling"},
 		{"down", fails("ListRolePolicies", "ServiceFailure", 500), checkTools(time.Hour), "", "", "listing the policies"},
 		{"who", fails("GetCallerIdentity", "ServiceFailure", http.StatusInternalServerError), checkTools(time.Hour), "", "", "who the broker is"},
@@ -204,5 +218,177 @@ func TestCheckLiveOff(t *testing.T) {
 	}
 	if n := w.fake.Count("PutRolePolicy") + w.fake.Count("DecodeAuthorizationMessage"); n != 0 {
 		t.Errorf("%d calls that nobody needs", n)
+	}
+}
+
+// TestCheckLiveWho: whose credentials the broker's are decides what it can do.
+func TestCheckLiveWho(t *testing.T) {
+	for _, test := range []struct {
+		name, key string
+		change    func(raw string) string
+		bad       bool
+		says      string
+	}{
+		{"root", "AKIAROOT", nil, true, "the account's root user"},
+		{"a user", "AKIAUSER", nil, false, "whoever has them is the broker until they are changed"},
+		{"a role that is said to be none", "session", nil, true, "credentials.chained is false, and the broker's credentials are a role's"},
+		{"a role", "session", func(raw string) string {
+			return strings.Replace(raw, `"method":"key_file"`, `"method":"key_file","chained":true`, 1)
+		}, true, ""},
+		{"another account", "AKIAUSER", func(raw string) string { return strings.Replace(raw, account, "210987654321", 1) }, true, "IAM writes policies of its caller's own account alone"},
+		{"another account, without a list", "AKIAUSER", func(raw string) string {
+			return strings.Replace(strings.Replace(raw, account, "210987654321", 1), `{"mode":"deny_list","settle":"2s"}`, `{"mode":"off"}`, 1)
+		}, false, "the broker is of account 123456789012, and the tools' roles are in account 210987654321"},
+		{"the SDK's default chain", "AKIAUSER", func(raw string) string {
+			t.Setenv("AWS_ACCESS_KEY_ID", "AKIAUSER")
+			t.Setenv("AWS_SECRET_ACCESS_KEY", "secret")
+			return keyFileForm.ReplaceAllString(raw, `{"method":"default"}`)
+		}, false, "these are the credentials of who runs the check"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t)
+			about := goodRole()
+			about.MaxSession = 0
+			w.fake.SetRole("crm0", about)
+			key := test.key
+			if key == "session" {
+				res, err := http.PostForm(w.server.URL, url.Values{"Action": {"AssumeRole"}, "RoleArn": {arn("crm0")}, "RoleSessionName": {"somebody"}})
+				if err != nil || res.StatusCode != http.StatusOK {
+					t.Fatal(res.Status, err)
+				}
+				res.Body.Close()
+				key = w.fake.Sessions()[0].Key
+			}
+			raw := string(w.config())
+			raw = keyFileForm.ReplaceAllString(raw, fmt.Sprintf(`{"method":"key_file","key_file":%q}`, keyFile(t, key, "secret")))
+			tools := checkTools(time.Hour)
+			if test.change != nil {
+				raw = test.change(raw)
+			}
+			if strings.Contains(raw, "210987654321") {
+				for i := range tools {
+					tools[i].Scope = []byte(strings.Replace(string(tools[i].Scope), account, "210987654321", 1))
+				}
+			}
+			all, err := w.check([]byte(raw), tools)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := told(all, test.bad)
+			if test.says == "" && strings.Contains(got, "chained") || test.says != "" && !strings.Contains(got, test.says) {
+				t.Errorf("it does not say %q:\n%s", test.says, got)
+			}
+		})
+	}
+}
+
+var keyFileForm = regexp.MustCompile(`\{"method":"key_file","key_file":"[^"]*"\}`)
+
+// TestCheckLiveLogin: each way in which AWS refuses the broker's JWT-SVID has its
+// next step; without an answer of AWS's the check could not be made.
+func TestCheckLiveLogin(t *testing.T) {
+	for code, says := range map[string]string{
+		"InvalidIdentityToken":  "do: see that IAM has an OIDC provider for the issuer",
+		"IDPCommunicationError": "do: AWS must reach the issuer's discovery document",
+		"AccessDenied":          "do: the trust policy of arn:aws:iam::123456789012:role/mayfly/crm1 must allow sts:AssumeRoleWithWebIdentity",
+		"ValidationError":       "do: compare the broker's role with deploy/aws",
+		"no SVID":               "",
+	} {
+		t.Run(code, func(t *testing.T) {
+			w := newWorld(t, roles(2), faking(func(c *fakeaws.Config) {
+				c.Fail = func(action string, _ int) (string, int) {
+					if action == "AssumeRoleWithWebIdentity" {
+						return code, http.StatusBadRequest
+					}
+					return "", 0
+				}
+			}))
+			source := &webLogin{}
+			if says == "" {
+				source.fails = errors.New("no Workload API")
+			}
+			w.driver = New(source)
+			raw := keyFileForm.ReplaceAllString(string(w.config()), `{"method":"web_identity","role_arn":"`+arn("crm1")+`"}`)
+			all, err := w.check([]byte(raw), checkTools(time.Hour))
+			if says == "" {
+				if err == nil || !strings.Contains(err.Error(), "no Workload API") {
+					t.Errorf("without an SVID: %v, %v", err, all)
+				}
+				return
+			}
+			if err != nil || !strings.Contains(told(all, true), says) || len(all) != 1 {
+				t.Errorf("%v; it does not say %q:\n%s", err, says, told(all, true))
+			}
+		})
+	}
+}
+
+// TestCheckLiveCompatible: a server that is not AWS is asked for sessions alone.
+func TestCheckLiveCompatible(t *testing.T) {
+	w := newWorld(t, func(w *world, _ *fakeaws.Config) { w.roles = []string{"none"} })
+	raw := fmt.Appendf(nil, `{"region":"us-east-1","endpoint_url":%q,"credentials":{"method":"key_file","key_file":%q},"early_revoke":{"mode":"minio"}}`,
+		w.server.URL, keyFile(t, "AKIA", "secret"))
+	scope := func(bucket string) json.RawMessage {
+		return json.RawMessage(`{"statements":[{"Effect":"Allow","Action":"s3:GetObject","Resource":"arn:aws:s3:::` + bucket + `"}]}`)
+	}
+	tools := []broker.Tool{{Name: "good", MaxTTL: time.Minute, Scope: scope("crm")}, {Name: "big", MaxTTL: time.Minute, Scope: scope("packed-too-large")}}
+	all, err := w.check(raw, tools)
+	if bad := told(all, true); err != nil || !strings.Contains(bad, "big: no session can be made (") || strings.Contains(bad, "good: ") || !strings.Contains(told(all, false), "at nothing else") {
+		t.Errorf("%v\n%s%s", err, bad, told(all, false))
+	}
+	w.server.Close()
+	if _, err := w.check(raw, tools); kindOf(err) != away {
+		t.Errorf("nobody is there, and the error is %v", err)
+	}
+}
+
+// TestCheckLivePool: every role of a pool is looked at; a policy's size at one.
+func TestCheckLivePool(t *testing.T) {
+	w := newWorld(t, roles(3))
+	for _, name := range w.roles[:2] {
+		w.fake.SetRole(name, goodRole())
+	}
+	w.fake.SetRole("crm2", fakeaws.Role{Refuses: []string{"sts:AssumeRole"}, Boundary: "arn:aws:iam::123456789012:policy/mayfly/mayfly-boundary"})
+	pool := `"roles":["` + arn("crm0") + `","` + arn("crm1") + `","` + arn("crm2") + `"]`
+	tools := checkTools(time.Hour)
+	for i := range tools {
+		tools[i].Scope = []byte(strings.Replace(string(tools[i].Scope), `"role":"`+arn("crm0")+`"`, pool, 1))
+	}
+	all, err := w.check(w.config(), tools)
+	bad := told(all, true)
+	if err != nil || strings.Count(bad, "do: ") != 1 || !strings.Contains(bad, "role crm2 (of tools crm.read, crm.write): the broker is not allowed sts:AssumeRole") {
+		t.Errorf("%v\n%s", err, bad)
+	}
+	made := map[string]int{}
+	for _, s := range w.fake.Sessions() {
+		if s.Source != "" {
+			made[s.Role]++
+		}
+	}
+	if made["crm0"] != 2 || made["crm1"] != 1 || made["crm2"] != 0 {
+		t.Errorf("sessions %v", made)
+	}
+}
+
+// TestCheckLiveManaged: managed policies are what the check's sessions have, too,
+// and no more of them can be used.
+func TestCheckLiveManaged(t *testing.T) {
+	w := newWorld(t)
+	w.fake.SetRole("crm0", goodRole())
+	const managed = "arn:aws:iam::aws:policy/AmazonS3ReadOnlyAccess"
+	all, err := w.check(w.config(), []broker.Tool{{Name: "crm.read", MaxTTL: time.Hour, Scope: json.RawMessage(`{"role":"` + arn("crm0") + `","policy_arns":["` + managed + `"]}`)}})
+	if err != nil || told(all, true) != "" {
+		t.Errorf("%v\n%s", err, told(all, true))
+	}
+	found := false
+	for _, s := range w.fake.Sessions() {
+		if slices.Contains(s.PolicyARNs, managed) {
+			if found = true; w.fake.Works(s.Key) {
+				t.Error("a session of the check works")
+			}
+		}
+	}
+	if !found {
+		t.Error("no session had the policy")
 	}
 }

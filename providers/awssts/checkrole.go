@@ -246,10 +246,9 @@ func (c *check) quota(ctx context.Context, r *checked) (ok bool, err error) {
 }
 
 // writes sees whether the broker may write and delete policies of the role. IAM is
-// asked to take a text that is no policy, and to delete one that is not there. That
-// it looks at who asks before it looks at what is asked is how it was seen to
-// be, and nothing that AWS promises; so a refusal is told as one, and nothing else
-// as a proof.
+// asked to take a text that is no policy, and to delete one that is not there. AWS
+// does not promise to look at who asks before it looks at what is asked: so a
+// refusal is told as one, and that there was none is told to nobody as a proof.
 func (c *check) writes(ctx context.Context, r *checked) error {
 	_, err := c.clients.iam.DeleteRolePolicy(ctx, &iam.DeleteRolePolicyInput{RoleName: &r.role.Name, PolicyName: &c.name})
 	err = faultOf(ctx, "deleting a policy of role "+r.role.Name, err)

@@ -87,6 +87,9 @@ func (f *Fake) trusts(action, key, name string, form url.Values) (code, message 
 // whoIs answers GetCallerIdentity, which no policy denies.
 func (f *Fake) whoIs(key string) (code, answer string) {
 	arn := "arn:aws:iam::123456789012:user/keys"
+	if key == "AKIAROOT" {
+		arn = "arn:aws:iam::123456789012:root"
+	}
 	if s := f.sessions[key]; s != nil {
 		arn = "arn:aws:sts::123456789012:assumed-role/" + s.Role + "/" + s.Name
 	}
