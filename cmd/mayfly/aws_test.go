@@ -126,7 +126,7 @@ func (f *fakeLeases) agent(t *testing.T) *awsAgent {
 			id := broker.LeaseID(fmt.Sprintf("l%025d", f.made))
 			now := time.Now()
 			cred := &client.Credential{Lease: client.Lease{Lease: broker.Lease{ID: id, CreatedAt: now, End: now.Add(f.ttl), State: broker.LeaseActive}}, Secret: broker.NewSecret(awsSecret)}
-			l, err := awsLeaseOf(cred)
+			l, err := awsLeaseOf(cred, now)
 			return cred, l, err
 		},
 		state: func(_ context.Context, id broker.LeaseID) (broker.LeaseState, error) {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -111,12 +110,6 @@ func (a *awsAgent) ask() {
 		a.making = nil
 		defer close(making)
 		now := a.now()
-		if err == nil {
-			a.hold(cred.Lease, now)
-			if !lease.alive(now) {
-				err = fmt.Errorf("lease %s came with an end that has passed: compare this machine's clock with the broker's", lease.ID)
-			}
-		}
 		if a.refused = err; err != nil {
 			a.again = now.Add(awsPause + rand.N(awsPause/4))
 			if a.lease.alive(now) && a.ctx.Err() == nil {
@@ -125,6 +118,7 @@ func (a *awsAgent) ask() {
 			}
 			return
 		}
+		a.hold(cred.Lease, now)
 		a.lease, a.used, a.again = lease, false, time.Time{}
 		a.renewAt = lease.End.Add(-lease.margin() - rand.N(lease.margin()/2+1))
 	})
@@ -180,9 +174,8 @@ func (a *awsAgent) look(ctx context.Context) {
 	if !alive {
 		return
 	}
-	state, err := a.state(ctx, id)
-	if err != nil || state == broker.LeaseActive {
-		return // a broker that is away says nothing of the lease
+	if state, err := a.state(ctx, id); !leaseOver(state, err) {
+		return
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -190,6 +183,17 @@ func (a *awsAgent) look(ctx context.Context) {
 		a.lease, a.used = awsLease{}, false
 		a.warn("lease %s was ended", id)
 	}
+}
+
+// leaseOver tells what the broker's answer about a lease means: it is over, also
+// where it is not known any more, or where we may not ask. A broker that is away
+// says nothing of it.
+func leaseOver(state broker.LeaseState, err error) bool {
+	if err == nil {
+		return state != broker.LeaseActive
+	}
+	code := codeOf(err)
+	return code == exitRefused || code == exitNotFound
 }
 
 // close ends what the agent holds. Nobody is given anything afterwards.

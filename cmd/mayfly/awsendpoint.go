@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -35,13 +36,14 @@ const (
 // awsEndpoint is the endpoint that SDKs get credentials from in a container: on
 // loopback, and for those who have its token.
 type awsEndpoint struct {
-	agent *awsAgent
-	ln    net.Listener
-	srv   *http.Server
-	dir   string // made for the token; empty if the caller chose a place
-	token string // the file's path
-	sum   [sha256.Size]byte
-	done  chan error
+	agent  *awsAgent
+	ln     net.Listener
+	srv    *http.Server
+	dir    string // made for the token; empty if the caller chose a place
+	token  string // the file's path
+	secret string // what is in it
+	sum    [sha256.Size]byte
+	done   chan error
 }
 
 // listenLoopback listens where nobody from outside can come.
@@ -100,11 +102,11 @@ func (e *awsEndpoint) writeToken(runtime string) error {
 	} else if path, err := filepath.Abs(e.token); err == nil {
 		e.token = path
 	}
-	token := rand.Text() + rand.Text() // 260 bits
-	e.sum = sha256.Sum256([]byte(token))
+	e.secret = rand.Text() + rand.Text() // 260 bits
+	e.sum = sha256.Sum256([]byte(e.secret))
 	f, err := newSecretFile(e.token)
 	if err == nil {
-		err = f.commit([]byte(token))
+		err = f.commit([]byte(e.secret))
 	}
 	if err != nil {
 		e.removeToken()
@@ -112,10 +114,21 @@ func (e *awsEndpoint) writeToken(runtime string) error {
 	return err
 }
 
+// removeToken leaves nothing behind, and alone what is not its own: another
+// endpoint may have come to the place that the caller chose.
 func (e *awsEndpoint) removeToken() {
-	_ = os.Remove(e.token) // with the endpoint the token opens nothing any more
 	if e.dir != "" {
-		_ = os.RemoveAll(e.dir)
+		_ = os.RemoveAll(e.dir) // with the endpoint the token opens nothing any more
+		return
+	}
+	f, err := openOwn(e.token)
+	if err != nil {
+		return
+	}
+	defer f.Close() // it was only read
+	text, err := io.ReadAll(io.LimitReader(f, maxKept))
+	if err == nil && subtle.ConstantTimeCompare(text, []byte(e.secret)) == 1 {
+		_ = os.Remove(e.token) // as above
 	}
 }
 
@@ -141,7 +154,8 @@ func (e *awsEndpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	sum := sha256.Sum256([]byte(r.Header.Get("Authorization")))
 	switch {
 	case subtle.ConstantTimeCompare(sum[:], e.sum[:]) != 1:
-		// First of all: nobody else learns anything here.
+		// First of all: nobody else learns anything here, or keeps a connection open.
+		w.Header().Set("Connection", "close")
 		refuseSDK(w, http.StatusUnauthorized, "unauthorized", "the Authorization header is not the content of the file at "+envContainerToken)
 		return
 	case !loopbackHost(r.Host):
@@ -164,7 +178,7 @@ func (e *awsEndpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if f.Next != "" {
 			message += "; next: " + f.Next
 		}
-		refuseSDK(w, statusForSDK(err), orElse(f.Reason, "unavailable"), clean(message))
+		refuseSDK(w, statusForSDK(err), cmp.Or(f.Reason, "unavailable"), clean(message))
 		return
 	}
 	doc, err := lease.containerOutput()
@@ -219,11 +233,4 @@ func refuseSDK(w http.ResponseWriter, status int, code, message string) {
 	}
 	head(w, status)
 	_, _ = w.Write(append(doc, '\n')) // a client that is gone asks again
-}
-
-func orElse(s, other string) string {
-	if s == "" {
-		return other
-	}
-	return s
 }
