@@ -5,6 +5,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -270,6 +271,9 @@ func TestAWSLock(t *testing.T) {
 				}
 				if rounds.Add(1); holders.Add(1) != 1 {
 					t.Error("two have it")
+				}
+				for range 100 {
+					runtime.Gosched() // to others, who would take it now
 				}
 				holders.Add(-1)
 				_ = os.Remove(path) // what comes after this is another lock's
