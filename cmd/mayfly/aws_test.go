@@ -70,10 +70,13 @@ func awsJSONCommand(ts *testscript.TestScript, _ bool, args []string) {
 // fetch is the command of a test that asks the endpoint as an SDK does: "fetch
 // N" N times, and prints the last answer.
 func fetch() {
-	token, err := os.ReadFile(os.Getenv(envContainerToken))
-	if err != nil || bytes.ContainsAny(token, "\r\n") {
-		fmt.Println("token", err)
-		os.Exit(1)
+	token := []byte(os.Getenv(envContainerToken))
+	if path := os.Getenv(envContainerTokenFile); path != "" {
+		var err error
+		if token, err = os.ReadFile(path); err != nil || bytes.ContainsAny(token, "\r\n") {
+			fmt.Println("token", err)
+			os.Exit(1)
+		}
 	}
 	var n int
 	fmt.Sscan(os.Args[1], &n)
@@ -106,6 +109,7 @@ type fakeLeases struct {
 	fail  error
 	slow  time.Duration
 	state map[broker.LeaseID]broker.LeaseState
+	blind error // what the broker says when it is asked for a lease
 	said  []string
 }
 
@@ -133,9 +137,9 @@ func (f *fakeLeases) agent(t *testing.T) *awsAgent {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			if s, ok := f.state[id]; ok {
-				return s, nil
+				return s, f.blind
 			}
-			return broker.LeaseActive, nil
+			return broker.LeaseActive, f.blind
 		},
 		giveUp: func(l client.Lease) { f.mu.Lock(); f.given = append(f.given, l.ID); f.mu.Unlock() },
 		now:    time.Now,
@@ -247,30 +251,47 @@ func TestAWSAgentRefused(t *testing.T) {
 	})
 }
 
-// TestAWSAgentEndedEarly: a lease that was ended is not given any more.
+// TestAWSAgentEndedEarly: a lease that was ended is not given any more, also where
+// the broker does not tell us of it; a broker that is away ends none.
 func TestAWSAgentEndedEarly(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		f := &fakeLeases{ttl: time.Hour, state: map[broker.LeaseID]broker.LeaseState{}}
-		a := f.agent(t)
-		ctx, cancel := context.WithCancel(t.Context())
-		var run sync.WaitGroup
-		run.Go(func() { a.run(ctx) })
-		first, err := a.get(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		f.mu.Lock()
-		f.state[first.ID] = broker.LeaseRevoking
-		f.fail = broker.Refusef(broker.ReasonIncidentClosed, "", "the incident is closed")
-		f.mu.Unlock()
-		time.Sleep(awsLook + time.Second)
-		if l, err := a.get(t.Context()); err == nil {
-			t.Errorf("%s is given after it was ended", l.ID)
-		}
-		cancel()
-		run.Wait()
-		a.close()
-	})
+	for name, test := range map[string]struct {
+		state broker.LeaseState
+		blind error
+		over  bool
+	}{
+		"ended":        {broker.LeaseRevoking, nil, true},
+		"disabled":     {"", broker.Refusef(broker.ReasonAgentDisabled, "", "the agent is disabled"), true},
+		"not known":    {"", broker.Refusef(broker.ReasonNotFound, "", "there is no such lease"), true},
+		"away":         {"", broker.Refusef(broker.ReasonShuttingDown, "", "it stops"), false},
+		"unreachable":  {"", client.ErrUnreachable, false},
+		"alive":        {broker.LeaseActive, nil, false},
+		"out of order": {"", errors.New("x"), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := &fakeLeases{ttl: time.Hour, state: map[broker.LeaseID]broker.LeaseState{}}
+				a := f.agent(t)
+				ctx, cancel := context.WithCancel(t.Context())
+				var run sync.WaitGroup
+				run.Go(func() { a.run(ctx) })
+				first, err := a.get(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				f.mu.Lock()
+				f.state[first.ID], f.blind = test.state, test.blind
+				f.fail = broker.Refusef(broker.ReasonIncidentClosed, "", "the incident is closed")
+				f.mu.Unlock()
+				time.Sleep(awsLook + time.Second)
+				if l, err := a.get(t.Context()); (err != nil) != test.over {
+					t.Errorf("%s is given: %v", l.ID, err)
+				}
+				cancel()
+				run.Wait()
+				a.close()
+			})
+		})
+	}
 }
 
 // TestAWSAgentUnused: the lease that is made before anybody asks is not renewed
@@ -332,22 +353,25 @@ func TestAWSAgentImpatient(t *testing.T) {
 func testEndpoint(t *testing.T, f *fakeLeases) (*awsEndpoint, string) {
 	p := &program{environ: []string{"XDG_RUNTIME_DIR=" + t.TempDir()}, stderr: io.Discard, now: time.Now}
 	a := f.agent(t)
-	e, err := p.openAWSEndpoint(a, "127.0.0.1:0", "")
+	e, err := p.openAWSEndpoint(a, "127.0.0.1:0")
+	if err == nil {
+		err = p.writeToken(e, "")
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		e.close()
 		a.close()
-		if _, err := os.Stat(e.token); err == nil {
+		if _, err := os.Stat(e.file); err == nil {
 			t.Error("the token's file is there after the end")
 		}
 	})
-	token, err := os.ReadFile(e.token)
+	token, err := os.ReadFile(e.file)
 	if err != nil || len(token) < 40 || bytes.ContainsAny(token, "\r\n ") {
 		t.Fatalf("the token has %d bytes: %v", len(token), err)
 	}
-	for path, want := range map[string]os.FileMode{e.token: 0o600, filepath.Dir(e.token): 0o700} {
+	for path, want := range map[string]os.FileMode{e.file: 0o600, filepath.Dir(e.file): 0o700} {
 		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != want {
 			t.Errorf("%s has mode %v (%v)", path, info.Mode(), err)
 		}
@@ -390,6 +414,9 @@ func TestAWSEndpoint(t *testing.T) {
 		}
 		text, _ := io.ReadAll(answer.Body)
 		answer.Body.Close()
+		if (test.status == 401) != answer.Close {
+			t.Errorf("%s: the connection is closed: %v", test.what, answer.Close)
+		}
 		if answer.StatusCode != test.status || answer.Header.Get("Cache-Control") != "no-store" || answer.Header.Get("Content-Type") != "application/json" {
 			t.Errorf("%s: %s %v", test.what, answer.Status, answer.Header)
 		}

@@ -19,7 +19,7 @@ import (
 var foreignAWS = []string{
 	"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN", "AWS_ACCESS_KEY", "AWS_SECRET_KEY",
 	"AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_ROLE_ARN", "AWS_ROLE_SESSION_NAME", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CREDENTIAL_EXPIRATION",
-	"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CREDENTIAL_FILE",
+	"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", envContainerTokenFile, "AWS_CREDENTIAL_FILE",
 }
 
 // bearerPrefix begins the variables with tokens that one service of AWS takes in
@@ -30,9 +30,6 @@ const (
 	envAWSConfig      = "AWS_CONFIG_FILE"
 	envAWSCredentials = "AWS_SHARED_CREDENTIALS_FILE"
 	envBoto           = "BOTO_CONFIG" // without it Python's SDK looks into /etc/boto.cfg and ~/.boto before it asks an endpoint
-	// envContainerTokenText is the token itself. SDKs that were made before the end
-	// of 2023, the AWS CLI and boto3 of Debian 12 among them, know no file for it.
-	envContainerTokenText = "AWS_CONTAINER_AUTHORIZATION_TOKEN"
 )
 
 func (p *program) awsExecCommand() *cobra.Command {
@@ -54,9 +51,9 @@ AWS_CONFIG_FILE, AWS_SHARED_CREDENTIALS_FILE and BOTO_CONFIG are set to an empty
 file. With --keep-config these stay as they are, for the sake of settings that are
 there; credentials that are there then go first.
 
-The endpoint's token is in the command's environment, too, because SDKs from before
-the end of 2023 (AWS CLI 2.14, boto3 1.32) read no file for it. It opens the endpoint
-on this machine while the command runs, and nothing afterwards.
+The endpoint's token is in the command's environment (AWS_CONTAINER_AUTHORIZATION_TOKEN)
+and in no file: SDKs from before the end of 2023 read none. It opens the endpoint on
+this machine while the command runs, and nothing afterwards.
 
 Everything else is as with "mayfly exec": your identity is taken out of the
 environment, signals go to the command, and the exit code is the command's.`,
@@ -90,12 +87,14 @@ environment, signals go to the command, and the exit code is the command's.`,
 		defer signals.stop()
 		code := 0
 		err = p.with(ctx, func(c *client.Client) error {
-			return p.awsServing(ctx, c, req, "127.0.0.1:0", "", func(e *awsEndpoint) (err error) {
-				vars, err := e.commandVariables(region, keepConfig)
-				if err != nil {
-					return err
-				}
-				code, err = r.command(path, args[1:], withoutForeign(r.environ(vars)), signals, nil, nil)
+			var env []string
+			ready := func(e *awsEndpoint) error {
+				vars, err := p.commandVariables(e, region, keepConfig)
+				env = withoutForeign(r.environ(vars))
+				return err
+			}
+			return p.awsServing(ctx, c, req, "127.0.0.1:0", ready, func(*awsEndpoint) (err error) {
+				code, err = r.command(path, args[1:], env, signals, nil, nil)
 				return err
 			})
 		})
@@ -108,21 +107,27 @@ environment, signals go to the command, and the exit code is the command's.`,
 }
 
 // commandVariables are the variables of a command that has these credentials and
-// no others.
-func (e *awsEndpoint) commandVariables(region string, keepConfig bool) ([]client.Variable, error) {
-	vars := append(e.variables(), client.Variable{Name: envContainerTokenText, Value: e.secret})
+// no others. The token is in them, and in no file: SDKs that were made before the
+// end of 2023, the AWS CLI and boto3 of Debian 12 among them, read none.
+func (p *program) commandVariables(e *awsEndpoint, region string, keepConfig bool) ([]client.Variable, error) {
+	vars := []client.Variable{{Name: envContainerToken, Value: e.token}, {Name: envContainerURI, Value: e.uri()}}
 	if region != "" {
 		vars = append(vars, client.Variable{Name: "AWS_REGION", Value: region}, client.Variable{Name: "AWS_DEFAULT_REGION", Value: region})
 	}
-	if !keepConfig {
-		// An empty file, and not none: some SDKs take that for an error.
-		empty := filepath.Join(e.dir, "empty")
-		if err := os.WriteFile(empty, nil, 0o600); err != nil {
-			return nil, err
-		}
-		for _, name := range []string{envAWSConfig, envAWSCredentials, envBoto} {
-			vars = append(vars, client.Variable{Name: name, Value: empty})
-		}
+	if keepConfig {
+		return vars, nil
+	}
+	dir, err := p.placeOf(e)
+	if err != nil {
+		return nil, err
+	}
+	// An empty file, and not none: some SDKs take that for an error.
+	empty := filepath.Join(dir, "empty")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		return nil, err
+	}
+	for _, name := range []string{envAWSConfig, envAWSCredentials, envBoto} {
+		vars = append(vars, client.Variable{Name: name, Value: empty})
 	}
 	return vars, nil
 }
