@@ -526,6 +526,10 @@ func TestAWSProfileKeepsTheRest(t *testing.T) {
 		if state != profileOurs || string(twice) != string(once) {
 			t.Fatalf("%d\n%q\n%q", state, once, twice)
 		}
+		// Out again. A last line without an end has one now.
+		if out, state := w.cut(once); state != profileOurs || strings.TrimRight(string(out), "\r\n") != strings.TrimRight(whole, "\r\n") || len(out) < len(whole) || len(out) > len(whole)+2 {
+			t.Fatalf("%d\n%q\nwant\n%q", state, out, whole)
+		}
 		// In the middle of others' sections, and changed.
 		if after != "" && !strings.HasPrefix(after, "[") { // it would be the section's own
 			return
@@ -589,6 +593,25 @@ func TestProcessWord(t *testing.T) {
 		out, err := exec.Command("sh", "-c", "printf %s "+quoted).Output()
 		if err != nil || string(out) != word {
 			t.Errorf("%q was read back as %q (%v)", word, out, err)
+		}
+	}
+}
+
+// TestOwnPath: a link by which we were called stays; what leads elsewhere is not us.
+func TestOwnPath(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	link, other := filepath.Join(dir, "mayfly"), filepath.Join(dir, "other")
+	if err := errors.Join(os.Symlink(self, link), os.WriteFile(other, []byte("#!/bin/sh\n"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir)
+	for called, want := range map[string]string{link: link, "mayfly": link, other: self, "nowhere": self, "": self} {
+		if got, err := ownPath(called); err != nil || got != want {
+			t.Errorf("called as %q: %q, %v", called, got, err)
 		}
 	}
 }

@@ -14,7 +14,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/mayfly-security/mayfly/broker"
@@ -161,34 +160,6 @@ func (c awsCache) lock(ctx context.Context, limit time.Duration, now func() time
 }
 
 func (c awsCache) lockPath() string { return strings.TrimSuffix(c.path, keptEnd) + lockEnd }
-
-// tryLock takes a lock if nobody has it.
-func tryLock(path string) (unlock func(), taken bool, err error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return nil, false, fmt.Errorf("locking the kept lease: %w", err)
-	}
-	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-	if err == nil && sameFile(f, path) {
-		return func() { _ = f.Close() }, true, nil // that unlocks it
-	}
-	_ = f.Close() // nothing was written
-	if err == nil || errors.Is(err, syscall.EWOULDBLOCK) || errors.Is(err, syscall.EINTR) {
-		return nil, false, nil
-	}
-	return nil, false, fmt.Errorf("locking the kept lease: %w", err)
-}
-
-// sameFile reports whether an open file is still the one at the path: whoever
-// tidied up in between has removed it, and a lock on it keeps nobody out.
-func sameFile(f *os.File, path string) bool {
-	open, err := f.Stat()
-	if err != nil {
-		return false
-	}
-	there, err := os.Lstat(path)
-	return err == nil && os.SameFile(open, there)
-}
 
 // load reads the kept lease; the zero lease if there is none that can be used.
 // A file that others could have read or written is refused.

@@ -26,7 +26,8 @@ SDKs run such a process often: for short leases, before every single call. So th
 lease is kept in a file and printed again until shortly before its end: a fifth of
 its life and a minute at most, but at least five seconds, or half of a life of less
 than ten. Then a new one is asked for; should that fail, the old one is printed while
-it lives. However many call at once, one of them asks.
+it lives, and asked for again no sooner than five seconds later. However many call at
+once, one of them asks, and the others print what lives meanwhile.
 
 The file has a secret in it: a credential for this one tool, that dies at its end.
 It is in mayfly/aws below XDG_RUNTIME_DIR, which is memory and is gone when you log
@@ -37,9 +38,10 @@ and TTL, and nobody else is given it. With --no-cache nothing is written, and ea
 call costs a lease. "mayfly aws exec" and "mayfly aws serve" do without a file, too,
 and cost one lease for many calls.
 
-A lease that ends early, with its incident for example, is printed until its end:
-AWS refuses it then. The lease is not given back; it dies at its end, or when you
-end it with "mayfly revoke".`,
+A lease that ends early, with its incident for example, is printed for 15 seconds
+more at most: then the broker is asked whether it lives. A broker that is away ends
+nothing. The lease is not given back; it dies at its end, or when you end it with
+"mayfly revoke". A static secret is never kept.`,
 		Example: `  mayfly aws credentials s3.read
   mayfly aws credentials s3.read --param customer=c-17 --ttl 15m`,
 		Args:              exactly("TOOL"),

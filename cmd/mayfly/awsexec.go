@@ -71,6 +71,7 @@ environment, signals go to the command, and the exit code is the command's.`,
 	}
 	ask.add(c)
 	c.Flags().StringVar(&region, "region", "", "sets AWS_REGION and AWS_DEFAULT_REGION for the command")
+	_ = c.RegisterFlagCompletionFunc("region", cobra.NoFileCompletions) // the flag is there: see above
 	c.Flags().BoolVar(&keepConfig, "keep-config", false, "leave AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE, or their defaults in ~/.aws, to the command")
 	c.Flags().BoolVar(&passIdentity, "pass-identity", false, "leave MAYFLY_* and SPIFFE_ENDPOINT_SOCKET in the command's environment")
 	p.verb(c, func(ctx context.Context, args []string) error {

@@ -34,8 +34,11 @@ Whoever can read the token's file has the tool as long as serve runs. For a sing
 command, "mayfly aws exec" is the better way.
 
 SDKs come to this only where they find no credentials before: AWS_ACCESS_KEY_ID, a
-profile, and ~/.aws/credentials go first.`,
-		Example: `  mayfly aws serve s3.read --param customer=c-17
+profile, and ~/.aws/credentials go first. Those from before the end of 2023 (AWS CLI
+2.14, boto3 1.32) do not read the file; give them its content:
+
+  export AWS_CONTAINER_AUTHORIZATION_TOKEN="$(cat "$AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")"`,
+		Example: `  mayfly aws serve s3.read --param customer=c-17 >vars &   # and then: . ./vars
   mayfly aws serve s3.read --listen 127.0.0.1:9911 --token-file /run/app/aws-token`,
 		Args:              exactly("TOOL"),
 		ValidArgsFunction: p.completeArgs(p.toolNames),
