@@ -289,6 +289,9 @@ func TestAWSAgentEndedEarly(t *testing.T) {
 				cancel()
 				run.Wait()
 				a.close()
+				if given := len(f.given) == 1; given == test.over {
+					t.Errorf("given back: %v", f.given)
+				}
 			})
 		})
 	}
@@ -436,7 +439,7 @@ func TestAWSEndpoint(t *testing.T) {
 
 // TestAWSEndpointOnLoopback: it listens nowhere else.
 func TestAWSEndpointOnLoopback(t *testing.T) {
-	for _, address := range []string{"0.0.0.0:0", ":0", "[::]:0", "192.0.2.1:0", "example.com:0", "127.0.0.1", "0177.0.0.1:0", "127.0.0.1.evil.test:0"} {
+	for _, address := range []string{"0.0.0.0:0", ":0", "[::]:0", "192.0.2.1:0", "example.com:0", "127.0.0.1", "0177.0.0.1:0", "127.0.0.1.evil.test:0", "127.0.0.1:99999", "127.0.0.1:", "127.0.0.1:http"} {
 		if ln, err := listenLoopback(address); err == nil {
 			ln.Close()
 			t.Errorf("it listens at %s", address)

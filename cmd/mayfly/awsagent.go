@@ -179,6 +179,7 @@ func (a *awsAgent) look(ctx context.Context) {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.held = slices.DeleteFunc(a.held, func(l client.Lease) bool { return l.ID == id }) // there is nothing to give back
 	if a.lease.ID == id {
 		a.lease, a.used = awsLease{}, false
 		a.warn("lease %s was ended", id)

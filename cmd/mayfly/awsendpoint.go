@@ -16,6 +16,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/mayfly-security/mayfly/broker"
@@ -48,9 +49,12 @@ type awsEndpoint struct {
 
 // listenLoopback listens where nobody from outside can come.
 func listenLoopback(address string) (net.Listener, error) {
-	host, _, err := net.SplitHostPort(address)
+	host, port, err := net.SplitHostPort(address)
+	if err == nil {
+		_, err = strconv.ParseUint(port, 10, 16)
+	}
 	if err != nil {
-		return nil, usagef("--listen %q is not of the form host:port", address)
+		return nil, usagef("--listen %q is not of the form host:port, such as 127.0.0.1:9911", address)
 	}
 	if ip, err := netip.ParseAddr(host); host != "localhost" && (err != nil || !ip.IsLoopback()) {
 		return nil, usagef("--listen %q is not on loopback: the credentials are for this machine alone, and travel without TLS", address)
