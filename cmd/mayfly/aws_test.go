@@ -103,6 +103,7 @@ func fetch() {
 // fake makes leases for an agent.
 type fakeLeases struct {
 	mu    sync.Mutex
+	asked int
 	made  int
 	given []broker.LeaseID // back
 	ttl   time.Duration
@@ -118,6 +119,7 @@ func (f *fakeLeases) agent(t *testing.T) *awsAgent {
 		obtain: func(ctx context.Context) (*client.Credential, awsLease, error) {
 			f.mu.Lock()
 			defer f.mu.Unlock()
+			f.asked++
 			if f.slow > 0 {
 				f.mu.Unlock()
 				time.Sleep(f.slow)
@@ -151,6 +153,12 @@ func (f *fakeLeases) agent(t *testing.T) *awsAgent {
 	}
 	a.ctx, a.stop = context.WithCancel(t.Context())
 	return a
+}
+
+func (f *fakeLeases) set(do func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	do()
 }
 
 func (f *fakeLeases) count() int {
@@ -219,19 +227,18 @@ func TestAWSAgentRefused(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		f.fail = broker.Refusef(broker.ReasonNoGrant, "ask for one", "there is no grant")
-		asked := 0
-		obtain := a.obtain
-		a.obtain = func(ctx context.Context) (*client.Credential, awsLease, error) { asked++; return obtain(ctx) }
+		f.set(func() { f.fail = broker.Refusef(broker.ReasonNoGrant, "ask for one", "there is no grant") })
 		for time.Now().Before(first.End) {
 			if l, err := a.get(t.Context()); err != nil || l.ID != first.ID {
 				t.Fatalf("%v, %v while the first lives", l.ID, err)
 			}
 			time.Sleep(50 * time.Millisecond)
 		}
-		if len(f.said) == 0 || !strings.Contains(f.said[0], "there is no grant (no_grant)") {
-			t.Errorf("said: %q", f.said)
-		}
+		f.set(func() {
+			if len(f.said) == 0 || !strings.Contains(f.said[0], "there is no grant (no_grant)") {
+				t.Errorf("said: %q", f.said)
+			}
+		})
 		for range 100 {
 			var refusal *broker.Error
 			if _, err := a.get(t.Context()); !errors.As(err, &refusal) || statusForSDK(err) != http.StatusForbidden {
@@ -239,10 +246,11 @@ func TestAWSAgentRefused(t *testing.T) {
 			}
 			time.Sleep(10 * time.Millisecond)
 		}
-		if asked > 30 {
-			t.Errorf("the broker was asked %d times in 20 s", asked)
-		}
-		f.fail = nil
+		f.set(func() {
+			if f.fail = nil; f.asked > 30 {
+				t.Errorf("the broker was asked %d times in 20 s", f.asked)
+			}
+		})
 		time.Sleep(2 * time.Second)
 		if _, err := a.get(t.Context()); err != nil {
 			t.Error(err)
