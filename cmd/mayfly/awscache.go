@@ -96,8 +96,8 @@ func (p *program) awsCache(c *client.Client, req client.GetRequest) (awsCache, e
 // awsDir is where leases are kept, made if it is not there. A directory that
 // others may look into or write to is refused.
 func (p *program) awsDir() (string, error) {
-	dir := p.getenv("XDG_RUNTIME_DIR")
-	if !filepath.IsAbs(dir) { // the base directory specification: others are to be ignored
+	dir := p.runtimeDir()
+	if dir == "" {
 		dir = p.getenv("XDG_CACHE_HOME")
 	}
 	if !filepath.IsAbs(dir) {
@@ -116,6 +116,17 @@ func (p *program) awsDir() (string, error) {
 		return "", err
 	}
 	return dir, ownDir(dir, 0o077)
+}
+
+// runtimeDir is XDG_RUNTIME_DIR; empty if it is not set, or not as its
+// specification wants it. One of another user's, as sudo and su may leave it, would
+// let them put their own files in the place of ours.
+func (p *program) runtimeDir() string {
+	dir := p.getenv("XDG_RUNTIME_DIR")
+	if !filepath.IsAbs(dir) || ownDir(dir, 0o022) != nil {
+		return ""
+	}
+	return dir
 }
 
 // ownDir refuses what is no directory of this user's, and one with a mode that

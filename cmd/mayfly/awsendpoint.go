@@ -113,11 +113,7 @@ func (p *program) placeOf(e *awsEndpoint) (string, error) {
 	if e.dir != "" {
 		return e.dir, nil
 	}
-	runtime := p.getenv("XDG_RUNTIME_DIR")
-	if !filepath.IsAbs(runtime) {
-		runtime = ""
-	}
-	dir, err := os.MkdirTemp(runtime, "mayfly-aws-") // mode 0700
+	dir, err := os.MkdirTemp(p.runtimeDir(), "mayfly-aws-") // mode 0700
 	if err != nil {
 		return "", fmt.Errorf("making a place for the endpoint's files: %w", err)
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -282,4 +283,31 @@ func TestAWSLock(t *testing.T) {
 		})
 	}
 	all.Wait()
+}
+
+// TestRuntimeDir: a place that others may write to, or that is no directory of
+// ours, is not used.
+func TestRuntimeDir(t *testing.T) {
+	dir := t.TempDir()
+	shared, link := filepath.Join(dir, "shared"), filepath.Join(dir, "link")
+	if err := errors.Join(os.Mkdir(shared, 0o700), os.Chmod(shared, 0o777), os.Symlink(dir, link), os.Chmod(dir, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	for given, want := range map[string]string{dir: dir, shared: "", link: "", "": "", "relative": "", filepath.Join(dir, "none"): ""} {
+		p := &program{environ: []string{"XDG_RUNTIME_DIR=" + given}}
+		if got := p.runtimeDir(); got != want {
+			t.Errorf("%q: %q", given, got)
+		}
+	}
+	// A file's directory is looked at as it is put to use.
+	w := newKeptWorld(t)
+	if err := os.Chmod(w.run, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	home := t.TempDir()
+	w.env = append(w.env, "HOME="+home)
+	w.good()
+	if files, _ := filepath.Glob(filepath.Join(home, ".cache", "mayfly", "aws", "*.json")); len(files) != 1 || len(w.files("*")) != 0 {
+		t.Errorf("%v, %v", files, w.files("*"))
+	}
 }
