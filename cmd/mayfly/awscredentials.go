@@ -32,11 +32,11 @@ once, one of them asks, and the others print what lives meanwhile.
 The file has a secret in it: a credential for this one tool, that dies at its end.
 It is in mayfly/aws below XDG_RUNTIME_DIR, which is memory and is gone when you log
 out; where that is not set, or others may write there, it is below XDG_CACHE_HOME or
-~/.cache, which is a disk. It has mode 0600, in a directory with mode 0700, and is removed by a later call once
-its lease has ended. It belongs to one broker, identity, tool, set of parameters
-and TTL, and nobody else is given it. With --no-cache nothing is written, and each
-call costs a lease. "mayfly aws exec" and "mayfly aws serve" do without a file, too,
-and cost one lease for many calls.
+~/.cache, which is a disk. It has mode 0600, in a directory with mode 0700, and is
+removed by a later call once its lease has ended. It belongs to one broker, identity,
+tool, set of parameters and TTL, and nobody else is given it. With --no-cache nothing
+is written, and each call costs a lease. "mayfly aws exec" and "mayfly aws serve" do
+without a file, too, and cost one lease for many calls.
 
 A lease that ends early, with its incident for example, is printed for 15 seconds
 more at most: then the broker is asked whether it lives. A broker that is away ends
