@@ -305,6 +305,39 @@ func TestAWSAgentEndedEarly(t *testing.T) {
 	}
 }
 
+// TestAWSAgentIdle: with nothing to do it sleeps, also after the end of a lease that
+// was used, and while a renewal takes its time.
+func TestAWSAgentIdle(t *testing.T) {
+	for name, then := range map[string]func(*fakeLeases){
+		"refused": func(f *fakeLeases) { f.fail = broker.Refusef(broker.ReasonNoGrant, "", "there is no grant") },
+		"slow":    func(f *fakeLeases) { f.slow = time.Hour },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := &fakeLeases{ttl: time.Minute}
+				a := f.agent(t)
+				var looks atomic.Int64
+				a.now = func() time.Time { looks.Add(1); return time.Now() }
+				if _, err := a.get(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				f.set(func() { then(f) })
+				ctx, cancel := context.WithCancel(t.Context())
+				var run sync.WaitGroup
+				run.Go(func() { a.run(ctx) })
+				time.Sleep(10 * time.Minute)
+				if n := looks.Load(); n > 1000 {
+					t.Errorf("it looked at the clock %d times in ten minutes", n)
+				}
+				cancel()
+				run.Wait()
+				time.Sleep(time.Hour)
+				a.close()
+			})
+		})
+	}
+}
+
 // TestAWSAgentUnused: the lease that is made before anybody asks is not renewed
 // for nobody.
 func TestAWSAgentUnused(t *testing.T) {

@@ -135,9 +135,10 @@ func (a *awsAgent) run(ctx context.Context) {
 	look := a.now().Add(awsLook)
 	for {
 		a.mu.Lock()
-		wait := look.Sub(a.now())
-		if a.lease.ID != "" && a.used {
-			wait = min(wait, max(a.renewAt.Sub(a.now()), a.again.Sub(a.now())))
+		now := a.now()
+		wait, making := look.Sub(now), a.making
+		if a.used && making == nil && a.lease.alive(now) {
+			wait = min(wait, max(a.renewAt.Sub(now), a.again.Sub(now)))
 		}
 		a.mu.Unlock()
 		timer := time.NewTimer(max(wait, 10*time.Millisecond))
@@ -145,6 +146,8 @@ func (a *awsAgent) run(ctx context.Context) {
 		case <-ctx.Done():
 			timer.Stop()
 			return
+		case <-making: // nil if nothing is
+			timer.Stop()
 		case <-timer.C:
 		}
 		a.renew()
