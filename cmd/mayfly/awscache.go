@@ -146,7 +146,7 @@ func ownDir(dir string, others fs.FileMode) error {
 
 // lock waits until nobody else is about to renew the lease, for as long as a
 // call may take. The lock ends with the process, however that ends. Who finds a
-// lease that is alive meanwhile does not wait: somebody else sees to it.
+// lease meanwhile that is known to live does not wait: somebody else sees to it.
 func (c awsCache) lock(ctx context.Context, limit time.Duration, now func() time.Time) (unlock func(), alive kept, err error) {
 	tick := time.NewTicker(lockPause)
 	defer tick.Stop()
@@ -157,7 +157,7 @@ func (c awsCache) lock(ctx context.Context, limit time.Duration, now func() time
 		if err != nil || taken {
 			return unlock, kept{}, err
 		}
-		if k, err := c.load(); err != nil || k.alive(now()) {
+		if k, err := c.load(); err != nil || k.alive(now()) && within(now(), k.looked, awsLook) {
 			return nil, k, err
 		}
 		select {

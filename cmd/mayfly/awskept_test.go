@@ -112,6 +112,33 @@ func TestAWSKeptEndedEarly(t *testing.T) {
 	}
 	second := w.good()
 
+	// Until the one who asks knows, nobody else prints it either.
+	w.pass(awsLook + time.Second)
+	release, holding := make(chan struct{}), make(chan struct{}, 1)
+	w.Lock()
+	w.Hold = func(_ context.Context, procedure string) {
+		if procedure == "GetLease" {
+			holding <- struct{}{}
+			<-release
+		}
+	}
+	w.Unlock()
+	var one sync.WaitGroup
+	one.Go(func() {
+		if out, said, code := w.call(); code != 0 || out != second {
+			t.Errorf("exit code %d: %s", code, said)
+		}
+	})
+	<-holding
+	if out, said, code := w.call("--timeout", "100ms"); code != exitUnavailable || out != "" {
+		t.Errorf("exit code %d, %q: %s", code, out, said)
+	}
+	close(release)
+	one.Wait()
+	w.Lock()
+	w.Hold = nil
+	w.Unlock()
+
 	// The broker is away: the lease is printed, and not every call waits for it.
 	w.pass(awsLook + time.Second)
 	w.refuse("GetLease " + string(broker.ReasonShuttingDown))
