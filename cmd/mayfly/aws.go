@@ -33,14 +33,19 @@ type awsLease struct {
 	Secret broker.Secret
 }
 
-func awsLeaseOf(cred *client.Credential) (awsLease, error) {
+// awsLeaseOf reads a credential as a session of AWS.
+func awsLeaseOf(cred *client.Credential, now time.Time) (awsLease, error) {
 	for _, field := range []string{awsKeyID, awsSecretKey} {
 		if v, _ := cred.Secret.Reveal(field); v == "" {
 			return awsLease{}, usagef("tool %s gives no credentials for AWS: its secret has %s, and no %s",
 				clean(cred.Lease.Tool), clean(strings.Join(cred.Secret.Names(), ", ")), field)
 		}
 	}
-	return awsLease{ID: cred.Lease.ID, Made: cred.Lease.CreatedAt, End: cred.Lease.End, Secret: cred.Secret}, nil
+	l := awsLease{ID: cred.Lease.ID, Made: cred.Lease.CreatedAt, End: cred.Lease.End, Secret: cred.Secret}
+	if !l.alive(now) {
+		return awsLease{}, fmt.Errorf("lease %s came with an end that has passed, %s: compare this machine's clock with the broker's", l.ID, relative(l.End, now))
+	}
+	return l, nil
 }
 
 // alive reports whether the lease has not come to its end.

@@ -70,10 +70,13 @@ func awsJSONCommand(ts *testscript.TestScript, _ bool, args []string) {
 // fetch is the command of a test that asks the endpoint as an SDK does: "fetch
 // N" N times, and prints the last answer.
 func fetch() {
-	token, err := os.ReadFile(os.Getenv(envContainerToken))
-	if err != nil || bytes.ContainsAny(token, "\r\n") {
-		fmt.Println("token", err)
-		os.Exit(1)
+	token := []byte(os.Getenv(envContainerToken))
+	if path := os.Getenv(envContainerTokenFile); path != "" {
+		var err error
+		if token, err = os.ReadFile(path); err != nil || bytes.ContainsAny(token, "\r\n") {
+			fmt.Println("token", err)
+			os.Exit(1)
+		}
 	}
 	var n int
 	fmt.Sscan(os.Args[1], &n)
@@ -100,12 +103,14 @@ func fetch() {
 // fake makes leases for an agent.
 type fakeLeases struct {
 	mu    sync.Mutex
+	asked int
 	made  int
 	given []broker.LeaseID // back
 	ttl   time.Duration
 	fail  error
 	slow  time.Duration
 	state map[broker.LeaseID]broker.LeaseState
+	blind error // what the broker says when it is asked for a lease
 	said  []string
 }
 
@@ -114,6 +119,7 @@ func (f *fakeLeases) agent(t *testing.T) *awsAgent {
 		obtain: func(ctx context.Context) (*client.Credential, awsLease, error) {
 			f.mu.Lock()
 			defer f.mu.Unlock()
+			f.asked++
 			if f.slow > 0 {
 				f.mu.Unlock()
 				time.Sleep(f.slow)
@@ -126,16 +132,16 @@ func (f *fakeLeases) agent(t *testing.T) *awsAgent {
 			id := broker.LeaseID(fmt.Sprintf("l%025d", f.made))
 			now := time.Now()
 			cred := &client.Credential{Lease: client.Lease{Lease: broker.Lease{ID: id, CreatedAt: now, End: now.Add(f.ttl), State: broker.LeaseActive}}, Secret: broker.NewSecret(awsSecret)}
-			l, err := awsLeaseOf(cred)
+			l, err := awsLeaseOf(cred, now)
 			return cred, l, err
 		},
 		state: func(_ context.Context, id broker.LeaseID) (broker.LeaseState, error) {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			if s, ok := f.state[id]; ok {
-				return s, nil
+				return s, f.blind
 			}
-			return broker.LeaseActive, nil
+			return broker.LeaseActive, f.blind
 		},
 		giveUp: func(l client.Lease) { f.mu.Lock(); f.given = append(f.given, l.ID); f.mu.Unlock() },
 		now:    time.Now,
@@ -147,6 +153,12 @@ func (f *fakeLeases) agent(t *testing.T) *awsAgent {
 	}
 	a.ctx, a.stop = context.WithCancel(t.Context())
 	return a
+}
+
+func (f *fakeLeases) set(do func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	do()
 }
 
 func (f *fakeLeases) count() int {
@@ -215,19 +227,18 @@ func TestAWSAgentRefused(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		f.fail = broker.Refusef(broker.ReasonNoGrant, "ask for one", "there is no grant")
-		asked := 0
-		obtain := a.obtain
-		a.obtain = func(ctx context.Context) (*client.Credential, awsLease, error) { asked++; return obtain(ctx) }
+		f.set(func() { f.fail = broker.Refusef(broker.ReasonNoGrant, "ask for one", "there is no grant") })
 		for time.Now().Before(first.End) {
 			if l, err := a.get(t.Context()); err != nil || l.ID != first.ID {
 				t.Fatalf("%v, %v while the first lives", l.ID, err)
 			}
 			time.Sleep(50 * time.Millisecond)
 		}
-		if len(f.said) == 0 || !strings.Contains(f.said[0], "there is no grant (no_grant)") {
-			t.Errorf("said: %q", f.said)
-		}
+		f.set(func() {
+			if len(f.said) == 0 || !strings.Contains(f.said[0], "there is no grant (no_grant)") {
+				t.Errorf("said: %q", f.said)
+			}
+		})
 		for range 100 {
 			var refusal *broker.Error
 			if _, err := a.get(t.Context()); !errors.As(err, &refusal) || statusForSDK(err) != http.StatusForbidden {
@@ -235,10 +246,11 @@ func TestAWSAgentRefused(t *testing.T) {
 			}
 			time.Sleep(10 * time.Millisecond)
 		}
-		if asked > 30 {
-			t.Errorf("the broker was asked %d times in 20 s", asked)
-		}
-		f.fail = nil
+		f.set(func() {
+			if f.fail = nil; f.asked > 30 {
+				t.Errorf("the broker was asked %d times in 20 s", f.asked)
+			}
+		})
 		time.Sleep(2 * time.Second)
 		if _, err := a.get(t.Context()); err != nil {
 			t.Error(err)
@@ -247,30 +259,83 @@ func TestAWSAgentRefused(t *testing.T) {
 	})
 }
 
-// TestAWSAgentEndedEarly: a lease that was ended is not given any more.
+// TestAWSAgentEndedEarly: a lease that was ended is not given any more, also where
+// the broker does not tell us of it; a broker that is away ends none.
 func TestAWSAgentEndedEarly(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		f := &fakeLeases{ttl: time.Hour, state: map[broker.LeaseID]broker.LeaseState{}}
-		a := f.agent(t)
-		ctx, cancel := context.WithCancel(t.Context())
-		var run sync.WaitGroup
-		run.Go(func() { a.run(ctx) })
-		first, err := a.get(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		f.mu.Lock()
-		f.state[first.ID] = broker.LeaseRevoking
-		f.fail = broker.Refusef(broker.ReasonIncidentClosed, "", "the incident is closed")
-		f.mu.Unlock()
-		time.Sleep(awsLook + time.Second)
-		if l, err := a.get(t.Context()); err == nil {
-			t.Errorf("%s is given after it was ended", l.ID)
-		}
-		cancel()
-		run.Wait()
-		a.close()
-	})
+	for name, test := range map[string]struct {
+		state broker.LeaseState
+		blind error
+		over  bool
+	}{
+		"ended":        {broker.LeaseRevoking, nil, true},
+		"disabled":     {"", broker.Refusef(broker.ReasonAgentDisabled, "", "the agent is disabled"), true},
+		"not known":    {"", broker.Refusef(broker.ReasonNotFound, "", "there is no such lease"), true},
+		"away":         {"", broker.Refusef(broker.ReasonShuttingDown, "", "it stops"), false},
+		"unreachable":  {"", client.ErrUnreachable, false},
+		"alive":        {broker.LeaseActive, nil, false},
+		"out of order": {"", errors.New("x"), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := &fakeLeases{ttl: time.Hour, state: map[broker.LeaseID]broker.LeaseState{}}
+				a := f.agent(t)
+				ctx, cancel := context.WithCancel(t.Context())
+				var run sync.WaitGroup
+				run.Go(func() { a.run(ctx) })
+				first, err := a.get(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				f.mu.Lock()
+				f.state[first.ID], f.blind = test.state, test.blind
+				f.fail = broker.Refusef(broker.ReasonIncidentClosed, "", "the incident is closed")
+				f.mu.Unlock()
+				time.Sleep(awsLook + time.Second)
+				if l, err := a.get(t.Context()); (err != nil) != test.over {
+					t.Errorf("%s is given: %v", l.ID, err)
+				}
+				cancel()
+				run.Wait()
+				a.close()
+				if given := len(f.given) == 1; given == test.over {
+					t.Errorf("given back: %v", f.given)
+				}
+			})
+		})
+	}
+}
+
+// TestAWSAgentIdle: with nothing to do it sleeps, also after the end of a lease that
+// was used, and while a renewal takes its time.
+func TestAWSAgentIdle(t *testing.T) {
+	for name, then := range map[string]func(*fakeLeases){
+		"refused": func(f *fakeLeases) { f.fail = broker.Refusef(broker.ReasonNoGrant, "", "there is no grant") },
+		"slow":    func(f *fakeLeases) { f.slow = time.Hour },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := &fakeLeases{ttl: time.Minute}
+				a := f.agent(t)
+				var looks atomic.Int64
+				a.now = func() time.Time { looks.Add(1); return time.Now() }
+				if _, err := a.get(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				f.set(func() { then(f) })
+				ctx, cancel := context.WithCancel(t.Context())
+				var run sync.WaitGroup
+				run.Go(func() { a.run(ctx) })
+				time.Sleep(10 * time.Minute)
+				if n := looks.Load(); n > 1000 {
+					t.Errorf("it looked at the clock %d times in ten minutes", n)
+				}
+				cancel()
+				run.Wait()
+				time.Sleep(time.Hour)
+				a.close()
+			})
+		})
+	}
 }
 
 // TestAWSAgentUnused: the lease that is made before anybody asks is not renewed
@@ -332,22 +397,25 @@ func TestAWSAgentImpatient(t *testing.T) {
 func testEndpoint(t *testing.T, f *fakeLeases) (*awsEndpoint, string) {
 	p := &program{environ: []string{"XDG_RUNTIME_DIR=" + t.TempDir()}, stderr: io.Discard, now: time.Now}
 	a := f.agent(t)
-	e, err := p.openAWSEndpoint(a, "127.0.0.1:0", "")
+	e, err := p.openAWSEndpoint(a, "127.0.0.1:0")
+	if err == nil {
+		err = p.writeToken(e, "")
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		e.close()
 		a.close()
-		if _, err := os.Stat(e.token); err == nil {
+		if _, err := os.Stat(e.file); err == nil {
 			t.Error("the token's file is there after the end")
 		}
 	})
-	token, err := os.ReadFile(e.token)
+	token, err := os.ReadFile(e.file)
 	if err != nil || len(token) < 40 || bytes.ContainsAny(token, "\r\n ") {
 		t.Fatalf("the token has %d bytes: %v", len(token), err)
 	}
-	for path, want := range map[string]os.FileMode{e.token: 0o600, filepath.Dir(e.token): 0o700} {
+	for path, want := range map[string]os.FileMode{e.file: 0o600, filepath.Dir(e.file): 0o700} {
 		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != want {
 			t.Errorf("%s has mode %v (%v)", path, info.Mode(), err)
 		}
@@ -390,6 +458,9 @@ func TestAWSEndpoint(t *testing.T) {
 		}
 		text, _ := io.ReadAll(answer.Body)
 		answer.Body.Close()
+		if (test.status == 401) != answer.Close {
+			t.Errorf("%s: the connection is closed: %v", test.what, answer.Close)
+		}
 		if answer.StatusCode != test.status || answer.Header.Get("Cache-Control") != "no-store" || answer.Header.Get("Content-Type") != "application/json" {
 			t.Errorf("%s: %s %v", test.what, answer.Status, answer.Header)
 		}
@@ -409,7 +480,7 @@ func TestAWSEndpoint(t *testing.T) {
 
 // TestAWSEndpointOnLoopback: it listens nowhere else.
 func TestAWSEndpointOnLoopback(t *testing.T) {
-	for _, address := range []string{"0.0.0.0:0", ":0", "[::]:0", "192.0.2.1:0", "example.com:0", "127.0.0.1", "0177.0.0.1:0", "127.0.0.1.evil.test:0"} {
+	for _, address := range []string{"0.0.0.0:0", ":0", "[::]:0", "192.0.2.1:0", "example.com:0", "127.0.0.1", "0177.0.0.1:0", "127.0.0.1.evil.test:0", "127.0.0.1:99999", "127.0.0.1:", "127.0.0.1:http"} {
 		if ln, err := listenLoopback(address); err == nil {
 			ln.Close()
 			t.Errorf("it listens at %s", address)
@@ -499,6 +570,10 @@ func TestAWSProfileKeepsTheRest(t *testing.T) {
 		if state != profileOurs || string(twice) != string(once) {
 			t.Fatalf("%d\n%q\n%q", state, once, twice)
 		}
+		// Out again. A last line without an end has one now.
+		if out, state := w.cut(once); state != profileOurs || strings.TrimRight(string(out), "\r\n") != strings.TrimRight(whole, "\r\n") || len(out) < len(whole) || len(out) > len(whole)+2 {
+			t.Fatalf("%d\n%q\nwant\n%q", state, out, whole)
+		}
 		// In the middle of others' sections, and changed.
 		if after != "" && !strings.HasPrefix(after, "[") { // it would be the section's own
 			return
@@ -562,6 +637,25 @@ func TestProcessWord(t *testing.T) {
 		out, err := exec.Command("sh", "-c", "printf %s "+quoted).Output()
 		if err != nil || string(out) != word {
 			t.Errorf("%q was read back as %q (%v)", word, out, err)
+		}
+	}
+}
+
+// TestOwnPath: a link by which we were called stays; what leads elsewhere is not us.
+func TestOwnPath(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	link, other := filepath.Join(dir, "mayfly"), filepath.Join(dir, "other")
+	if err := errors.Join(os.Symlink(self, link), os.WriteFile(other, []byte("#!/bin/sh\n"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir)
+	for called, want := range map[string]string{link: link, "mayfly": link, other: self, "nowhere": self, "": self} {
+		if got, err := ownPath(called); err != nil || got != want {
+			t.Errorf("called as %q: %q, %v", called, got, err)
 		}
 	}
 }

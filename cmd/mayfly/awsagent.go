@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -111,12 +110,6 @@ func (a *awsAgent) ask() {
 		a.making = nil
 		defer close(making)
 		now := a.now()
-		if err == nil {
-			a.hold(cred.Lease, now)
-			if !lease.alive(now) {
-				err = fmt.Errorf("lease %s came with an end that has passed: compare this machine's clock with the broker's", lease.ID)
-			}
-		}
 		if a.refused = err; err != nil {
 			a.again = now.Add(awsPause + rand.N(awsPause/4))
 			if a.lease.alive(now) && a.ctx.Err() == nil {
@@ -125,6 +118,7 @@ func (a *awsAgent) ask() {
 			}
 			return
 		}
+		a.hold(cred.Lease, now)
 		a.lease, a.used, a.again = lease, false, time.Time{}
 		a.renewAt = lease.End.Add(-lease.margin() - rand.N(lease.margin()/2+1))
 	})
@@ -141,9 +135,10 @@ func (a *awsAgent) run(ctx context.Context) {
 	look := a.now().Add(awsLook)
 	for {
 		a.mu.Lock()
-		wait := look.Sub(a.now())
-		if a.lease.ID != "" && a.used {
-			wait = min(wait, max(a.renewAt.Sub(a.now()), a.again.Sub(a.now())))
+		now := a.now()
+		wait, making := look.Sub(now), a.making
+		if a.used && making == nil && a.lease.alive(now) {
+			wait = min(wait, max(a.renewAt.Sub(now), a.again.Sub(now)))
 		}
 		a.mu.Unlock()
 		timer := time.NewTimer(max(wait, 10*time.Millisecond))
@@ -151,6 +146,8 @@ func (a *awsAgent) run(ctx context.Context) {
 		case <-ctx.Done():
 			timer.Stop()
 			return
+		case <-making: // nil if nothing is
+			timer.Stop()
 		case <-timer.C:
 		}
 		a.renew()
@@ -180,16 +177,27 @@ func (a *awsAgent) look(ctx context.Context) {
 	if !alive {
 		return
 	}
-	state, err := a.state(ctx, id)
-	if err != nil || state == broker.LeaseActive {
-		return // a broker that is away says nothing of the lease
+	if state, err := a.state(ctx, id); !leaseOver(state, err) {
+		return
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.held = slices.DeleteFunc(a.held, func(l client.Lease) bool { return l.ID == id }) // there is nothing to give back
 	if a.lease.ID == id {
 		a.lease, a.used = awsLease{}, false
 		a.warn("lease %s was ended", id)
 	}
+}
+
+// leaseOver tells what the broker's answer about a lease means: it is over, also
+// where it is not known any more, or where we may not ask. A broker that is away
+// says nothing of it.
+func leaseOver(state broker.LeaseState, err error) bool {
+	if err == nil {
+		return state != broker.LeaseActive
+	}
+	code := codeOf(err)
+	return code == exitRefused || code == exitNotFound
 }
 
 // close ends what the agent holds. Nobody is given anything afterwards.

@@ -14,7 +14,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/mayfly-security/mayfly/broker"
@@ -26,8 +25,18 @@ const (
 	maxKept = 64 << 10
 	// lockPause is the pause between two tries for a lock that somebody has.
 	lockPause = 20 * time.Millisecond
-	keptEnd   = ".json"
-	lockEnd   = ".lock"
+	// awsKeptPause is how long a renewal that failed is not tried again while the
+	// kept lease lives.
+	awsKeptPause = 5 * time.Second
+	// awsKeptLook and awsKeptRenew bound the questions about a lease that lives, and
+	// so can be printed without an answer.
+	awsKeptLook  = 2 * time.Second
+	awsKeptRenew = 10 * time.Second
+	// awsKeptWait bounds the waiting for another process that asks, if nothing was
+	// said: as long as a call may take.
+	awsKeptWait = time.Minute
+	keptEnd     = ".json"
+	lockEnd     = ".lock"
 )
 
 // awsCache is the file that one lease is kept in, for calls that come soon after
@@ -44,7 +53,27 @@ type keptLease struct {
 	Lease  broker.LeaseID    `json:"lease"`
 	Made   time.Time         `json:"made"`
 	End    time.Time         `json:"end"`
+	Looked time.Time         `json:"looked"`         // when the broker was last asked whether it lives
+	Again  time.Time         `json:"again,omitzero"` // no sooner is its renewal tried again
 	Secret map[string]string `json:"secret"`
+}
+
+// kept is a lease out of the file, with what is remembered of it there.
+type kept struct {
+	awsLease
+	looked, again time.Time
+}
+
+// settled reports whether the lease can be printed with nobody asked: it was
+// looked at a moment ago, and need not or cannot be renewed now.
+func (k kept) settled(now time.Time) bool {
+	return k.alive(now) && within(now, k.looked, awsLook) && (k.fresh(now) || within(now, k.again.Add(-awsKeptPause), awsKeptPause))
+}
+
+// within reports whether at lies less than span before now. What lies after it
+// was written by a clock that has been set back, and counts for nothing.
+func within(now, at time.Time, span time.Duration) bool {
+	return !at.After(now) && now.Before(at.Add(span))
 }
 
 // awsCache is the place for one broker, identity, tool, set of parameters and
@@ -67,8 +96,8 @@ func (p *program) awsCache(c *client.Client, req client.GetRequest) (awsCache, e
 // awsDir is where leases are kept, made if it is not there. A directory that
 // others may look into or write to is refused.
 func (p *program) awsDir() (string, error) {
-	dir := p.getenv("XDG_RUNTIME_DIR")
-	if !filepath.IsAbs(dir) { // the base directory specification: others are to be ignored
+	dir := p.runtimeDir()
+	if dir == "" {
 		dir = p.getenv("XDG_CACHE_HOME")
 	}
 	if !filepath.IsAbs(dir) {
@@ -78,116 +107,156 @@ func (p *program) awsDir() (string, error) {
 		}
 		dir = filepath.Join(home, ".cache")
 	}
-	dir = filepath.Join(dir, "mayfly", "aws")
+	above := filepath.Join(dir, "mayfly")
+	dir = filepath.Join(above, "aws")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return "", fmt.Errorf("making a place to keep a lease: %w", err)
 	}
-	info, err := os.Lstat(dir)
-	if err != nil {
-		return "", fmt.Errorf("looking at the place to keep a lease: %w", err)
+	if err := ownDir(above, 0o022); err != nil { // who may write there can put another in the place of ours
+		return "", err
 	}
-	if !info.IsDir() || info.Mode().Perm()&0o077 != 0 || !ownedByUs(info) {
-		return "", usagef("%s is not a directory of yours alone (mode %04o): remove it, or chmod 700 it", dir, info.Mode().Perm())
-	}
-	return dir, nil
+	return dir, ownDir(dir, 0o077)
 }
 
-// lock waits until nobody else is about to renew the lease. The lock ends with
-// the process, however that ends.
-func (c awsCache) lock(ctx context.Context) (unlock func(), err error) {
+// runtimeDir is XDG_RUNTIME_DIR; empty if it is not set, or not as its
+// specification wants it. One of another user's, as sudo and su may leave it, would
+// let them put their own files in the place of ours.
+func (p *program) runtimeDir() string {
+	dir := p.getenv("XDG_RUNTIME_DIR")
+	if !filepath.IsAbs(dir) || ownDir(dir, 0o022) != nil {
+		return ""
+	}
+	return dir
+}
+
+// ownDir refuses what is no directory of this user's, and one with a mode that
+// has any of others' bits.
+func ownDir(dir string, others fs.FileMode) error {
+	info, err := os.Lstat(dir)
+	switch {
+	case err != nil:
+		return fmt.Errorf("looking at the place to keep a lease: %w", err)
+	case !info.IsDir() || !ownedByUs(info):
+		return usagef("%s is not a directory of yours, and leases are not kept in others': remove it, or use --no-cache", dir)
+	case info.Mode().Perm()&others != 0:
+		return usagef("%s is not a directory of yours alone (mode %04o): remove it, or chmod 700 it", dir, info.Mode().Perm())
+	}
+	return nil
+}
+
+// lock waits until nobody else is about to renew the lease, for as long as a
+// call may take. The lock ends with the process, however that ends. Who finds a
+// lease meanwhile that is known to live does not wait: somebody else sees to it.
+func (c awsCache) lock(ctx context.Context, limit time.Duration, now func() time.Time) (unlock func(), alive kept, err error) {
 	tick := time.NewTicker(lockPause)
 	defer tick.Stop()
+	over := time.NewTimer(limit)
+	defer over.Stop()
 	for {
-		unlock, taken, err := tryLock(strings.TrimSuffix(c.path, keptEnd) + lockEnd)
+		unlock, taken, err := tryLock(c.lockPath())
 		if err != nil || taken {
-			return unlock, err
+			return unlock, kept{}, err
+		}
+		if k, err := c.load(); err != nil || k.alive(now()) && within(now(), k.looked, awsLook) {
+			return nil, k, err
 		}
 		select {
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return nil, kept{}, ctx.Err()
+		case <-over.C:
+			return nil, kept{}, &exitError{exitUnavailable, fmt.Errorf("another mayfly has been asking for this lease for %s, and has no answer: see whether the broker is well", limit)}
 		case <-tick.C:
 		}
 	}
 }
 
-// tryLock takes a lock if nobody has it. Its file stays: whoever removed it
-// could take away what another has just locked.
-func tryLock(path string) (unlock func(), taken bool, err error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return nil, false, fmt.Errorf("locking the kept lease: %w", err)
-	}
-	switch err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); {
-	case err == nil:
-		return func() { _ = f.Close() }, true, nil // that unlocks it
-	case errors.Is(err, syscall.EWOULDBLOCK), errors.Is(err, syscall.EINTR):
-		_ = f.Close()
-		return nil, false, nil
-	default:
-		_ = f.Close()
-		return nil, false, fmt.Errorf("locking the kept lease: %w", err)
-	}
-}
+func (c awsCache) lockPath() string { return strings.TrimSuffix(c.path, keptEnd) + lockEnd }
 
 // load reads the kept lease; the zero lease if there is none that can be used.
 // A file that others could have read or written is refused.
-func (c awsCache) load() (awsLease, error) {
+func (c awsCache) load() (kept, error) {
 	f, err := openOwn(c.path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return awsLease{}, nil
+		return kept{}, nil
 	case err != nil:
-		return awsLease{}, fmt.Errorf("reading the kept lease: %w", err)
+		return kept{}, fmt.Errorf("reading the kept lease: %w", err)
 	}
 	defer f.Close() // it was only read
 	info, err := f.Stat()
 	if err != nil {
-		return awsLease{}, fmt.Errorf("reading the kept lease: %w", err)
+		return kept{}, fmt.Errorf("reading the kept lease: %w", err)
 	}
 	if !info.Mode().IsRegular() || info.Mode().Perm()&0o077 != 0 || !ownedByUs(info) {
-		return awsLease{}, usagef("%s is not yours alone (mode %04o), so that others may have its credential: revoke its lease and remove it", c.path, info.Mode().Perm())
+		return kept{}, usagef("%s is not yours alone (mode %04o), so that others may have its credential: revoke its lease and remove it", c.path, info.Mode().Perm())
 	}
-	var kept keptLease
-	if json.NewDecoder(io.LimitReader(f, maxKept)).Decode(&kept) != nil || kept.Key != c.key {
-		return awsLease{}, nil // not one that we wrote for this; it is written anew
+	var k keptLease
+	if json.NewDecoder(io.LimitReader(f, maxKept)).Decode(&k) != nil || k.Key != c.key {
+		return kept{}, nil // not one that we wrote for this; it is written anew
 	}
-	return awsLease{ID: kept.Lease, Made: kept.Made, End: kept.End, Secret: broker.NewSecret(kept.Secret)}, nil
+	return kept{awsLease{ID: k.Lease, Made: k.Made, End: k.End, Secret: broker.NewSecret(k.Secret)}, k.Looked, k.Again}, nil
 }
 
 // keep puts a lease into the file that was prepared for it.
-func (c awsCache) keep(f *secretFile, l awsLease) error {
-	doc, err := json.Marshal(keptLease{Key: c.key, Lease: l.ID, Made: l.Made, End: l.End, Secret: l.Secret.RevealAll()})
+func (c awsCache) keep(f *secretFile, k kept) error {
+	doc, err := json.Marshal(keptLease{Key: c.key, Lease: k.ID, Made: k.Made, End: k.End, Looked: k.looked, Again: k.again, Secret: k.Secret.RevealAll()})
 	if err != nil {
 		return err
 	}
 	return f.commit(doc)
 }
 
-// prune removes leases that have ended. What it cannot remove it leaves to the
-// next call: their credentials are dead.
-func (c awsCache) prune(now time.Time) {
-	paths, _ := filepath.Glob(filepath.Join(c.dir, "*"+keptEnd)) // the pattern is good
-	for _, path := range paths {
-		if path == c.path {
-			continue
-		}
-		pruneOne(path, now)
+// note writes down what has become known of a kept lease. What cannot be written
+// is found out again by the next call.
+func (c awsCache) note(k kept) {
+	f, err := newSecretFile(c.path)
+	if err != nil {
+		return
+	}
+	defer f.abort()
+	_ = c.keep(f, k) // see above
+}
+
+// forget removes the kept lease, and what a process that was killed has left. The
+// caller holds the lock.
+func (c awsCache) forget() {
+	_ = os.Remove(c.path)                                                          // what stays is not printed either: its lease is over
+	left, _ := filepath.Glob(filepath.Join(c.dir, "."+filepath.Base(c.path)+".*")) // the pattern is good
+	for _, path := range left {
+		_ = os.Remove(path) // as above
 	}
 }
 
-func pruneOne(path string, now time.Time) {
-	unlock, taken, err := tryLock(strings.TrimSuffix(path, keptEnd) + lockEnd)
+// prune removes leases that have ended. What it cannot remove it leaves to the
+// next call: their credentials are dead.
+func (c awsCache) prune(now time.Time) {
+	paths, _ := filepath.Glob(filepath.Join(c.dir, "*"+lockEnd)) // the pattern is good
+	for _, path := range paths {
+		if path != c.lockPath() {
+			awsCache{dir: c.dir, path: strings.TrimSuffix(path, lockEnd) + keptEnd}.pruneOne(now)
+		}
+	}
+}
+
+func (c awsCache) pruneOne(now time.Time) {
+	unlock, taken, err := tryLock(c.lockPath())
 	if err != nil || !taken {
 		return
 	}
 	defer unlock()
-	f, err := openOwn(path)
+	if c.ended(now) {
+		c.forget()
+		_ = os.Remove(c.lockPath()) // see tryLock
+	}
+}
+
+// ended reports whether the file has a lease that has ended, or is not there.
+func (c awsCache) ended(now time.Time) bool {
+	f, err := openOwn(c.path)
 	if err != nil {
-		return
+		return errors.Is(err, fs.ErrNotExist)
 	}
 	defer f.Close() // it was only read
-	var kept keptLease
-	if json.NewDecoder(io.LimitReader(f, maxKept)).Decode(&kept) == nil && now.After(kept.End) {
-		_ = os.Remove(path) // see prune
-	}
+	var k keptLease
+	return json.NewDecoder(io.LimitReader(f, maxKept)).Decode(&k) == nil && now.After(k.End)
 }

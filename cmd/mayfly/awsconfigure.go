@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -23,7 +24,7 @@ var regionName = regexp.MustCompile(`^[a-z0-9-]{1,50}$`)
 type awsConfiguredView struct {
 	Profile           string `json:"profile"`
 	File              string `json:"file"`
-	CredentialProcess string `json:"credentialProcess"`
+	CredentialProcess string `json:"credentialProcess,omitempty"`
 	Region            string `json:"region,omitempty"`
 	Changed           bool   `json:"changed"`
 }
@@ -31,9 +32,9 @@ type awsConfiguredView struct {
 func (p *program) awsConfigureCommand() *cobra.Command {
 	var ask askFlags
 	var profile, region string
-	var force, noCache bool
+	var force, noCache, remove bool
 	c := &cobra.Command{
-		Use:   "configure TOOL",
+		Use:   "configure [TOOL]",
 		Short: "Write a profile into ~/.aws/config that gets its credentials from Mayfly",
 		Long: `Configure writes one profile into ~/.aws/config, or into the file that
 AWS_CONFIG_FILE names. With it the AWS CLI, the AWS SDKs, Terraform and whatever else
@@ -49,12 +50,22 @@ they are given; what the environment says is looked up at each use.
 
 Everything else in the file stays as it is, byte for byte; the file is replaced whole
 or not at all. Doing it again changes nothing, or what is different: settings that
-you added to the profile stay. A profile that mayfly did not write is refused; with
---force it is replaced. So is one whose name has keys in ~/.aws/credentials, because
-SDKs take those first: remove them.`,
+you added to the profile stay. A profile that mayfly did not write is refused, and
+so is one that has keys or a role beside it, because SDKs take those first; with
+--force it is replaced. A profile whose name has keys in ~/.aws/credentials is
+refused for the same reason: remove them.
+
+With --remove, and no tool, the profile that mayfly wrote is taken out again, with
+all that is in it. A lease that is kept for it lives until its end.`,
 		Example: `  mayfly aws configure s3.read --profile crm --param customer=c-17 --region eu-central-1
-  aws --profile crm s3 ls s3://crm/c-17/`,
-		Args:              exactly("TOOL"),
+  aws --profile crm s3 ls s3://crm/c-17/
+  mayfly aws configure --remove --profile crm`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if remove {
+				return none(cmd, args)
+			}
+			return exactly("TOOL")(cmd, args)
+		},
 		ValidArgsFunction: p.completeArgs(p.toolNames),
 	}
 	ask.add(c)
@@ -62,14 +73,21 @@ SDKs take those first: remove them.`,
 	c.Flags().StringVar(&region, "region", "", "the profile's region; default: none, or what is there")
 	c.Flags().BoolVar(&noCache, "no-cache", false, "keep no lease in a file: each use of the profile costs a lease")
 	c.Flags().BoolVar(&force, "force", false, "replace a profile that mayfly did not write")
+	c.Flags().BoolVar(&remove, "remove", false, "take the profile out again")
+	for _, name := range []string{"profile", "region"} {
+		_ = c.RegisterFlagCompletionFunc(name, cobra.NoFileCompletions) // the flag is there: see above
+	}
 	need(c, "profile")
-	return p.verb(c, func(_ context.Context, args []string) error {
+	return p.verb(c, func(ctx context.Context, args []string) error {
+		if !profileName.MatchString(profile) {
+			return usagef("--profile %q is no name of a profile: letters, digits and . _ @ + : / -", profile)
+		}
+		if remove {
+			return p.removeAWS(ctx, awsProfile{name: profile})
+		}
 		req, err := ask.request(args[0])
 		if err != nil {
 			return err
-		}
-		if !profileName.MatchString(profile) {
-			return usagef("--profile %q is no name of a profile: letters, digits and . _ @ + : / -", profile)
 		}
 		if region != "" && !regionName.MatchString(region) {
 			return usagef("--region %q is no region, such as eu-central-1", region)
@@ -92,7 +110,7 @@ SDKs take those first: remove them.`,
 			return err
 		}
 		w := awsProfile{name: profile, process: process, region: region}
-		v, err := p.configureAWS(w, force)
+		v, err := p.configureAWS(ctx, w, force)
 		if err != nil {
 			return err
 		}
@@ -109,9 +127,9 @@ SDKs take those first: remove them.`,
 // processLine is the line of a credential_process that runs mayfly with the
 // words, and with the global flags that were given.
 func (p *program) processLine(words []string) (string, error) {
-	self, err := os.Executable()
+	self, err := ownPath(os.Args[0])
 	if err != nil {
-		return "", fmt.Errorf("finding out where mayfly is: %w", err)
+		return "", err
 	}
 	for _, f := range []struct{ name, value string }{
 		{"--addr", p.addr}, {"--broker-id", p.brokerID}, {"--as", p.as}, {"--timeout", p.timeout.String()},
@@ -120,18 +138,35 @@ func (p *program) processLine(words []string) (string, error) {
 			words = append(words, f.name, f.value)
 		}
 	}
-	for i, word := range append([]string{self}, words...) {
-		quoted, err := processWord(word)
-		if err != nil {
+	words = append([]string{self}, words...)
+	for i, word := range words {
+		if words[i], err = processWord(word); err != nil {
 			return "", err
 		}
-		if i == 0 {
-			self = quoted
-		} else {
-			words[i-1] = quoted
-		}
 	}
-	return self + " " + strings.Join(words, " "), nil
+	return strings.Join(words, " "), nil
+}
+
+// ownPath is where mayfly is: the path that it was called by, if that leads here,
+// because a link outlives an upgrade of what it leads to.
+func ownPath(called string) (string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", fmt.Errorf("finding out where mayfly is: %w", err)
+	}
+	called, err = exec.LookPath(called)
+	if err != nil {
+		return self, nil
+	}
+	if called, err = filepath.Abs(called); err != nil {
+		return self, nil
+	}
+	a, errA := os.Stat(self)
+	b, errB := os.Stat(called)
+	if errA != nil || errB != nil || !os.SameFile(a, b) {
+		return self, nil
+	}
+	return called, nil
 }
 
 var plainWord = regexp.MustCompile(`^[A-Za-z0-9_@%+=:,./-]+$`)
@@ -150,27 +185,71 @@ func processWord(word string) (string, error) {
 }
 
 // configureAWS puts the profile into the file.
-func (p *program) configureAWS(w awsProfile, force bool) (awsConfiguredView, error) {
+func (p *program) configureAWS(ctx context.Context, w awsProfile, force bool) (awsConfiguredView, error) {
+	if err := p.noKeysFor(w, force); err != nil {
+		return awsConfiguredView{}, err
+	}
+	return p.editAWS(ctx, w, func(path string, before []byte) ([]byte, error) {
+		after, state := w.put(before, force)
+		switch {
+		case state == profileForeign && !force:
+			return nil, usagef("%s has a profile %s that mayfly did not write: choose another name, or replace it with --force", path, w.name)
+		case state == profileRival && !force:
+			return nil, usagef("%s has a profile %s with keys, a role or a sign-in beside what mayfly wrote, which SDKs take first: remove them, or replace the profile with --force", path, w.name)
+		case state == profileTwice:
+			return nil, usagef("%s has the profile %s more than once: leave one of them", path, w.name)
+		}
+		return after, nil
+	})
+}
+
+// removeAWS takes the profile out of the file.
+func (p *program) removeAWS(ctx context.Context, w awsProfile) error {
+	v, err := p.editAWS(ctx, w, func(path string, before []byte) ([]byte, error) {
+		after, state := w.cut(before)
+		switch state {
+		case profileForeign:
+			return nil, usagef("%s has a profile %s that mayfly did not write, and does not remove", path, w.name)
+		case profileTwice:
+			return nil, usagef("%s has the profile %s more than once: leave one of them", path, w.name)
+		}
+		return after, nil
+	})
+	if err != nil {
+		return err
+	}
+	return p.show(v, func(out *page) {
+		done := "there was none"
+		if v.Changed {
+			done = "removed"
+		}
+		out.fields("", "profile", v.Profile, "file", v.File, "", done)
+	})
+}
+
+// editAWS changes the file. Of many who do at once, each finds what the others
+// have written.
+func (p *program) editAWS(ctx context.Context, w awsProfile, edit func(path string, before []byte) ([]byte, error)) (awsConfiguredView, error) {
 	path, err := p.awsFile(envAWSConfig, "config")
 	if err != nil {
 		return awsConfiguredView{}, err
 	}
-	if err := p.noKeysFor(w, force); err != nil {
-		return awsConfiguredView{}, err
-	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return awsConfiguredView{}, fmt.Errorf("making the directory of %s: %w", path, err)
 	}
+	unlock, err := lockDir(ctx, dir)
+	if err != nil {
+		return awsConfiguredView{}, err
+	}
+	defer unlock()
 	before, mode, err := readAWS(path)
 	if err != nil {
 		return awsConfiguredView{}, err
 	}
-	after, state := w.put(before, force)
-	switch {
-	case state == profileForeign && !force:
-		return awsConfiguredView{}, usagef("%s has a profile %s that mayfly did not write: choose another name, or replace it with --force", path, w.name)
-	case state == profileTwice:
-		return awsConfiguredView{}, usagef("%s has the profile %s more than once: leave one of them", path, w.name)
+	after, err := edit(path, before)
+	if err != nil {
+		return awsConfiguredView{}, err
 	}
 	v := awsConfiguredView{Profile: w.name, File: path, CredentialProcess: w.process, Region: w.region, Changed: !bytes.Equal(before, after)}
 	if !v.Changed {

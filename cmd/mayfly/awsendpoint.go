@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -15,17 +16,18 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/mayfly-security/mayfly/broker"
-	"github.com/mayfly-security/mayfly/broker/client"
 )
 
 // The variables that point an SDK to the endpoint ("Container credential
 // provider" of the AWS SDKs and Tools Reference Guide).
 const (
-	envContainerURI   = "AWS_CONTAINER_CREDENTIALS_FULL_URI"
-	envContainerToken = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"
+	envContainerURI       = "AWS_CONTAINER_CREDENTIALS_FULL_URI"
+	envContainerToken     = "AWS_CONTAINER_AUTHORIZATION_TOKEN"
+	envContainerTokenFile = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE" // goes first, where an SDK knows it
 
 	containerPath = "/credentials"
 	// containerWait is how long one request waits for a lease that is made.
@@ -38,17 +40,21 @@ type awsEndpoint struct {
 	agent *awsAgent
 	ln    net.Listener
 	srv   *http.Server
-	dir   string // made for the token; empty if the caller chose a place
-	token string // the file's path
+	token string
 	sum   [sha256.Size]byte
+	file  string // that the token is in; empty if it is in none
+	dir   string // made for what the endpoint has in files; empty until there is one
 	done  chan error
 }
 
 // listenLoopback listens where nobody from outside can come.
 func listenLoopback(address string) (net.Listener, error) {
-	host, _, err := net.SplitHostPort(address)
+	host, port, err := net.SplitHostPort(address)
+	if err == nil {
+		_, err = strconv.ParseUint(port, 10, 16)
+	}
 	if err != nil {
-		return nil, usagef("--listen %q is not of the form host:port", address)
+		return nil, usagef("--listen %q is not of the form host:port, such as 127.0.0.1:9911", address)
 	}
 	if ip, err := netip.ParseAddr(host); host != "localhost" && (err != nil || !ip.IsLoopback()) {
 		return nil, usagef("--listen %q is not on loopback: the credentials are for this machine alone, and travel without TLS", address)
@@ -63,18 +69,12 @@ func listenLoopback(address string) (net.Listener, error) {
 	return ln, nil
 }
 
-// openAWSEndpoint listens and writes the token. tokenFile may be empty.
-func (p *program) openAWSEndpoint(agent *awsAgent, listen, tokenFile string) (_ *awsEndpoint, err error) {
-	e := &awsEndpoint{agent: agent, token: tokenFile, done: make(chan error, 1)}
+// openAWSEndpoint listens. The token is in no file yet.
+func (p *program) openAWSEndpoint(agent *awsAgent, listen string) (*awsEndpoint, error) {
+	e := &awsEndpoint{agent: agent, token: rand.Text() + rand.Text(), done: make(chan error, 1)} // 260 bits
+	e.sum = sha256.Sum256([]byte(e.token))
+	var err error
 	if e.ln, err = listenLoopback(listen); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			_ = e.ln.Close() // nothing came in
-		}
-	}()
-	if err := e.writeToken(p.getenv("XDG_RUNTIME_DIR")); err != nil {
 		return nil, err
 	}
 	e.srv = &http.Server{
@@ -85,46 +85,64 @@ func (p *program) openAWSEndpoint(agent *awsAgent, listen, tokenFile string) (_ 
 	return e, nil
 }
 
-// writeToken makes the token, and puts it into a file for its owner alone. No
-// line end may follow it: SDKs send what is in the file as it is.
-func (e *awsEndpoint) writeToken(runtime string) error {
-	if e.token == "" {
-		if !filepath.IsAbs(runtime) {
-			runtime = ""
-		}
-		dir, err := os.MkdirTemp(runtime, "mayfly-aws-") // mode 0700
+// writeToken puts the token into a file for its owner alone: where the caller
+// wants it, or in a new place. No line end may follow it: SDKs send what is in the
+// file as it is.
+func (p *program) writeToken(e *awsEndpoint, path string) error {
+	if path == "" {
+		dir, err := p.placeOf(e)
 		if err != nil {
-			return fmt.Errorf("making a place for the endpoint's token: %w", err)
+			return err
 		}
-		e.dir, e.token = dir, filepath.Join(dir, "token")
-	} else if path, err := filepath.Abs(e.token); err == nil {
-		e.token = path
+		path = filepath.Join(dir, "token")
 	}
-	token := rand.Text() + rand.Text() // 260 bits
-	e.sum = sha256.Sum256([]byte(token))
-	f, err := newSecretFile(e.token)
-	if err == nil {
-		err = f.commit([]byte(token))
-	}
+	path, err := filepath.Abs(path)
 	if err != nil {
-		e.removeToken()
+		return fmt.Errorf("finding the place for the endpoint's token: %w", err)
 	}
-	return err
+	f, err := newSecretFile(path)
+	if err != nil {
+		return err
+	}
+	e.file = path
+	return f.commit([]byte(e.token))
 }
 
-func (e *awsEndpoint) removeToken() {
-	_ = os.Remove(e.token) // with the endpoint the token opens nothing any more
+// placeOf is a new directory for what the endpoint has in files. It goes with it.
+func (p *program) placeOf(e *awsEndpoint) (string, error) {
 	if e.dir != "" {
-		_ = os.RemoveAll(e.dir)
+		return e.dir, nil
 	}
+	dir, err := os.MkdirTemp(p.runtimeDir(), "mayfly-aws-") // mode 0700
+	if err != nil {
+		return "", fmt.Errorf("making a place for the endpoint's files: %w", err)
+	}
+	e.dir = dir
+	return dir, nil
+}
+
+// removeFiles leaves nothing behind, and alone what is not its own: another
+// endpoint may have come to the place that the caller chose.
+func (e *awsEndpoint) removeFiles() {
+	if text, err := readOwn(e.file); err == nil && subtle.ConstantTimeCompare(text, []byte(e.token)) == 1 {
+		_ = os.Remove(e.file) // with the endpoint the token opens nothing any more
+	}
+	if e.dir != "" {
+		_ = os.RemoveAll(e.dir) // as above
+	}
+}
+
+// readOwn reads a small file, and follows no link in its place.
+func readOwn(path string) ([]byte, error) {
+	f, err := openOwn(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close() // it was only read
+	return io.ReadAll(io.LimitReader(f, maxKept))
 }
 
 func (e *awsEndpoint) uri() string { return "http://" + e.ln.Addr().String() + containerPath }
-
-// variables point an SDK to the endpoint.
-func (e *awsEndpoint) variables() []client.Variable {
-	return []client.Variable{{Name: envContainerToken, Value: e.token}, {Name: envContainerURI, Value: e.uri()}}
-}
 
 // close ends the listening, and what was under way.
 func (e *awsEndpoint) close() {
@@ -133,7 +151,7 @@ func (e *awsEndpoint) close() {
 	if e.srv.Shutdown(ctx) != nil {
 		_ = e.srv.Close() // nobody waits for it any more
 	}
-	e.removeToken()
+	e.removeFiles()
 }
 
 // ServeHTTP implements http.Handler.
@@ -141,8 +159,9 @@ func (e *awsEndpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	sum := sha256.Sum256([]byte(r.Header.Get("Authorization")))
 	switch {
 	case subtle.ConstantTimeCompare(sum[:], e.sum[:]) != 1:
-		// First of all: nobody else learns anything here.
-		refuseSDK(w, http.StatusUnauthorized, "unauthorized", "the Authorization header is not the content of the file at "+envContainerToken)
+		// First of all: nobody else learns anything here, or keeps a connection open.
+		w.Header().Set("Connection", "close")
+		refuseSDK(w, http.StatusUnauthorized, "unauthorized", "the Authorization header is not the endpoint's token: neither "+envContainerToken+" nor the content of the file at "+envContainerTokenFile+", which SDKs from before the end of 2023 do not read")
 		return
 	case !loopbackHost(r.Host):
 		refuseSDK(w, http.StatusForbidden, "forbidden", "the request is for another host")
@@ -164,7 +183,7 @@ func (e *awsEndpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if f.Next != "" {
 			message += "; next: " + f.Next
 		}
-		refuseSDK(w, statusForSDK(err), orElse(f.Reason, "unavailable"), clean(message))
+		refuseSDK(w, statusForSDK(err), cmp.Or(f.Reason, "unavailable"), clean(message))
 		return
 	}
 	doc, err := lease.containerOutput()
@@ -219,11 +238,4 @@ func refuseSDK(w http.ResponseWriter, status int, code, message string) {
 	}
 	head(w, status)
 	_, _ = w.Write(append(doc, '\n')) // a client that is gone asks again
-}
-
-func orElse(s, other string) string {
-	if s == "" {
-		return other
-	}
-	return s
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"regexp"
+	"slices"
 	"strings"
 )
 
@@ -26,8 +27,13 @@ const (
 	profileAbsent  profileState = iota
 	profileOurs                 // it has our mark
 	profileForeign              // somebody else's
+	profileRival                // ours, and somebody has added what SDKs take before us
 	profileTwice                // it is there more than once; SDKs mix them
 )
+
+// rivals are settings that SDKs take before a credential_process of the same
+// profile, or may.
+var rivals = []string{"aws_access_key_id", "role_arn", "source_profile", "credential_source", "web_identity_token_file", "sso_session", "sso_start_url", "login_session"}
 
 // sectionHead reads a section's line: "[profile x]", or "[default]".
 var sectionHead = regexp.MustCompile(`^\[\s*(?:(profile)\s+)?(?:"([^"]*)"|'([^']*)'|([^\]"']*?))\s*\](?:\s*[#;].*)?\s*$`)
@@ -77,8 +83,21 @@ func (w awsProfile) find(lines []string, plain bool) (from, to int, state profil
 				to = max(to, from+2) // the mark is the section's, also where it is all that there is
 			}
 		}
+		if state == profileOurs && slices.ContainsFunc(lines[from:to], func(line string) bool { return slices.Contains(rivals, setting(line)) }) {
+			state = profileRival
+		}
 	}
 	return from, to, state
+}
+
+// setting is the name of what a line sets; empty if it sets nothing. What is
+// indented belongs to the setting before it.
+func setting(line string) string {
+	key, _, ok := strings.Cut(line, "=")
+	if !ok || line[0] == ' ' || line[0] == '\t' || isRemark(line) {
+		return ""
+	}
+	return strings.ToLower(strings.TrimSpace(key))
 }
 
 // isRemark reports whether a line is empty or a comment.
@@ -88,13 +107,10 @@ func isRemark(line string) bool {
 }
 
 // put gives the file with the profile in it, everything else byte for byte as it
-// was, and what was at its place. A profile that is somebody else's, or that is
-// there twice, is replaced only with force, and one that is there twice never.
+// was, and what was at its place. A profile that is somebody else's, or has what
+// goes before ours, is replaced only with force, and one that is there twice never.
 func (w awsProfile) put(file []byte, force bool) ([]byte, profileState) {
-	lines := strings.SplitAfter(string(file), "\n")
-	if lines[len(lines)-1] == "" {
-		lines = lines[:len(lines)-1]
-	}
+	lines := linesOf(file)
 	eol := lineEnd(strings.Join(lines[:min(1, len(lines))], ""))
 	from, to, state := w.find(lines, false)
 	if state != profileAbsent {
@@ -115,7 +131,7 @@ func (w awsProfile) put(file []byte, force bool) ([]byte, profileState) {
 		out.WriteString(strings.Join(lines[:from], ""))
 		out.WriteString(w.renewed(lines[from:to], eol))
 		out.WriteString(strings.Join(lines[to:], ""))
-	case state == profileForeign && force:
+	case (state == profileForeign || state == profileRival) && force:
 		out.WriteString(strings.Join(lines[:from], ""))
 		out.WriteString(w.section(eol))
 		out.WriteString(strings.Join(lines[to:], ""))
@@ -123,6 +139,29 @@ func (w awsProfile) put(file []byte, force bool) ([]byte, profileState) {
 		return file, state
 	}
 	return out.Bytes(), state
+}
+
+// cut gives the file without the profile, everything else byte for byte as it was.
+// Only one that is ours is taken out, with all that is in it.
+func (w awsProfile) cut(file []byte) ([]byte, profileState) {
+	lines := linesOf(file)
+	from, to, state := w.find(lines, false)
+	if state != profileOurs && state != profileRival {
+		return file, state
+	}
+	// The empty line before it was put there with it.
+	if from > 0 && strings.TrimSpace(lines[from-1]) == "" && (to == len(lines) || strings.TrimSpace(lines[to]) == "") {
+		from--
+	}
+	return []byte(strings.Join(lines[:from], "") + strings.Join(lines[to:], "")), state
+}
+
+func linesOf(file []byte) []string {
+	lines := strings.SplitAfter(string(file), "\n")
+	if lines[len(lines)-1] == "" {
+		lines = lines[:len(lines)-1]
+	}
+	return lines
 }
 
 // lineEnd is the line end that a line has, or else the usual one.
@@ -154,16 +193,13 @@ func (w awsProfile) renewed(section []string, eol string) string {
 	}
 	var out strings.Builder
 	for _, line := range section {
-		key, _, ok := strings.Cut(line, "=")
-		if ok && line[0] != ' ' && line[0] != '\t' && !isRemark(line) { // what is indented belongs to the setting before it
-			key = strings.ToLower(strings.TrimSpace(key))
-			if value, ours := want[key]; ours {
-				if value != "" {
-					out.WriteString(key + " = " + value + eol)
-				}
-				want[key] = "" // a second one goes
-				continue
+		key := setting(line)
+		if value, ours := want[key]; ours {
+			if value != "" {
+				out.WriteString(key + " = " + value + eol)
 			}
+			want[key] = "" // a second one goes
+			continue
 		}
 		out.WriteString(line)
 		if !strings.HasSuffix(line, "\n") {

@@ -34,8 +34,11 @@ Whoever can read the token's file has the tool as long as serve runs. For a sing
 command, "mayfly aws exec" is the better way.
 
 SDKs come to this only where they find no credentials before: AWS_ACCESS_KEY_ID, a
-profile, and ~/.aws/credentials go first.`,
-		Example: `  mayfly aws serve s3.read --param customer=c-17
+profile, and ~/.aws/credentials go first. Those from before the end of 2023 (AWS CLI
+2.14, boto3 1.32) do not read the file; give them its content:
+
+  export AWS_CONTAINER_AUTHORIZATION_TOKEN="$(cat "$AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")"`,
+		Example: `  mayfly aws serve s3.read --param customer=c-17 >vars &   # and then: . ./vars
   mayfly aws serve s3.read --listen 127.0.0.1:9911 --token-file /run/app/aws-token`,
 		Args:              exactly("TOOL"),
 		ValidArgsFunction: p.completeArgs(p.toolNames),
@@ -49,7 +52,8 @@ profile, and ~/.aws/credentials go first.`,
 			return err
 		}
 		return p.with(ctx, func(c *client.Client) error {
-			return p.awsServing(ctx, c, req, listen, tokenFile, func(e *awsEndpoint) error {
+			ready := func(e *awsEndpoint) error { return p.writeToken(e, tokenFile) }
+			return p.awsServing(ctx, c, req, listen, ready, func(e *awsEndpoint) error {
 				if err := p.tellEndpoint(e); err != nil {
 					return err
 				}
@@ -65,15 +69,18 @@ profile, and ~/.aws/credentials go first.`,
 }
 
 // awsServing does something while an endpoint serves. The first lease is there
-// before.
-func (p *program) awsServing(ctx context.Context, c *client.Client, req client.GetRequest, listen, tokenFile string, do func(*awsEndpoint) error) error {
+// before, and is not asked for if the endpoint cannot be made ready.
+func (p *program) awsServing(ctx context.Context, c *client.Client, req client.GetRequest, listen string, ready, do func(*awsEndpoint) error) error {
 	agent := p.newAWSAgent(ctx, c, req)
 	defer agent.close()
-	e, err := p.openAWSEndpoint(agent, listen, tokenFile)
+	e, err := p.openAWSEndpoint(agent, listen)
 	if err != nil {
 		return err
 	}
 	defer e.close()
+	if err := ready(e); err != nil {
+		return err
+	}
 	if err := agent.prime(ctx); err != nil {
 		return err
 	}
@@ -92,8 +99,8 @@ func (p *program) awsServing(ctx context.Context, c *client.Client, req client.G
 
 func (p *program) tellEndpoint(e *awsEndpoint) error {
 	if p.output == "json" {
-		return writeLine(p.stdout, map[string]string{"uri": e.uri(), "tokenFile": e.token})
+		return writeLine(p.stdout, map[string]string{"uri": e.uri(), "tokenFile": e.file})
 	}
-	_, err := p.stdout.Write([]byte(exports(e.variables())))
+	_, err := p.stdout.Write([]byte(exports([]client.Variable{{Name: envContainerTokenFile, Value: e.file}, {Name: envContainerURI, Value: e.uri()}})))
 	return err
 }

@@ -73,6 +73,9 @@ func TestSecretsManager(t *testing.T) {
 			t.Errorf("%s survives: %q", tool.GetName(), tool.GetSurvives())
 		}
 	}
+	if _, err := api.agent.IssueLease(ctx, connect.NewRequest(&mayflyv1.IssueLeaseRequest{Tool: "rotated", IdempotencyKey: "beside"})); err == nil || !strings.Contains(err.Error(), "one lease of it at a time") && !strings.Contains(err.Error(), "in use by another lease") {
+		t.Errorf("a lease beside one that rotates: %v", err)
+	}
 	for _, l := range lease {
 		if _, err := api.agent.RevokeLease(ctx, connect.NewRequest(&mayflyv1.RevokeLeaseRequest{Id: l.GetId()})); err != nil {
 			t.Fatal(err)
@@ -94,6 +97,13 @@ func TestSecretsManager(t *testing.T) {
 	}
 	until("kept", "lapsed", "requested")
 	until("rotated", "revoking", "requested")
+	again := func(key string) error {
+		_, err := api.agent.IssueLease(ctx, connect.NewRequest(&mayflyv1.IssueLeaseRequest{Tool: "rotated", IdempotencyKey: key}))
+		return err
+	}
+	if err := again("early"); err == nil || !strings.Contains(err.Error(), "is being rotated") {
+		t.Errorf("a lease of a value that is being taken away: %v", err)
+	}
 	fake.Finish(db, `{"password":"the second password"}`)
 	if l := until("rotated", "lapsed", "written"); !strings.Contains(l.GetLeft(), "another current version") {
 		t.Errorf("left: %q", l.GetLeft())
@@ -113,6 +123,9 @@ func TestSecretsManager(t *testing.T) {
 				t.Errorf("%v", e)
 			}
 		case "lease.revoked", "lease.expired":
+			if e.GetDetails()["made"] == "nothing" { // it was refused
+				continue
+			}
 			t.Errorf("the evidence says that it is dead: %v", e)
 		}
 		if strings.Contains(e.String(), "very own key") || strings.Contains(e.String(), "first password") {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -38,6 +39,12 @@ func (p *provider) each(ctx context.Context, endings []providers.Ending, revoke 
 	deaths := make([]providers.Death, len(endings))
 	for i, e := range endings {
 		deaths[i] = p.end(ctx, e, revoke)
+		if err := deaths[i].Err; errors.Is(err, providers.ErrAway) {
+			for i++; i < len(deaths); i++ {
+				deaths[i].Err = err // it answers nobody now, and each would wait for it
+			}
+			break
+		}
 	}
 	return deaths
 }
@@ -59,7 +66,7 @@ func (p *provider) end(ctx context.Context, e providers.Ending, revoke bool) pro
 	switch {
 	case err != nil:
 		return providers.Death{Err: err}
-	case d.Lapsed || !revoke:
+	case d.Lapsed || !revoke || d.Progress != broker.ProgressNone: // it is over, or under way
 		return d
 	}
 	return p.rotate(ctx, h)
@@ -105,10 +112,21 @@ func pending(versions map[string][]string, current string) bool {
 	return false
 }
 
+// currentOf is the ID of the current version; empty if there is none.
+func currentOf(versions map[string][]string) string {
+	for id, stages := range versions {
+		if slices.Contains(stages, stageCurrent) {
+			return id
+		}
+	}
+	return ""
+}
+
 // rotate asks for a rotation. Leases of one version ask for one rotation: the
 // token follows from the version.
 func (p *provider) rotate(ctx context.Context, h handle) providers.Death {
 	token := rotationToken(h)
+	death := providers.Death{Progress: broker.ProgressRequested, RetryAt: p.now().Add(rotationPause)}
 	_, err := p.clients.sm.RotateSecret(ctx, &sm.RotateSecretInput{SecretId: &h.ARN, ClientRequestToken: &token, RotateImmediately: aws.Bool(true)})
 	if f := faultOf("rotating secret "+h.ARN, err); f != nil {
 		if f.code != codeInvalid {
@@ -119,9 +137,20 @@ func (p *provider) rotate(ctx context.Context, h handle) providers.Death {
 		if look != nil || !pending(out.VersionIdsToStages, h.Version) {
 			return providers.Death{Err: f}
 		}
+		if p.hangs(token) {
+			death.Err = fmt.Errorf("the rotation does not come to its end; look at the rotation function's log: %w", f)
+		}
 	}
 	p.noteAsked(token)
-	return providers.Death{Progress: broker.ProgressRequested, RetryAt: p.now().Add(rotationPause)}
+	return death
+}
+
+// hangs reports whether a rotation was asked for longer ago than one may take.
+func (p *provider) hangs(token string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	at, asked := p.asked[token]
+	return asked && p.now().Sub(at) > rotationLimit
 }
 
 func (p *provider) noteAsked(token string) {
@@ -129,7 +158,7 @@ func (p *provider) noteAsked(token string) {
 	defer p.mu.Unlock()
 	now := p.now()
 	for t, at := range p.asked {
-		if now.Sub(at) > rotationLimit {
+		if now.Sub(at) > 2*rotationLimit {
 			delete(p.asked, t)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
@@ -14,7 +15,10 @@ import (
 	"github.com/mayfly-security/mayfly/providers"
 )
 
-const handleVersion = 1
+const (
+	handleVersion = 1
+	maxSecret     = 64 << 10 // bytes; AWS's own limit
+)
 
 // handle is which version of which secret a lease gave. It is no secret.
 type handle struct {
@@ -37,6 +41,10 @@ func (p *provider) decodeHandle(raw providers.Handle) (handle, error) {
 
 // Mint implements providers.Provider: it reads one version of the secret. That
 // makes nothing, so no failure of it leaves anything to end.
+//
+// The end of a lease that rotates takes the value from everybody who has it. So
+// there is one such lease of a secret at a time, and none of a secret that could
+// not be rotated.
 func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record func(providers.Handle) error) (providers.Minted, error) {
 	s, err := parseScope(p.config, req.Tool)
 	if err != nil {
@@ -47,24 +55,16 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 	if err != nil {
 		return providers.Minted{}, p.refuse(err)
 	}
-	in := &sm.GetSecretValueInput{SecretId: &name}
-	if s.version != "" {
-		in.VersionId = &s.version
-	} else {
-		in.VersionStage = &s.stage
+	if s.rotate {
+		if err := p.rotatable(ctx, name, req); err != nil {
+			return providers.Minted{}, err
+		}
 	}
-	out, err := p.clients.sm.GetSecretValue(ctx, in)
-	if f := faultOf("reading secret "+name, err); f != nil {
-		return providers.Minted{}, p.nothingRead(ctx, f, req.Tool.Name)
+	h, text, err := p.read(ctx, s, name, req.Tool.Name)
+	if err != nil {
+		return providers.Minted{}, err
 	}
-	h := handle{Format: handleVersion, ARN: aws.ToString(out.ARN), Version: aws.ToString(out.VersionId), Rotate: s.rotate}
-	if !same(name, h.ARN, aws.ToString(out.Name)) {
-		return providers.Minted{}, p.wrong(req.Tool.Name, fmt.Errorf("secret %s was asked for, and AWS gave %s", name, broker.Clean(h.ARN)))
-	}
-	if out.SecretString == nil {
-		return providers.Minted{}, p.wrong(req.Tool.Name, errors.New("the secret is binary, and only text is given"))
-	}
-	fields, err := s.pick(*out.SecretString)
+	fields, err := s.pick(text)
 	if err != nil {
 		return providers.Minted{}, p.wrong(req.Tool.Name, err)
 	}
@@ -78,7 +78,80 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 	if err := record(minted.Handle); err != nil {
 		return providers.Minted{}, fmt.Errorf("%w: recording the handle: %w", providers.ErrNothingMade, err)
 	}
+	if s.rotate { // again: of two at once, each has recorded its own before it looks for the other's
+		if err := p.alone(ctx, h.ARN, req); err != nil {
+			return providers.Minted{}, err
+		}
+	}
 	return minted, nil
+}
+
+// read reads the version that the scope names, and no other.
+func (p *provider) read(ctx context.Context, s scope, name, tool string) (handle, string, error) {
+	in := &sm.GetSecretValueInput{SecretId: &name}
+	if s.version != "" {
+		in.VersionId = &s.version
+	} else {
+		in.VersionStage = &s.stage
+	}
+	out, err := p.clients.sm.GetSecretValue(ctx, in)
+	if f := faultOf("reading secret "+name, err); f != nil {
+		return handle{}, "", p.nothingRead(ctx, f, tool)
+	}
+	h := handle{Format: handleVersion, ARN: aws.ToString(out.ARN), Version: aws.ToString(out.VersionId), Rotate: s.rotate}
+	switch {
+	case !same(name, h.ARN, aws.ToString(out.Name)):
+		err = fmt.Errorf("secret %s was asked for, and AWS gave %s", name, broker.Clean(h.ARN))
+	case s.version != "" && h.Version != s.version, s.stage != "" && !slices.Contains(out.VersionStages, s.stage):
+		err = fmt.Errorf("version %s was asked for, and AWS gave %s", s.version+s.stage, broker.Clean(h.Version))
+	case out.SecretString == nil:
+		err = errors.New("the secret is binary, and only text is given")
+	case len(*out.SecretString) > maxSecret:
+		err = fmt.Errorf("the secret has %d bytes; AWS keeps none of more than %d", len(*out.SecretString), maxSecret)
+	default:
+		return h, *out.SecretString, nil
+	}
+	return handle{}, "", p.wrong(tool, err)
+}
+
+// rotatable refuses a lease whose end could not rotate the secret, or whose value
+// is being taken from it already.
+func (p *provider) rotatable(ctx context.Context, name string, req providers.MintRequest) error {
+	out, err := p.clients.sm.DescribeSecret(ctx, &sm.DescribeSecretInput{SecretId: &name})
+	if f := faultOf("looking at secret "+name, err); f != nil {
+		return p.nothingRead(ctx, f, req.Tool.Name)
+	}
+	arn := aws.ToString(out.ARN)
+	switch {
+	case !same(name, arn, aws.ToString(out.Name)):
+		return p.wrong(req.Tool.Name, fmt.Errorf("secret %s was asked for, and AWS told of %s", name, broker.Clean(arn)))
+	case !aws.ToBool(out.RotationEnabled):
+		return p.wrong(req.Tool.Name, fmt.Errorf("the scope says rotate, and secret %s has no rotation", arn))
+	case pending(out.VersionIdsToStages, currentOf(out.VersionIdsToStages)):
+		return p.taken(req.Tool.Name, "is being rotated")
+	}
+	return p.alone(ctx, arn, req)
+}
+
+// alone refuses a lease beside another of the secret that has not ended.
+func (p *provider) alone(ctx context.Context, arn string, req providers.MintRequest) error {
+	all, err := p.known(ctx)
+	if err != nil {
+		return fmt.Errorf("%w: looking for other leases: %w", providers.ErrNothingMade, err)
+	}
+	for _, other := range all {
+		var h handle
+		if other.Lease != req.Lease && json.Unmarshal(other.Handle, &h) == nil && h.ARN == arn {
+			return p.taken(req.Tool.Name, "is in use by another lease, whose end rotates it or is disturbed by a rotation")
+		}
+	}
+	return nil
+}
+
+// taken is that a lease has to wait.
+func (p *provider) taken(tool, why string) error {
+	return fmt.Errorf("%w: %w", providers.ErrNothingMade, broker.Refusef(broker.ReasonConflict, "try again when that is over; there is one lease of it at a time",
+		"the secret of tool %s (provider %s) %s", tool, p.name, why))
 }
 
 // same reports whether AWS gave the secret that was asked for. It takes a part of

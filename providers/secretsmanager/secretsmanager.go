@@ -13,7 +13,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
 	"sync"
 	"time"
 
@@ -77,8 +76,8 @@ func (Driver) Warnings(raw json.RawMessage, tool broker.Tool) []providers.Findin
 		return []providers.Finding{{Message: "its leases give a static secret, " + s.secret + ": it cannot be revoked, and works after the lease until somebody rotates it",
 			Fix: "where the secret has a rotation, set rotate: true in the scope"}}
 	}
-	return []providers.Finding{{Message: "its leases give a static secret, " + s.secret + ", which is rotated at the end of each: other leases of it that are open then have a value that may not work any more",
-		Fix: "let one agent have it at a time, or have the rotation function alternate between two users"}}
+	return []providers.Finding{{Message: "its leases give a static secret, " + s.secret + ", which is rotated at the end of each: there is one lease of it at a time, and whoever else has the value may find that it does not work any more",
+		Fix: "let nobody but this tool's agents use the secret"}}
 }
 
 // Open implements providers.Driver. It asks AWS for nothing: a region that
@@ -88,10 +87,10 @@ func (d Driver) Open(ctx context.Context, config providers.Config) (providers.Pr
 	if err != nil {
 		return nil, err
 	}
-	if config.Log == nil || config.Now == nil {
-		return nil, errors.New("opening AWS Secrets Manager: a log and a clock are needed")
+	if config.Log == nil || config.Now == nil || config.Known == nil {
+		return nil, errors.New("opening AWS Secrets Manager: a log, a clock and the known leases are needed")
 	}
-	p := &provider{name: config.Name, config: c, now: config.Now, log: config.Log, asked: map[string]time.Time{}}
+	p := &provider{name: config.Name, config: c, now: config.Now, known: config.Known, asked: map[string]time.Time{}}
 	if p.clients, err = openClients(ctx, c, d.Login); err != nil {
 		return nil, fmt.Errorf("opening AWS Secrets Manager: %w", err)
 	}
@@ -104,7 +103,7 @@ type provider struct {
 	config  config
 	clients *clients
 	now     func() time.Time
-	log     *slog.Logger
+	known   func(context.Context) ([]providers.Known, error) // the leases that have not ended
 
 	mu    sync.Mutex
 	asked map[string]time.Time // when a rotation was last asked for, by its request token

@@ -32,6 +32,7 @@ type world struct {
 	secret *fakesecrets.Secret
 	now    time.Time
 	logged strings.Builder
+	known  []providers.Known // what the store has
 }
 
 func newWorld(t *testing.T) *world {
@@ -54,7 +55,8 @@ func (w *world) config() json.RawMessage {
 
 func (w *world) open() *provider {
 	p, err := Driver{}.Open(w.t.Context(), providers.Config{Name: "secrets", Installation: "m0000000000000000000000000", Raw: w.config(),
-		Log: slog.New(slog.NewTextHandler(&w.logged, nil)), Now: func() time.Time { return w.now }})
+		Log: slog.New(slog.NewTextHandler(&w.logged, nil)), Now: func() time.Time { return w.now },
+		Known: func(context.Context) ([]providers.Known, error) { return w.known, nil }})
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -304,6 +306,12 @@ func TestRotationFails(t *testing.T) {
 	if d := w.confirm(w.open(), m); d != (providers.Death{}) {
 		t.Errorf("another broker: %+v", d)
 	}
+	// One that hangs for longer, which AWS says with each request, is told of.
+	w.fake.Set(func() { w.secret.Stages[stagePending] = strings.Repeat("e", 32) })
+	w.now = w.now.Add(rotationLimit + time.Second)
+	if d := w.revoke(p, m); d.Err == nil || d.Progress != broker.ProgressRequested || d.Lapsed || !strings.Contains(d.Err.Error(), "rotation function's log") {
+		t.Errorf("hangs for long: %+v", d)
+	}
 	// Somebody else's rotation is under way.
 	w.fake.Set(func() { w.secret.Stages[stagePending] = strings.Repeat("f", 32) })
 	if d := w.revoke(p, m); d.Err != nil || d.Progress != broker.ProgressRequested {
@@ -355,6 +363,175 @@ func TestEndings(t *testing.T) {
 	}
 }
 
+// open is a lease as the store has it.
+func (m made) open() providers.Known { return providers.Known{Ending: m.ending} }
+
+// TestOneAtATime: a lease whose end rotates the secret stands alone: it is refused
+// beside any other lease of the secret that has not ended, with nothing read, and
+// one that is given stays the only one of those that rotate.
+func TestOneAtATime(t *testing.T) {
+	w := newWorld(t)
+	w.fake.Add("crm/other", "x")
+	p := w.open()
+	rotating, plain := tool(`{"secret":"crm/db","rotate":true}`), tool(`{"secret":"crm/db"}`)
+	for name, first := range map[string]broker.Tool{"rotating": rotating, "plain": plain, "by its ARN": tool(`{"secret":"` + w.secret.ARN + `"}`)} {
+		w.known = nil
+		m := w.mint(p, first, nil)
+		if m.err != nil {
+			t.Fatalf("%s: %v", name, m.err)
+		}
+		w.known = []providers.Known{m.open()}
+		reads := w.fake.Count("GetSecretValue")
+		next := w.mint(p, rotating, nil)
+		wantLater(t, next.err)
+		if len(next.recorded) != 0 || w.fake.Count("GetSecretValue") != reads {
+			t.Errorf("%s: it was read, and %d handles were recorded", name, len(next.recorded))
+		}
+	}
+	// One that does not rotate takes nothing from anybody, and neither does another secret's.
+	for _, other := range []broker.Tool{plain, tool(`{"secret":"crm/other","rotate":true}`)} {
+		if m := w.mint(p, other, nil); m.err != nil {
+			t.Error(m.err)
+		}
+	}
+	// Two at once: each sees what the other has recorded, or is refused by it.
+	w.known = nil
+	now := w.now
+	req := providers.MintRequest{Lease: broker.NewLeaseID(now), Tool: rotating, Now: now, End: now.Add(time.Minute)}
+	_, err := p.Mint(t.Context(), req, func(h providers.Handle) error {
+		w.known = []providers.Known{{Ending: providers.Ending{Lease: req.Lease, Handle: h}}, {Ending: providers.Ending{Lease: broker.NewLeaseID(now), Handle: h}}}
+		return nil
+	})
+	wantLater(t, err)
+	// Its own record is no other lease, and neither is one that nothing was recorded of.
+	_, err = p.Mint(t.Context(), req, func(h providers.Handle) error {
+		w.known = []providers.Known{{Ending: providers.Ending{Lease: req.Lease, Handle: h}}, {Ending: providers.Ending{Lease: broker.NewLeaseID(now)}}}
+		return nil
+	})
+	if err == nil {
+		t.Error("the record of the two is still there")
+	}
+	w.known = nil
+	if _, err = p.Mint(t.Context(), req, func(h providers.Handle) error {
+		w.known = []providers.Known{{Ending: providers.Ending{Lease: req.Lease, Handle: h}}, {Ending: providers.Ending{Lease: broker.NewLeaseID(now)}}}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+	// A store that cannot be asked gives no lease.
+	away := errors.New("the store is away")
+	p.known = func(context.Context) ([]providers.Known, error) { return nil, away }
+	if m := w.mint(p, rotating, nil); !errors.Is(m.err, away) || !errors.Is(m.err, providers.ErrNothingMade) || !m.minted.Secret.IsZero() {
+		t.Errorf("%v", m.err)
+	}
+}
+
+// wantLater is a refusal that is over by itself.
+func wantLater(t *testing.T, err error) {
+	t.Helper()
+	if broker.ReasonOf(err) != broker.ReasonConflict || !errors.Is(err, providers.ErrNothingMade) || errors.Is(err, providers.ErrRefused) {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestRotatable: what could not be rotated at its end, or is being rotated now, is
+// not given to a tool that says that it is rotated.
+func TestRotatable(t *testing.T) {
+	w := newWorld(t)
+	p := w.open()
+	rotating := tool(`{"secret":"crm/db","rotate":true}`)
+	for name, spoil := range map[string]func(){
+		"no rotation":   func() { w.secret.Rotates = false },
+		"to be deleted": func() { w.secret.Deleted = true },
+		"denied":        func() { w.fake.Fail = "AccessDeniedException" },
+	} {
+		w.fake.Set(spoil)
+		m := w.mint(p, rotating, nil)
+		if wantRefused(t, m.err, broker.ReasonProviderRefused); len(m.recorded) != 0 {
+			t.Errorf("%s: recorded", name)
+		}
+		w.fake.Set(func() { w.secret.Rotates, w.secret.Deleted, w.fake.Fail = true, false, "" })
+	}
+	w.fake.Set(func() { w.secret.Stages[stagePending] = strings.Repeat("f", 32) })
+	wantLater(t, w.mint(p, rotating, nil).err)
+	if m := w.mint(p, tool(`{"secret":"crm/db"}`), nil); m.err != nil {
+		t.Error(m.err)
+	}
+	// After a rotation the label may be on the current version still.
+	w.fake.Finish(w.secret, secretText)
+	w.fake.Set(func() { w.secret.Stages[stagePending] = w.secret.Stages[stageCurrent] })
+	if m := w.mint(p, rotating, nil); m.err != nil {
+		t.Error(m.err)
+	}
+	// AWS takes this for the beginning of crm/db's ARN.
+	reads := w.fake.Count("GetSecretValue")
+	wantRefused(t, w.mint(p, tool(`{"secret":"arn:aws:secretsmanager:eu-central-1:123456789012:secret:crm/d","rotate":true}`), nil).err, broker.ReasonProviderRefused)
+	if w.fake.Count("GetSecretValue") != reads {
+		t.Error("it was read")
+	}
+}
+
+// TestExactlyOneVersion: an answer with something else than was asked for is not
+// given, and nothing of it is in the error.
+func TestExactlyOneVersion(t *testing.T) {
+	w := newWorld(t)
+	p := w.open()
+	byID := `{"secret":"crm/db","version_id":"` + strings.Repeat("0", 31) + `1"}`
+	for name, test := range map[string]struct {
+		scope string
+		twist func(map[string]any)
+	}{
+		"another version": {byID, func(a map[string]any) { a["VersionId"] = strings.Repeat("0", 31) + "2" }},
+		"another label":   {`{"secret":"crm/db"}`, func(a map[string]any) { a["VersionStages"] = []string{"AWSPREVIOUS"} }},
+		"no label":        {`{"secret":"crm/db"}`, func(a map[string]any) { delete(a, "VersionStages") }},
+		"no version":      {`{"secret":"crm/db"}`, func(a map[string]any) { delete(a, "VersionId") }},
+		"another name":    {`{"secret":"crm/db"}`, func(a map[string]any) { a["Name"] = "crm/db2" }},
+		"another account": {`{"secret":"crm/db"}`, func(a map[string]any) {
+			a["ARN"] = strings.Replace(a["ARN"].(string), fakesecrets.Account, "999999999999", 1)
+		}},
+		"another region": {`{"secret":"crm/db"}`, func(a map[string]any) {
+			a["ARN"] = strings.Replace(a["ARN"].(string), fakesecrets.Region, "us-east-1", 1)
+		}},
+		"larger than can be": {`{"secret":"crm/db"}`, func(a map[string]any) { a["SecretString"] = secretText + strings.Repeat(" ", maxSecret) }},
+		"no text":            {`{"secret":"crm/db"}`, func(a map[string]any) { a["SecretString"] = map[string]string{"x": secretText} }},
+	} {
+		w.fake.Set(func() { w.fake.Twist = test.twist })
+		m := w.mint(p, tool(test.scope), nil)
+		if m.err == nil || !errors.Is(m.err, providers.ErrNothingMade) || len(m.recorded) != 0 || !m.minted.Secret.IsZero() {
+			t.Errorf("%s: %v", name, m.err)
+			continue
+		}
+		if strings.Contains(m.err.Error(), "correct-horse") {
+			t.Errorf("%s: the secret is in the error", name)
+		}
+	}
+	w.fake.Set(func() { w.fake.Twist = func(a map[string]any) { a["SecretString"] = strings.Repeat("x", maxSecret) } })
+	if m := w.mint(p, tool(`{"secret":"crm/db"}`), nil); m.err != nil {
+		t.Errorf("the largest: %v", m.err)
+	}
+}
+
+// TestAwayAsksOnce: of many leases, one finds out that nobody answers.
+func TestAwayAsksOnce(t *testing.T) {
+	w := newWorld(t)
+	p := w.open()
+	m := w.mint(p, tool(`{"secret":"crm/db","rotate":true}`), nil)
+	w.fake.Set(func() { w.fake.Fail = "ThrottlingException" })
+	calls := w.fake.Count("DescribeSecret")
+	w.revoke(p, m)
+	one := w.fake.Count("DescribeSecret") - calls // with the SDK's own tries
+	calls += one
+	deaths := p.Revoke(t.Context(), []providers.Ending{m.ending, m.ending, m.ending})
+	for i, d := range deaths {
+		if !errors.Is(d.Err, providers.ErrAway) || d.Lapsed {
+			t.Errorf("%d: %+v", i, d)
+		}
+	}
+	if n := w.fake.Count("DescribeSecret") - calls; n != one || one == 0 || len(deaths) != 3 {
+		t.Errorf("%d calls for %d, and %d for one", n, len(deaths), one)
+	}
+}
+
 // login stands in for the broker's identity.
 type login struct{}
 
@@ -371,7 +548,8 @@ func TestWebIdentity(t *testing.T) {
 	w := newWorld(t)
 	raw := fmt.Appendf(nil, `{"region":%q,"account":%q,"endpoint_url":%q,"sts_endpoint_url":%q,"credentials":{"method":"web_identity","role_arn":"arn:aws:iam::123456789012:role/mayfly-broker"}}`,
 		fakesecrets.Region, fakesecrets.Account, w.url, w.url)
-	config := providers.Config{Name: "secrets", Raw: raw, Log: slog.New(slog.DiscardHandler), Now: time.Now}
+	config := providers.Config{Name: "secrets", Raw: raw, Log: slog.New(slog.DiscardHandler), Now: time.Now,
+		Known: func(context.Context) ([]providers.Known, error) { return nil, nil }}
 	p, err := Driver{Login: login{}}.Open(t.Context(), config)
 	if err != nil {
 		t.Fatal(err)
@@ -456,7 +634,7 @@ func TestScope(t *testing.T) {
 			t.Errorf("%s: %v", test.scope, found)
 		}
 	}
-	for scope, word := range map[string]string{`{"secret":"x"}`: "cannot be revoked", `{"secret":"x","rotate":true}`: "other leases"} {
+	for scope, word := range map[string]string{`{"secret":"x"}`: "cannot be revoked", `{"secret":"x","rotate":true}`: "one lease of it at a time"} {
 		if found := (Driver{}).Warnings(config, tool(scope)); len(found) != 1 || found[0].Bad || !strings.Contains(found[0].Message, word) {
 			t.Errorf("%s: %v", scope, found)
 		}

@@ -47,6 +47,7 @@ type Broker struct {
 	People   People
 	Secret   map[string]string // what every lease gives
 	TTL      time.Duration     // of leases that ask for none; zero means 5 minutes
+	Static   bool              // leases are static
 	PageSize int               // how many items there are on a page at most; zero means as many as are asked for
 
 	// Refuse says how a call is refused; nil lets it pass. n counts the calls
@@ -328,7 +329,7 @@ func (a access) IssueLease(_ context.Context, r *connect.Request[mayflyv1.IssueL
 		Id: string(broker.NewLeaseID(now)), Agent: "spiffe://acme.test/agent/troubleshooter", Tool: m.GetTool(), Provider: a.Tools[i].GetProvider(),
 		Parameters: m.GetParameters(), GrantId: "g0grant", Reason: m.GetReason(), CorrelationId: "c0correlation",
 		State: string(broker.LeaseActive), CreatedAt: timestamppb.New(now), End: timestamppb.New(now.Add(ttl)), DiesAt: timestamppb.New(now.Add(ttl)),
-		Survives: a.Tools[i].GetSurvives(),
+		Survives: a.Tools[i].GetSurvives(), IsStatic: a.Static,
 	}
 	a.Leases = append(a.Leases, l)
 	res := &mayflyv1.IssueLeaseResponse{Lease: l, Secret: maps.Clone(a.Secret), Env: a.Tools[i].GetEnv()}

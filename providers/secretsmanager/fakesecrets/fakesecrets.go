@@ -40,8 +40,9 @@ type Fake struct {
 	secrets map[string]*Secret // by ARN
 	calls   map[string]int
 
-	Fail   string   // the code that every call is answered with; empty: none; see Set
-	Logins []string // role and token of each login with a JWT
+	Fail   string                      // the code that every call is answered with; empty: none; see Set
+	Twist  func(answer map[string]any) // changes what GetSecretValue answers; nil: nothing
+	Logins []string                    // role and token of each login with a JWT
 }
 
 // Secret is one secret. Its fields are changed within Fake.Set.
@@ -71,11 +72,14 @@ func (f *Fake) Add(name, text string) *Secret {
 }
 
 // Finish has the rotation function do its work: the pending version becomes the
-// current one.
+// current one. Without a pending one it does nothing.
 func (f *Fake) Finish(s *Secret, text string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	id := s.Stages[pending]
+	if id == "" {
+		return
+	}
 	s.Versions[id] = text
 	s.Stages[previous] = s.Stages[current]
 	s.Stages[current] = id
@@ -163,10 +167,24 @@ func (f *Fake) get(w http.ResponseWriter, s *Secret, version, stage string) {
 		refuse(w, codeInvalid, "You can't perform this operation on the secret because it was marked for deletion.")
 	case !ok:
 		refuse(w, codeNotFound, "Secrets Manager can't find the specified secret value for staging label: "+stage)
-	case s.Binary:
-		answer(w, map[string]any{"ARN": s.ARN, "Name": s.Name, "VersionId": id, "SecretBinary": []byte(text)})
 	default:
-		answer(w, map[string]any{"ARN": s.ARN, "Name": s.Name, "VersionId": id, "SecretString": text})
+		out := map[string]any{"ARN": s.ARN, "Name": s.Name, "VersionId": id}
+		stages := []string{}
+		for label, at := range s.Stages {
+			if at == id {
+				stages = append(stages, label)
+			}
+		}
+		out["VersionStages"] = stages
+		if s.Binary {
+			out["SecretBinary"] = []byte(text)
+		} else {
+			out["SecretString"] = text
+		}
+		if f.Twist != nil {
+			f.Twist(out)
+		}
+		answer(w, out)
 	}
 }
 
