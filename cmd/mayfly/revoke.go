@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -184,8 +185,11 @@ func (p *program) confirmEnd(s client.Selector) error {
 
 // countDown pulls the kill switch and tells how what it hit dies.
 func (p *program) countDown(ctx context.Context, c *client.Client, s client.Selector, reason string, wait time.Duration) error {
-	watching, stop := context.WithTimeout(ctx, wait)
+	// The wait begins with the first answer, however short it is.
+	watching, stop := context.WithCancel(ctx)
 	defer stop()
+	over := time.AfterFunc(max(wait, cmp.Or(time.Duration(p.timeout), time.Minute)), stop)
+	defer over.Stop()
 	live := p.output != "json" && p.onScreen()
 	var last client.Radius
 	heard := false
@@ -205,6 +209,9 @@ func (p *program) countDown(ctx context.Context, c *client.Client, s client.Sele
 				return ctx.Err()
 			}
 			break // --wait is over
+		}
+		if !heard {
+			over.Reset(wait)
 		}
 		same := heard && !live && p.output != "json" && aliveText(r) == aliveText(last)
 		heard, last = true, r
