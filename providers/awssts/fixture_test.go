@@ -164,14 +164,19 @@ func (w *world) tool() broker.Tool {
 
 func (w *world) open() *provider {
 	w.t.Helper()
-	p, err := w.driver.Open(w.t.Context(), providers.Config{
-		Name: "aws", Installation: installation, Raw: w.config(), Log: slog.New(slog.DiscardHandler), Now: w.clock.Now, Known: w.store.Known,
-	})
+	p, err := w.driver.Open(w.t.Context(), w.opening("aws"))
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	w.t.Cleanup(func() { p.Close() })
 	return p.(*provider)
+}
+
+// opening is what the engine opens a provider of that name with.
+func (w *world) opening(name string) providers.Config {
+	return providers.Config{
+		Name: name, Installation: installation, Raw: w.config(), Log: slog.New(slog.DiscardHandler), Now: w.clock.Now, Known: w.store.Known,
+	}
 }
 
 // lease is one lease as the engine has it.

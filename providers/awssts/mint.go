@@ -71,10 +71,12 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 	if err != nil {
 		return providers.Minted{}, p.refuse(err)
 	}
-	ttl := req.End.Sub(req.Now)
+	if err := p.reserve(h.Role, req); err != nil {
+		return providers.Minted{}, p.refuse(err)
+	}
 	in := &sts.AssumeRoleInput{
 		RoleSessionName: &h.Session, Policy: &policy,
-		DurationSeconds: aws.Int32(int32(min(max(ceilSeconds(ttl), ceilSeconds(awsscope.SessionMin)), ceilSeconds(p.config.MaxSession)))),
+		DurationSeconds: aws.Int32(int32(p.life(req) / time.Second)),
 	}
 	if p.config.Compatible() {
 		in.RoleArn = aws.String("arn:aws:iam::000000000000:role/none") // required by the SDK, and of no meaning there
@@ -99,6 +101,12 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 	return p.take(req, s, h, out, now)
 }
 
+// life is for how long AWS is asked to let the session live: whole seconds.
+func (p *provider) life(req providers.MintRequest) time.Duration {
+	ttl := time.Duration(ceilSeconds(req.End.Sub(req.Now))) * time.Second
+	return min(max(ttl, awsscope.SessionMin), p.config.MaxSession)
+}
+
 // take makes the lease of AWS's answer.
 func (p *provider) take(req providers.MintRequest, s awsscope.Scope, h handle, out *sts.AssumeRoleOutput, now time.Time) (providers.Minted, error) {
 	k := out.Credentials
@@ -108,6 +116,8 @@ func (p *provider) take(req providers.MintRequest, s awsscope.Scope, h handle, o
 	if server, ok := awsmiddleware.GetServerTime(out.ResultMetadata); ok && !p.config.Compatible() {
 		p.saw(server, now)
 	}
+	// The list tells sessions by when AWS's clock says that they were made.
+	issued := latest(now, k.Expiration.Add(-p.life(req)))
 	lag := p.behind()
 	minted := providers.Minted{DiesAt: end(req).Add(skew + lag), Survives: s.Survives(p.config)}
 	// AWS's own expiry is a second end. It comes first only where the lease's
@@ -117,7 +127,7 @@ func (p *provider) take(req providers.MintRequest, s awsscope.Scope, h handle, o
 		minted.Ends = ends
 		minted.DiesAt = earliest(minted.DiesAt, ends.Add(skew+lag))
 	}
-	h.Dies, h.Issued = minted.DiesAt.UTC(), now.Add(skew+lag).UTC()
+	h.Dies, h.Issued = minted.DiesAt.UTC(), issued.Add(skew).UTC()
 	if p.config.Compatible() {
 		h.Key = *k.AccessKeyId
 	}
@@ -144,6 +154,13 @@ func (p *provider) refuse(err error) error {
 }
 
 func ceilSeconds(d time.Duration) int64 { return int64((d + time.Second - 1) / time.Second) }
+
+func latest(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
+}
 
 func earliest(a, b time.Time) time.Time {
 	if b.Before(a) {

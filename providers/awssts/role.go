@@ -41,14 +41,15 @@ const (
 // writers are the deny lists of all roles that this broker writes.
 type writers struct {
 	mu  sync.Mutex
-	all map[string]*writer // by provider and role
-	run string             // names this process in the names of policies
+	all map[string]*writer   // by provider and role
+	of  map[string][]*writer // by role: more than one where providers share it
+	run string               // names this process in the names of policies
 }
 
 func newWriters() *writers {
 	var b [4]byte
 	_, _ = rand.Read(b[:]) // never fails
-	return &writers{all: map[string]*writer{}, run: hex.EncodeToString(b[:])}
+	return &writers{all: map[string]*writer{}, of: map[string][]*writer{}, run: hex.EncodeToString(b[:])}
 }
 
 // writer writes the deny list of one role. There is one in the process.
@@ -58,18 +59,18 @@ type writer struct {
 	turn   chan struct{}
 
 	// Under writers.mu.
-	places map[broker.LeaseID]time.Time // leases that may have to be denied, until then
-	others int                          // characters that are not for them
+	places map[broker.LeaseID]place // leases that may have to be denied
+	others int                      // characters that are not for them
 	begun  map[broker.LeaseID]denylist.Known
 
 	// Of whoever has the turn.
 	list    denylist.List
 	seen    bool
 	serial  int
+	needed  denylist.Set                 // entries that the store has asked for since we began: they may go when it does not any more
 	foreign map[denylist.Entry]time.Time // entries that the store does not know of, kept until then
 	wrote   map[string]time.Time         // when we wrote or removed a policy
-	proven  denylist.Set                 // entries that were seen to be in force
-	provenA time.Time                    // when the last of them was
+	proven  map[denylist.Entry]time.Time // when entries that stand were seen to be in force
 	probe   *probe
 	unable  string // why there is no probe; empty if there is one
 }
@@ -86,11 +87,13 @@ func (p *provider) writerLocked(arn string) *writer {
 		sum := sha256.Sum256([]byte(p.name))
 		w = &writer{
 			role: role, prefix: fmt.Sprintf("mayfly-deny-%s-%s-", p.installation, hex.EncodeToString(sum[:4])), turn: make(chan struct{}, 1),
-			places: map[broker.LeaseID]time.Time{}, begun: map[broker.LeaseID]denylist.Known{},
-			list: denylist.List{Policies: map[string]*denylist.Policy{}}, foreign: map[denylist.Entry]time.Time{},
-			wrote: map[string]time.Time{}, proven: denylist.Set{},
+			places: map[broker.LeaseID]place{}, begun: map[broker.LeaseID]denylist.Known{},
+			list:   denylist.List{Policies: map[string]*denylist.Policy{}},
+			needed: denylist.Set{}, foreign: map[denylist.Entry]time.Time{},
+			wrote: map[string]time.Time{}, proven: map[denylist.Entry]time.Time{},
 		}
 		p.writers.all[key] = w
+		p.writers.of[arn] = append(p.writers.of[arn], w)
 	}
 	return w
 }
@@ -173,17 +176,25 @@ func (p *provider) must(ctx context.Context, w *writer) (map[broker.LeaseID]deny
 	return all, nil
 }
 
-// covers reports whether a set denies a lease's session.
-func covers(s denylist.Set, k denylist.Known) bool {
-	if s.Has(denylist.Entry{Kind: denylist.Lease, ID: string(k.Lease)}) || k.Incident != "" && s.Has(denylist.Entry{Kind: denylist.Incident, ID: string(k.Incident)}) {
-		return true
+// covers reports whether one of the entries denies a lease's session.
+func covers[V any, S ~map[denylist.Entry]V](s S, k denylist.Known) bool {
+	_, ok := denying(s, k)
+	return ok
+}
+
+// denying is one of the entries that deny a lease's session.
+func denying[V any, S ~map[denylist.Entry]V](s S, k denylist.Known) (denylist.Entry, bool) {
+	for _, e := range []denylist.Entry{{Kind: denylist.Lease, ID: string(k.Lease)}, {Kind: denylist.Incident, ID: string(k.Incident)}} {
+		if _, ok := s[e]; ok && e.ID != "" {
+			return e, true
+		}
 	}
 	for e := range s {
 		if (e.Kind == denylist.Agent && e.ID == k.Agent || e.Kind == denylist.CutOff) && !k.Issued.After(time.Unix(e.Before, 0)) {
-			return true
+			return e, true
 		}
 	}
-	return false
+	return denylist.Entry{}, false
 }
 
 // write brings the role's policies to where everything that must be denied is.
@@ -201,6 +212,7 @@ func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error
 		}
 	}
 	must, _ := denylist.Required(slices.Collect(maps.Values(leases)), p.now())
+	w.needed.Add(must)
 	now := p.now()
 	for e, until := range w.foreign {
 		if now.Before(until) {
@@ -217,7 +229,8 @@ func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error
 	}
 	for range maxSteps {
 		w.list.Settle(p.now())
-		step, err := w.list.Next(must, fmt.Sprintf("%s%s-%d", w.prefix, p.writers.run, w.serial), tidy, p.now())
+		fresh := fmt.Sprintf("%s%s-%d", w.prefix, p.writers.run, w.serial)
+		step, err := w.list.Next(must, fresh, tidy, p.now())
 		if err != nil {
 			return fmt.Errorf("role %s: %w", w.role.Name, err)
 		}
@@ -227,15 +240,11 @@ func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error
 				return nil
 			}
 			again = false
-			if step = w.own(); step.Policy == "" {
+			step = w.list.Again(must, fresh, probeRoom)
+			if step.Policy == "" || !p.arm(ctx, w, &step, must) {
 				return nil
 			}
-			step.Set = maps.Clone(step.Set)
-			if !p.arm(ctx, w, &step, must) {
-				return nil
-			}
-		} else if p.adds(w, step) {
-			p.arm(ctx, w, &step, must)
+		} else if p.adds(w, step) && p.arm(ctx, w, &step, must) {
 			again = false
 		}
 		if err := p.do(ctx, w, step); err != nil {
@@ -253,16 +262,6 @@ func (p *provider) tally(w *writer) {
 	for _, pol := range w.list.Policies {
 		w.others += pol.Opaque
 	}
-}
-
-// own is the policy that this process writes, as it stands.
-func (w *writer) own() denylist.Step {
-	for name, pol := range w.list.Policies {
-		if len(pol.Late) == 0 && pol.Opaque == 0 && len(pol.Stands) > 0 {
-			return denylist.Step{Policy: name, Set: pol.Stands}
-		}
-	}
-	return denylist.Step{}
 }
 
 // adds reports whether a step writes something that did not stand there.
@@ -287,8 +286,12 @@ func (p *provider) do(ctx context.Context, w *writer, step denylist.Step) error 
 	case err == nil, len(step.Set) == 0 && f.kind == missing:
 		w.list.Wrote(step, now)
 		w.wrote[step.Policy] = now
-		if w.probe != nil && step.Set.Has(w.probe.entry()) && w.probe.covers == nil {
+		switch {
+		case w.probe == nil:
+		case w.probe.covers == nil && step.Set.Has(w.probe.entry()):
 			w.probe.covers, w.probe.wrote = maps.Clone(step.Set), now
+		case !w.list.Sure().Has(w.probe.entry()):
+			w.probe = nil // there was no room for it
 		}
 		return nil
 	case f.kind == full:
@@ -302,6 +305,7 @@ func (p *provider) do(ctx context.Context, w *writer, step denylist.Step) error 
 	w.list.Lost(step, now.Add(landing))
 	w.serial++ // what must stand goes into a policy that this write cannot reach
 	w.probe = nil
+	w.doubt()
 	return err
 }
 
@@ -367,45 +371,15 @@ func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID
 			p.log.Error("a policy of the deny list was changed by somebody else: what must stand is written again", "role", w.role.ARN, "policy", name, "error", err)
 		}
 		if now := w.list.Policies[name]; now != nil && now.Own && pol != nil && !now.Stands.Equal(was) {
+			w.probe = nil // what it was written with may stand no more
 			p.log.Error("the deny list in IAM is not what was written: it is written again", "role", w.role.ARN, "policy", name,
 				"missing", len(was.Minus(now.Stands)), "more", len(now.Stands.Minus(was)))
 		}
 	}
 	w.list.Others, w.seen = others, true
+	w.doubt()
 	p.keep(w, leases)
 	return nil
-}
-
-// keep remembers entries that stand in IAM and of which the store knows nothing.
-func (p *provider) keep(w *writer, leases map[broker.LeaseID]denylist.Known) {
-	incidents, agents := map[string]bool{}, map[string]bool{}
-	for _, k := range leases {
-		incidents[string(k.Incident)], agents[k.Agent] = true, true
-	}
-	now := p.now()
-	for e := range w.list.Stands() {
-		_, has := w.foreign[e]
-		_, lease := leases[broker.LeaseID(e.ID)]
-		switch {
-		case has, e.Kind == denylist.Probe,
-			e.Kind == denylist.Lease && (lease || p.dead(w, e)),
-			e.Kind == denylist.Incident && incidents[e.ID], e.Kind == denylist.Agent && agents[e.ID]:
-		default:
-			w.foreign[e] = now.Add(keepForeign)
-		}
-	}
-}
-
-// dead reports whether this process knows that the session of an entry is dead
-// by itself.
-func (p *provider) dead(w *writer, e denylist.Entry) bool {
-	p.writers.mu.Lock()
-	defer p.writers.mu.Unlock()
-	if k, ok := w.begun[broker.LeaseID(e.ID)]; ok {
-		return !p.now().Before(k.Until)
-	}
-	until, ok := w.places[broker.LeaseID(e.ID)]
-	return ok && !p.now().Before(until)
 }
 
 // reconcileForEver compares the lists with what is in IAM until ctx ends.

@@ -112,11 +112,15 @@ func (l *List) Sure() Set {
 	return all
 }
 
-// Stands is what was last seen in any policy.
-func (l *List) Stands() Set {
+// May is what was last seen in any policy, or may come to stand there by a write
+// that lands late.
+func (l *List) May() Set {
 	all := Set{}
 	for _, p := range l.Policies {
 		all.Add(p.Stands)
+		for _, late := range p.Late {
+			all.Add(late.Set)
+		}
 	}
 	return all
 }
@@ -151,18 +155,7 @@ func (e *FullError) Error() string {
 // Whatever is done, an entry of must that is sure stays sure.
 func (l *List) Next(must Set, fresh string, tidy bool, now time.Time) (Step, error) {
 	names := slices.Sorted(maps.Keys(l.Policies))
-	active := ""
-	for _, name := range names {
-		p := l.Policies[name]
-		if len(p.Late) > 0 || p.Opaque != 0 {
-			continue
-		}
-		// A policy of a process that is gone is as good as one of our own once
-		// none of its writes can land any more.
-		if active == "" || p.Own && !l.Policies[active].Own {
-			active = name
-		}
-	}
+	active := l.active(names)
 	missing := must.Minus(l.Sure())
 	if len(missing) == 0 && !tidy {
 		return Step{}, nil
@@ -228,6 +221,44 @@ func (l *List) Next(must Set, fresh string, tidy bool, now time.Time) (Step, err
 		return Step{}, &FullError{Missing: len(missing)}
 	}
 	return Step{}, nil
+}
+
+// active is the policy that is written; empty if there is none that can be.
+func (l *List) active(names []string) string {
+	active := ""
+	for _, name := range names {
+		p := l.Policies[name]
+		if len(p.Late) > 0 || p.Opaque != 0 {
+			continue
+		}
+		// A policy of a process that is gone is as good as one of our own once
+		// none of its writes can land any more.
+		if active == "" || p.Own && !l.Policies[active].Own {
+			active = name
+		}
+	}
+	return active
+}
+
+// Again writes everything in must into one policy although it stands already,
+// there or in others: so that what is written with it tells of all of it. It
+// leaves spare characters of the quota. Where there is no room for all, it
+// writes what stands in the policy once more.
+func (l *List) Again(must Set, fresh string, spare int) Step {
+	step := Step{Policy: l.active(slices.Sorted(maps.Keys(l.Policies))), Set: maps.Clone(must)}
+	stands, room := Set{}, Quota-l.Used()-spare
+	if p := l.Policies[step.Policy]; p != nil {
+		stands, room = p.Stands, room+p.size()
+	} else {
+		step.Policy = fresh
+	}
+	if Size(step.Set) > room {
+		step.Set = stands.And(must)
+	}
+	if len(step.Set) == 0 {
+		return Step{}
+	}
+	return step
 }
 
 // late reports whether a write may still land in any policy.
