@@ -234,10 +234,15 @@ func (s Scope) render(value func(string) string, end time.Time) ([]byte, error) 
 	for _, each := range s.Statements {
 		d.Statement = append(d.Statement, each.filled(value))
 	}
-	if len(s.PolicyARNs) > 0 {
-		// What managed policies hold is not known here, and may change.
-		d.Statement = append(d.Statement, Statement{Sid: "MayflyNever", Effect: deny,
-			Action: []string{"iam:*", "sts:AssumeRole*", "sts:GetFederationToken"}, Resource: []string{"*"}})
+	if !s.compatible {
+		// That statements do not allow it is not enough: a role that trusts the
+		// session by its ARN, or everybody under conditions, asks for no more. And
+		// what managed policies hold is not known here, and may change.
+		not := []string{"sts:AssumeRole"}
+		if len(s.PolicyARNs) > 0 {
+			not = denied
+		}
+		d.Statement = append(d.Statement, Statement{Sid: "MayflyNever", Effect: deny, Action: not, Resource: []string{"*"}})
 	}
 	action, resource := "*", "*"
 	if s.compatible {

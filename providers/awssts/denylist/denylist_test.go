@@ -317,7 +317,22 @@ func TestNothingIsLost(t *testing.T) {
 			t.Fatalf("there is no end to it: %s", trail)
 		}
 		for range rapid.IntRange(5, 25).Draw(t, "acts") {
-			switch rapid.IntRange(0, 6).Draw(t, "act") {
+			switch rapid.IntRange(0, 7).Draw(t, "act") {
+			case 7: // all of it is written once more, for a probe
+				list.Settle(now)
+				step := list.Again(must, fmt.Sprintf("p%d-%d", process, fresh), 160)
+				if step.Policy == "" {
+					continue
+				}
+				if p := list.Policies[step.Policy]; p != nil && len(p.Stands.And(must).Minus(step.Set)) > 0 {
+					t.Fatalf("%v would be taken out", p.Stands.And(must).Minus(step.Set).Sorted())
+				}
+				if c.put(step) {
+					list.Wrote(step, now)
+				} else {
+					see() // a write landed that we had not seen
+				}
+				check("after it was written again")
 			case 0, 1, 2: // leases are ended early
 				for range rapid.IntRange(1, 90).Draw(t, "n") {
 					if len(must) < capacity {

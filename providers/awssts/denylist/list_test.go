@@ -61,6 +61,31 @@ func TestSpread(t *testing.T) {
 	}
 }
 
+// TestAgain: for a probe everything is written into one policy, also what stands
+// in one that cannot be written; but only as much as there is room for.
+func TestAgain(t *testing.T) {
+	now := time.Unix(1_800_000_000, 0)
+	must := leases(200)
+	late := &Policy{Own: true, Late: []Late{{Set: must, Until: now.Add(time.Minute)}}}
+	late.stand(must, now)
+	l := &List{Policies: map[string]*Policy{"late": late}}
+	if step := l.Again(leases(100), "new", 160); step.Policy != "new" || !step.Set.Equal(leases(100)) {
+		t.Errorf("%d entries to %q", len(step.Set), step.Policy)
+	}
+	if step := l.Again(must, "new", 160); step.Policy != "" { // there is no room for it twice
+		t.Errorf("%d entries to %q", len(step.Set), step.Policy)
+	}
+	some := &Policy{Own: true}
+	some.stand(leases(20), now)
+	l.Policies["some"] = some
+	if step := l.Again(must, "new", 160); step.Policy != "some" || !step.Set.Equal(leases(20)) {
+		t.Errorf("%d entries to %q", len(step.Set), step.Policy)
+	}
+	if step := l.Again(leases(100), "new", 160); step.Policy != "some" || !step.Set.Equal(leases(100)) {
+		t.Errorf("%d entries to %q", len(step.Set), step.Policy)
+	}
+}
+
 // TestFull: what does not fit is an error that says how much.
 func TestFull(t *testing.T) {
 	l := &List{Policies: map[string]*Policy{}, Others: Quota - 100}
