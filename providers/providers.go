@@ -68,10 +68,11 @@ type Config struct {
 	Log          *slog.Logger          // required
 	Now          func() time.Time      // required: the broker's clock
 	// Known tells of all leases of the provider whose credentials may be alive,
-	// as the store has them. It is for a provider with Traits.Stands, which
-	// renders from it what must stand at the system; nil only where nothing is
-	// ended, as in a live check.
-	Known func(ctx context.Context) ([]Known, error)
+	// as the store has them; with begun of those alone whose ending has begun,
+	// which costs as much as these are many. It is for a provider with
+	// Traits.Stands, which renders from it what must stand at the system; nil
+	// only where nothing is ended, as in a live check.
+	Known func(ctx context.Context, begun bool) ([]Known, error)
 }
 
 // Known is one lease of a provider, as the store has it: one that has not

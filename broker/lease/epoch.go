@@ -257,7 +257,9 @@ func (e *Engine) openProviders(ctx context.Context, ep, old *epoch) (opened []*o
 		p, err := openOne(ctx, driver, pc.Driver, providers.Config{
 			Name: pc.Name, Installation: e.installation, Raw: pc.Config,
 			Log: e.log.With("provider", pc.Name), Now: e.clock.early,
-			Known: func(ctx context.Context) ([]providers.Known, error) { return e.known(ctx, pc.Name) },
+			Known: func(ctx context.Context, begun bool) ([]providers.Known, error) {
+				return e.known(ctx, pc.Name, begun)
+			},
 		})
 		if err != nil {
 			return opened, err

@@ -124,7 +124,7 @@ type provider struct {
 	installation broker.InstallationID
 	config       awsscope.Config
 	clients      *clients
-	known        func(context.Context) ([]providers.Known, error)
+	known        func(ctx context.Context, begun bool) ([]providers.Known, error)
 	now          func() time.Time
 	log          *slog.Logger
 	writers      *writers

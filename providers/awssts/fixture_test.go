@@ -66,11 +66,13 @@ type records struct {
 	all map[broker.LeaseID]providers.Known
 }
 
-func (r *records) Known(context.Context) (all []providers.Known, err error) {
+func (r *records) Known(_ context.Context, begun bool) (all []providers.Known, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, k := range r.all {
-		all = append(all, k)
+		if k.Begun || !begun {
+			all = append(all, k)
+		}
 	}
 	return all, nil
 }

@@ -55,3 +55,14 @@ func (w *writer) doubt() {
 		}
 	}
 }
+
+// unproven are those that must stand and were not seen to be in force.
+func (w *writer) unproven(must denylist.Set) denylist.Set {
+	all := denylist.Set{}
+	for e := range must {
+		if _, ok := w.proven[e]; !ok {
+			all[e] = struct{}{}
+		}
+	}
+	return all
+}

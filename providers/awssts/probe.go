@@ -35,9 +35,6 @@ const (
 	probePolicy = `{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"sts:DecodeAuthorizationMessage","Resource":"*"}]}`
 	probePause  = 500 * time.Millisecond
 	probeSlow   = 15 * time.Second
-	// probeRoom is what a probe takes of a role's quota at most: its entry, in a
-	// statement that is there for it alone.
-	probeRoom = 160
 	// deniedByRole is what AWS says where a policy of the role denies. Where one
 	// of another kind does, too, it may name that instead: then nothing is known.
 	deniedByRole = "explicit deny in an identity-based policy"

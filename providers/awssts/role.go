@@ -137,10 +137,10 @@ func (p *provider) begin(w *writer, asked []denylist.Known) {
 	}
 }
 
-// must are the leases of the role as the store has them, with what was asked
-// for that the store may not show yet.
+// must are the leases of the role whose ending has begun, as the store has them,
+// with what was asked for that the store may not show yet.
 func (p *provider) must(ctx context.Context, w *writer) (map[broker.LeaseID]denylist.Known, error) {
-	stored, err := p.known(ctx)
+	stored, err := p.known(ctx, true)
 	if err != nil {
 		return nil, fmt.Errorf("reading what must be denied: %w", err)
 	}
@@ -240,7 +240,7 @@ func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error
 				return nil
 			}
 			again = false
-			step = w.list.Again(must, fresh, probeRoom)
+			step = w.list.Again(must, w.unproven(must), fresh, denylist.Quota/4)
 			if step.Policy == "" || !p.arm(ctx, w, &step, must) {
 				return nil
 			}

@@ -29,7 +29,7 @@ type place struct {
 
 // seed takes the leases that the store knows into account.
 func (p *provider) seed(ctx context.Context) error {
-	all, err := p.known(ctx)
+	all, err := p.known(ctx, false)
 	if err != nil {
 		return fmt.Errorf("reading what must be denied: %w", err)
 	}

@@ -320,7 +320,7 @@ func TestNothingIsLost(t *testing.T) {
 			switch rapid.IntRange(0, 7).Draw(t, "act") {
 			case 7: // all of it is written once more, for a probe
 				list.Settle(now)
-				step := list.Again(must, fmt.Sprintf("p%d-%d", process, fresh), 160)
+				step := list.Again(must, leases(min(len(must), 40)).And(must), fmt.Sprintf("p%d-%d", process, fresh), 160)
 				if step.Policy == "" {
 					continue
 				}

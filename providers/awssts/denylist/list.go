@@ -240,20 +240,22 @@ func (l *List) active(names []string) string {
 	return active
 }
 
-// Again writes everything in must into one policy although it stands already,
-// there or in others: so that what is written with it tells of all of it. It
-// leaves spare characters of the quota. Where there is no room for all, it
-// writes what stands in the policy once more.
-func (l *List) Again(must Set, fresh string, spare int) Step {
-	step := Step{Policy: l.active(slices.Sorted(maps.Keys(l.Policies))), Set: maps.Clone(must)}
+// Again writes a policy once more although nothing is missing, with everything in
+// tell, which may stand in another one: so that what is written with it tells of
+// that. It leaves spare characters of the quota: where there is no room for all,
+// it writes what stands in the policy alone.
+func (l *List) Again(must, tell Set, fresh string, spare int) Step {
+	step := Step{Policy: l.active(slices.Sorted(maps.Keys(l.Policies)))}
 	stands, room := Set{}, Quota-l.Used()-spare
 	if p := l.Policies[step.Policy]; p != nil {
-		stands, room = p.Stands, room+p.size()
+		stands, room = p.Stands.And(must), room+p.size()
 	} else {
 		step.Policy = fresh
 	}
+	step.Set = maps.Clone(stands)
+	step.Set.Add(tell)
 	if Size(step.Set) > room {
-		step.Set = stands.And(must)
+		step.Set = stands
 	}
 	if len(step.Set) == 0 {
 		return Step{}

@@ -69,19 +69,19 @@ func TestAgain(t *testing.T) {
 	late := &Policy{Own: true, Late: []Late{{Set: must, Until: now.Add(time.Minute)}}}
 	late.stand(must, now)
 	l := &List{Policies: map[string]*Policy{"late": late}}
-	if step := l.Again(leases(100), "new", 160); step.Policy != "new" || !step.Set.Equal(leases(100)) {
+	if step := l.Again(must, leases(100), "new", 160); step.Policy != "new" || !step.Set.Equal(leases(100)) {
 		t.Errorf("%d entries to %q", len(step.Set), step.Policy)
 	}
-	if step := l.Again(must, "new", 160); step.Policy != "" { // there is no room for it twice
+	if step := l.Again(must, must, "new", 160); step.Policy != "" { // there is no room for it twice
 		t.Errorf("%d entries to %q", len(step.Set), step.Policy)
 	}
 	some := &Policy{Own: true}
 	some.stand(leases(20), now)
 	l.Policies["some"] = some
-	if step := l.Again(must, "new", 160); step.Policy != "some" || !step.Set.Equal(leases(20)) {
+	if step := l.Again(must, must, "new", 160); step.Policy != "some" || !step.Set.Equal(leases(20)) {
 		t.Errorf("%d entries to %q", len(step.Set), step.Policy)
 	}
-	if step := l.Again(leases(100), "new", 160); step.Policy != "some" || !step.Set.Equal(leases(100)) {
+	if step := l.Again(must, leases(100), "new", 160); step.Policy != "some" || !step.Set.Equal(leases(100)) {
 		t.Errorf("%d entries to %q", len(step.Set), step.Policy)
 	}
 }
