@@ -383,6 +383,11 @@ func (w *worker) step(t store.Txn, l *leaseRecord, d providers.Death, unsettled 
 			return err
 		}
 	}
+	if l.State == broker.LeaseRevoking {
+		if err := t.Put(keyRevoking(l.End, l.ID), []byte(waitsFor(l, d))); err != nil {
+			return err
+		}
+	}
 	return moveDue(t, l, at)
 }
 

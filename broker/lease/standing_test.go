@@ -48,7 +48,6 @@ func TestKnown(t *testing.T) {
 		r.drivers["asked"] = standing{r.drivers["asked"], &known}
 		r.start()
 		r.grant(support, "cloud.read", time.Hour)
-		in := r.open(30*time.Minute, "cloud.read")
 		a, b := r.mustIssue("cloud.read", ttl(10*time.Minute)), r.mustIssue("cloud.read", ttl(10*time.Minute))
 		told := func() map[broker.LeaseID]providers.Known {
 			t.Helper()
@@ -86,9 +85,6 @@ func TestKnown(t *testing.T) {
 				t.Fatalf("verified: %+v", m)
 			}
 			r.restart()
-		}
-		if _, _, err := r.engine.CloseIncident(t.Context(), as(pager), in.ID, ""); err != nil {
-			t.Fatal(err)
 		}
 		time.Sleep(11 * time.Minute)
 		r.wantState(b.Lease.ID, broker.LeaseExpired, time.Minute)
