@@ -131,9 +131,6 @@ type provider struct {
 
 	stop    context.CancelFunc // nil if nothing runs
 	running sync.WaitGroup
-
-	lagMu sync.Mutex
-	lag   time.Duration // how far AWS's clock was behind ours at most
 }
 
 var (
@@ -167,22 +164,4 @@ func (p *provider) Close() error {
 	p.running.Wait()
 	p.clients.close()
 	return nil
-}
-
-// saw notes how far AWS's clock is behind ours: that much later than we think
-// what it ends by itself ends.
-func (p *provider) saw(server, ours time.Time) {
-	if server.IsZero() {
-		return
-	}
-	p.lagMu.Lock()
-	defer p.lagMu.Unlock()
-	// A Date header has whole seconds; up to one of them has passed already.
-	p.lag = max(p.lag, ours.Sub(server)-time.Second)
-}
-
-func (p *provider) behind() time.Duration {
-	p.lagMu.Lock()
-	defer p.lagMu.Unlock()
-	return p.lag
 }

@@ -18,7 +18,7 @@ import (
 
 const (
 	// skew is what AWS's clock, which is read in whole seconds, may add to an
-	// instant beyond how far it was seen to be behind ours.
+	// instant beyond how far it was seen to be behind ours when the lease was made.
 	skew = 2 * time.Second
 	// planSkew is the same before AWS's clock was seen.
 	planSkew = time.Minute
@@ -113,12 +113,9 @@ func (p *provider) take(req providers.MintRequest, s awsscope.Scope, h handle, o
 	if k == nil || aws.ToString(k.AccessKeyId) == "" || aws.ToString(k.SecretAccessKey) == "" || aws.ToString(k.SessionToken) == "" || k.Expiration == nil {
 		return providers.Minted{}, errors.New("the outcome is not known: the answer of AWS STS has no credentials")
 	}
-	if server, ok := awsmiddleware.GetServerTime(out.ResultMetadata); ok && !p.config.Compatible() {
-		p.saw(server, now)
-	}
 	// The list tells sessions by when AWS's clock says that they were made.
 	issued := latest(now, k.Expiration.Add(-p.life(req)))
-	lag := p.behind()
+	lag := behind(out, now)
 	minted := providers.Minted{DiesAt: end(req).Add(skew + lag), Survives: s.Survives(p.config)}
 	// AWS's own expiry is a second end. It comes first only where the lease's
 	// end is as far away as AWS lets a session live.
@@ -146,6 +143,17 @@ func (p *provider) take(req providers.MintRequest, s awsscope.Scope, h handle, o
 		awsscope.FieldSessionToken: *k.SessionToken, awsscope.FieldExpiration: awsscope.Instant(earliest(ends, end(req))),
 	})
 	return minted, nil
+}
+
+// behind is how far the server's clock, by which the session ends, is behind
+// ours at most: that much later than we think it ends.
+func behind(out *sts.AssumeRoleOutput, now time.Time) time.Duration {
+	server, ok := awsmiddleware.GetServerTime(out.ResultMetadata)
+	if !ok {
+		return planSkew
+	}
+	// It is told in whole seconds, of which skew has room for one.
+	return max(now.Sub(server)-time.Second, 0)
 }
 
 // refuse is an error of Mint before anything was asked.

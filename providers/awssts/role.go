@@ -333,6 +333,7 @@ func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID
 		}
 	}
 	now, others := p.now(), 0
+	maps.DeleteFunc(w.wrote, func(_ string, at time.Time) bool { return now.Sub(at) >= visible })
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		text, there := "", names[name]
 		if there {
@@ -357,7 +358,7 @@ func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID
 		}
 		// What we wrote a moment ago may not be seen yet.
 		pol := w.list.Policies[name]
-		if at, ok := w.wrote[name]; ok && now.Sub(at) < visible {
+		if _, ok := w.wrote[name]; ok {
 			set, err := denylist.Parse(text)
 			if pol == nil && there || pol != nil && (!there || err != nil || !set.Equal(pol.Stands)) {
 				continue
@@ -398,6 +399,14 @@ func (p *provider) reconcileForEver(ctx context.Context) {
 	}
 }
 
+// writeIn compares one list with what is in IAM. Endings wait for the turn, so
+// it takes no longer than they would.
+func (p *provider) writeIn(ctx context.Context, w *writer, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	return p.write(ctx, w, true, false)
+}
+
 // reconcile compares every list of the provider with what is in IAM once.
 func (p *provider) reconcile(ctx context.Context) error {
 	p.writers.mu.Lock()
@@ -413,7 +422,7 @@ func (p *provider) reconcile(ctx context.Context) error {
 		if err := w.take(ctx); err != nil {
 			return err
 		}
-		errs = append(errs, p.write(ctx, w, true, false))
+		errs = append(errs, p.writeIn(ctx, w, revokeLimit))
 		w.leave()
 	}
 	return errors.Join(errs...)
@@ -435,7 +444,7 @@ func (p *provider) CutOff(ctx context.Context, role, operator string) error {
 	}
 	defer w.leave()
 	now := p.now()
-	e := denylist.Entry{Kind: denylist.CutOff, Before: now.Add(-p.behind()).Unix()}
+	e := denylist.Entry{Kind: denylist.CutOff, Before: now.Add(planSkew).Unix()} // AWS's clock may be ahead of ours
 	w.foreign[e] = now.Add(keepForeign)
 	p.log.Warn("an operator cuts off every session of a role", "role", role, "operator", broker.Clean(broker.Shorten(operator, 200)), "made_before", awsscope.Instant(time.Unix(e.Before, 0)))
 	return p.write(ctx, w, false, false)

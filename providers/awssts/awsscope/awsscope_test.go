@@ -516,3 +516,36 @@ func TestMalformed(t *testing.T) {
 		}
 	}
 }
+
+// TestMissingValue: a lease without a value that its statements ask for would
+// have others' permissions; it is refused, whoever let it come so far.
+func TestMissingValue(t *testing.T) {
+	s, err := ParseScope(config(t), tool(statement(`"Effect":"Allow","Action":"s3:ListBucket","Resource":"arn:aws:s3:::crm","Condition":{"StringLike":{"s3:prefix":"${params.customer}*"}}`), str("customer", "[a-z]{1,9}")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, params := range []map[string]string{nil, {}, {"client": "acme"}, {"customer": ""}} {
+		var refused *broker.Error
+		if text, err := s.Policy(params, time.Unix(0, 0)); !errors.As(err, &refused) || refused.Reason != broker.ReasonParameter {
+			t.Errorf("%v: %s, %v", params, text, err)
+		}
+	}
+}
+
+// TestWarnConditions: what is to be known of conditions is told.
+func TestWarnConditions(t *testing.T) {
+	s, err := ParseScope(config(t), tool(statement(`"Effect":"Allow","Action":"s3express:CreateSession","Resource":"arn:aws:s3:::crm","Condition":{"StringLike":{"s3:prefix":"${params.customer}*"},"ForAllValues:StringEquals":{"aws:TagKeys":"team"},"StringEqualsIfExists":{"aws:SourceVpc":"vpc-1"}}`), str("customer", "[a-z]{1,9}")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []string
+	for _, f := range s.Warnings(config(t)) {
+		all = append(all, f.Message)
+	}
+	text := strings.Join(all, "\n")
+	for _, want := range []string{"s3:prefix", "right before *", "ForAllValues:StringEquals", "StringEqualsIfExists", "s3express:createsession"} {
+		if !strings.Contains(strings.ReplaceAll(text, "under its conditions: ForAllValues:StringEquals, StringEqualsIfExists", ""), want) {
+			t.Errorf("nothing is said of %s:\n%s", want, text)
+		}
+	}
+}

@@ -219,9 +219,18 @@ func (s Scope) Policy(params map[string]string, end time.Time) (string, error) {
 				"parameter %s has characters that AWS does not take in a session policy", name)
 		}
 	}
-	policy, err := s.render(func(name string) string { return escape(params[name]) }, end)
-	if err != nil {
+	missing := ""
+	policy, err := s.render(func(name string) string {
+		if params[name] == "" {
+			missing = name
+		}
+		return escape(params[name])
+	}, end)
+	switch {
+	case err != nil:
 		return "", err
+	case missing != "":
+		return "", broker.Refusef(broker.ReasonParameter, "give a value", "parameter %s has no value, and without one the permissions would be wider", missing)
 	}
 	if n := len([]rune(string(policy))); n > MaxPolicy {
 		return "", broker.Refusef(broker.ReasonParameter, "give shorter values", "the session policy would have %d characters; AWS takes %d", n, MaxPolicy)

@@ -64,6 +64,22 @@ var escalations = map[string]string{
 	"cognito-identity:getcredentialsforidentity":      "sessions of another role are made, which the lease's end does not reach",
 	"codeartifact:getauthorizationtoken":              "a token outlives the lease",
 	"ecr:getauthorizationtoken":                       "a token of up to 12 hours outlives the lease",
+	"s3express:createsession":                         "a token for the bucket outlives the lease by up to 5 minutes",
+	"s3:getdataaccess":                                "sessions of another role are made, which the lease's end does not reach",
+	"lakeformation:getdataaccess":                     "sessions for the data are made, which the lease's end does not reach",
+	"lakeformation:gettemporarygluetablecredentials":  "sessions for the data are made, which the lease's end does not reach",
+	"datazone:getenvironmentcredentials":              "sessions of another role are made, which the lease's end does not reach",
+	"redshift:getclustercredentialswithiam":           "a login of the cluster outlives the lease",
+	"redshift-serverless:getcredentials":              "a login of the workgroup outlives the lease",
+	"secretsmanager:batchgetsecretvalue":              "what the secrets open stays open after the lease has ended",
+	"ssm:getparameters":                               "secrets in the parameters stay known after the lease has ended",
+	"ssm:getparametersbypath":                         "secrets in the parameters stay known after the lease has ended",
+	"dsql:dbconnect":                                  "connections to the database stay open after the lease has ended",
+	"dsql:dbconnectadmin":                             "connections to the database stay open after the lease has ended",
+	"elasticache:connect":                             "connections to the cache stay open after the lease has ended",
+	"memorydb:connect":                                "connections to the database stay open after the lease has ended",
+	"kafka-cluster:connect":                           "connections to the cluster stay open after the lease has ended",
+	"ecr-public:getauthorizationtoken":                "a token of up to 12 hours outlives the lease",
 	"sso:getrolecredentials":                          "sessions of another role are made, which the lease's end does not reach",
 	"organizations:attachpolicy":                      "what accounts may do changes",
 	"lakeformation:grantpermissions":                  "others get at the data, for good",
@@ -132,10 +148,20 @@ func (s Scope) Warnings(c Config) []providers.Finding {
 			switch {
 			case r == "*":
 				note("name the resources, unless the actions know none", "%s is for every resource (*)", at)
-			case strings.HasSuffix(strings.SplitN(r, ":", 6)[5], "}*"):
+			case widens(r):
 				note("put a separator between them, such as /", "%s: in %s a parameter stands right before *: the value a reaches what is named ab, too", at, r)
 			case strings.ContainsAny(strings.Join(strings.SplitN(r, ":", 6)[3:5], ""), "*?"):
 				note("name region and account", "%s: %s is for any region or account", at, r)
+			}
+		}
+		for _, operator := range slices.Sorted(maps.Keys(each.Condition)) {
+			if strings.HasPrefix(operator, "ForAllValues:") || strings.HasSuffix(operator, "IfExists") {
+				note("add a condition Null with false for the key, unless that is meant", "%s: %s holds where a request has no such key at all, too", at, operator)
+			}
+			for _, key := range slices.Sorted(maps.Keys(each.Condition[operator])) {
+				if slices.ContainsFunc(each.Condition[operator][key], widens) && strings.Contains(operator, "Like") {
+					note("put a separator between them, such as /", "%s: in the condition on %s a parameter stands right before *: the value a reaches what is named ab, too", at, key)
+				}
 			}
 		}
 	}
@@ -146,6 +172,16 @@ func (s Scope) Warnings(c Config) []providers.Finding {
 		note("name no session ARN of the tools' roles in resource policies", "a resource policy (of a bucket, a key, a queue) that allows the role's session by its ARN gives more than the statements say; only explicit denies, such as the lease's end, hold against it")
 	}
 	return all
+}
+
+// widens reports whether a parameter stands right before *.
+func widens(text string) bool {
+	for _, at := range paramForm.FindAllStringIndex(text, -1) {
+		if strings.HasPrefix(text[at[1]:], "*") {
+			return true
+		}
+	}
+	return false
 }
 
 // words tell a statement to people.

@@ -142,7 +142,7 @@ func Parse(policy string) (Set, error) {
 		}
 		for _, v := range like[keySession] {
 			name, ok := strings.CutPrefix(v, "*:")
-			if !ok {
+			if !ok || !plain(name) {
 				return nil, errForeign
 			}
 			kind := Lease
@@ -150,6 +150,9 @@ func Parse(policy string) (Set, error) {
 				kind = Probe
 			}
 			s[Entry{Kind: kind, ID: name}] = struct{}{}
+		}
+		if slices.ContainsFunc(append(slices.Clone(is[keyIncident]), is[keyAgent]...), func(v string) bool { return !plain(v) }) {
+			return nil, errForeign
 		}
 		for _, v := range is[keyIncident] {
 			s[Entry{Kind: Incident, ID: v}] = struct{}{}
@@ -166,6 +169,13 @@ func Parse(policy string) (Set, error) {
 		return nil, errForeign
 	}
 	return s, nil
+}
+
+// plain reports whether a text can be a name that Mayfly gives: no wildcard, no
+// variable, nothing that stands for more than itself. What somebody else wrote
+// is not kept as ours.
+func plain(name string) bool {
+	return name != "" && len(name) <= 64 && !strings.ContainsFunc(name, func(r rune) bool { return r != '-' && (r < '0' || r > '9') && (r < 'a' || r > 'z') })
 }
 
 func compact(policy string) string {

@@ -2,6 +2,7 @@ package denylist
 
 import (
 	"errors"
+	"strings"
 	"testing"
 	"time"
 )
@@ -92,5 +93,19 @@ func TestFull(t *testing.T) {
 	_, err := l.Next(leases(3), "new", false, time.Now())
 	if full := (*FullError)(nil); !errors.As(err, &full) || full.Missing != 3 {
 		t.Errorf("%v", err)
+	}
+}
+
+// TestParsePlain: what would deny more than one session, or is no name of ours,
+// is not taken for an entry: it would be written again and again after whoever
+// put it there has taken it away.
+func TestParsePlain(t *testing.T) {
+	for _, e := range []Entry{
+		{Kind: Lease, ID: "*"}, {Kind: Lease, ID: "l?"}, {Kind: Lease, ID: ""}, {Kind: Lease, ID: "${aws:username}"}, {Kind: Lease, ID: "l:1"}, {Kind: Lease, ID: "L1"},
+		{Kind: Probe, ID: ProbePrefix + "*"}, {Kind: Incident, ID: "${aws:PrincipalTag/x}"}, {Kind: Incident, ID: ""}, {Kind: Agent, ID: "a b", Before: 1}, {Kind: Agent, ID: strings.Repeat("x", 65), Before: 1},
+	} {
+		if s, err := Parse(Render(SetOf(e, lease("l1")))); err == nil {
+			t.Errorf("%+v was taken: %v", e, s.Sorted())
+		}
 	}
 }
