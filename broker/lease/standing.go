@@ -66,7 +66,11 @@ func (e *Engine) known(ctx context.Context, provider string, begun bool) ([]prov
 	if err != nil {
 		return nil, err
 	}
-	return all, e.fallen(ctx, over)
+	if err := e.fallen(ctx, over); err != nil {
+		// It is read again next time. What must be denied does not wait for it.
+		e.log.Warn("forgetting what stands at a provider no more", "provider", provider, "error", err)
+	}
+	return all, nil
 }
 
 // fallen removes what need not stand any more.

@@ -1,7 +1,10 @@
 package lease
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"log/slog"
 	"path/filepath"
 	"slices"
 	"testing"
@@ -85,5 +88,26 @@ func BenchmarkKnown(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// deaf is a store that can be read, and not written.
+type deaf struct{ store.Store }
+
+func (deaf) Update(context.Context, func(store.Txn) error) error {
+	return errors.New("the disk is full")
+}
+
+// TestKnownUnwritten: who must be denied is told though what need not be any
+// more cannot be taken out of the store.
+func TestKnownUnwritten(t *testing.T) {
+	e := keeper(t)
+	e.log = slog.New(slog.DiscardHandler)
+	e.keep(t, broker.LeaseRevoked, broker.LeaseRevoking)
+	e.clock.base = e.clock.base.Add(2 * time.Hour) // what has ended is dead by itself
+	e.clock.wall = func() time.Time { return time.Now().Add(2 * time.Hour) }
+	e.store = deaf{e.store}
+	if all, err := e.known(t.Context(), "aws", true); err != nil || len(all) != 1 {
+		t.Errorf("%d leases, %v", len(all), err)
 	}
 }

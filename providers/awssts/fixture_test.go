@@ -62,8 +62,16 @@ func (c *clock) Advance(d time.Duration) { c.Set(c.Now().Add(d)) }
 
 // records is the broker's store, as far as a provider sees it.
 type records struct {
-	mu  sync.Mutex
-	all map[broker.LeaseID]providers.Known
+	mu     sync.Mutex
+	all    map[broker.LeaseID]providers.Known
+	broken error
+}
+
+// fail has the store answer nothing but err from now on; nil ends it.
+func (r *records) fail(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.broken = err
 }
 
 func (r *records) Known(_ context.Context, begun bool) (all []providers.Known, err error) {
@@ -73,6 +81,9 @@ func (r *records) Known(_ context.Context, begun bool) (all []providers.Known, e
 		if k.Begun || !begun {
 			all = append(all, k)
 		}
+	}
+	if r.broken != nil {
+		return nil, r.broken
 	}
 	return all, nil
 }

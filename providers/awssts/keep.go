@@ -14,7 +14,12 @@ import (
 func (p *provider) keep(w *writer, leases map[broker.LeaseID]denylist.Known) {
 	now, may := p.now(), w.list.May()
 	for e := range may {
-		if _, has := w.foreign[e]; !has && e.Kind != denylist.Probe && !w.needed.Has(e) && !explained(e, leases) {
+		if _, has := w.foreign[e]; has || e.Kind == denylist.Probe || w.needed.Has(e) {
+			continue
+		}
+		if explained(e, leases) {
+			w.needed[e] = struct{}{} // also when the leases have died and the store knows them no more
+		} else {
 			w.foreign[e] = now.Add(keepForeign)
 		}
 	}

@@ -1,6 +1,7 @@
 package awssts
 
 import (
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -205,3 +206,28 @@ func (a api) Error() string {
 func (a api) ErrorCode() string             { return a.code }
 func (a api) ErrorMessage() string          { return a.said }
 func (a api) ErrorFault() smithy.ErrorFault { return smithy.FaultClient }
+
+// TestStoreAway: what ends waits for no store. A lease that the engine ends is
+// denied although the store cannot be read, and nothing that stands is lost.
+func TestStoreAway(t *testing.T) {
+	w := newWorld(t)
+	p := w.open()
+	a, b := w.mint(p, time.Hour, ""), w.mint(p, time.Hour, "")
+	w.revoke(p, a, broker.CauseRevoked)
+	w.confirm(p, a)
+	w.store.fail(errors.New("the store hangs"))
+	if d := p.Revoke(t.Context(), []providers.Ending{b.ending})[0]; d.Err != nil || d.Progress != broker.ProgressWritten {
+		t.Errorf("%+v", d)
+	}
+	if err := p.reconcile(t.Context()); err == nil {
+		t.Error("a list was compared with a store that cannot be read")
+	}
+	if !w.stands(a) || !w.stands(b) || w.fake.Works(a.key) || w.fake.Works(b.key) {
+		t.Error("something is alive")
+	}
+	w.store.fail(nil)
+	w.begin(b, broker.CauseRevoked)
+	if d := w.confirm(p, b); d.Progress != broker.ProgressVerified {
+		t.Errorf("%+v", d)
+	}
+}

@@ -138,11 +138,12 @@ func (p *provider) begin(w *writer, asked []denylist.Known) {
 }
 
 // must are the leases of the role whose ending has begun, as the store has them,
-// with what was asked for that the store may not show yet.
+// with what was asked for that the store may not show yet. With an error they
+// are only the latter.
 func (p *provider) must(ctx context.Context, w *writer) (map[broker.LeaseID]denylist.Known, error) {
-	stored, err := p.known(ctx, true)
-	if err != nil {
-		return nil, fmt.Errorf("reading what must be denied: %w", err)
+	stored, failed := p.known(ctx, true)
+	if failed != nil {
+		failed = fmt.Errorf("reading what must be denied: %w", failed)
 	}
 	all := map[broker.LeaseID]denylist.Known{}
 	for _, k := range stored {
@@ -173,7 +174,7 @@ func (p *provider) must(ctx context.Context, w *writer) (map[broker.LeaseID]deny
 		known.Begun = true
 		all[lease] = known
 	}
-	return all, nil
+	return all, failed
 }
 
 // covers reports whether one of the entries denies a lease's session.
@@ -202,9 +203,9 @@ func denying[V any, S ~map[denylist.Entry]V](s S, k denylist.Known) (denylist.En
 // need not stand, and repairs what somebody changed. With again the list is
 // written once more although nothing is missing: so that a probe can tell of it.
 func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error {
-	leases, err := p.must(ctx, w)
-	if err != nil {
-		return err
+	leases, unread := p.must(ctx, w)
+	if unread != nil && (tidy || !w.seen) {
+		return unread
 	}
 	if !w.seen || tidy {
 		if err := p.see(ctx, w, leases); err != nil {
@@ -213,12 +214,17 @@ func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error
 	}
 	must, _ := denylist.Required(slices.Collect(maps.Values(leases)), p.now())
 	w.needed.Add(must)
+	if unread != nil { // what ends waits for no store: it is added to what stands
+		p.log.Warn("a deny list is written without the store", "role", w.role.ARN, "error", unread)
+		must.Add(w.list.May())
+	}
 	now := p.now()
 	for e, until := range w.foreign {
 		if now.Before(until) {
 			must[e] = struct{}{}
 		} else {
 			delete(w.foreign, e)
+			w.needed[e] = struct{}{} // it goes now, and is not kept anew if that takes long
 		}
 	}
 	if w.probe != nil && (len(must) == 0 || !p.now().Before(w.probe.expires)) {
@@ -444,7 +450,7 @@ func (p *provider) CutOff(ctx context.Context, role, operator string) error {
 	}
 	defer w.leave()
 	now := p.now()
-	e := denylist.Entry{Kind: denylist.CutOff, Before: now.Add(planSkew).Unix()} // AWS's clock may be ahead of ours
+	e := denylist.Entry{Kind: denylist.CutOff, Before: now.Unix()}
 	w.foreign[e] = now.Add(keepForeign)
 	p.log.Warn("an operator cuts off every session of a role", "role", role, "operator", broker.Clean(broker.Shorten(operator, 200)), "made_before", awsscope.Instant(time.Unix(e.Before, 0)))
 	return p.write(ctx, w, false, false)
