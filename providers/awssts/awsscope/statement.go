@@ -254,7 +254,7 @@ func (s Statement) checkAction(action string) error {
 	}
 	for _, n := range never {
 		if matches(lower, n) {
-			return fmt.Errorf("is %s: the session or token that is made with it is one of its own, and neither the lease's end nor an early end reaches it", action)
+			return fmt.Errorf("is %s: a session or token that is made with it has a name of its own, and neither the lease's end nor an early end reaches it", action)
 		}
 	}
 	return nil
