@@ -128,7 +128,7 @@ func (p *provider) endByList(ctx context.Context, role string, leases []at, deat
 		unproven = unproven || !covers(w.proven, k) && !(w.probe != nil && covers(w.probe.covers, k))
 	}
 	p.look(ctx, w)
-	again := unproven && p.config.Early.Verify == awsscope.VerifyProbe && w.probe == nil
+	again := unproven && p.config.Early.Verify == awsscope.VerifyProbe && w.probe == nil && !p.now().Before(w.rests)
 	var failed error
 	if missing || !w.seen || again {
 		failed = p.write(ctx, w, false, again)
@@ -180,7 +180,7 @@ func (p *provider) judge(w *writer, k denylist.Known, sure denylist.Set, failed 
 	case w.probe != nil && w.probe.covers != nil: // what it does not tell of, the next one does
 		d.RetryAt = earliest(d.RetryAt, w.probe.next)
 	case p.config.Early.Verify == awsscope.VerifyProbe:
-		d.RetryAt = earliest(d.RetryAt, now.Add(probeSlow))
+		d.RetryAt = earliest(d.RetryAt, latest(now.Add(probeSlow), w.rests))
 	}
 	return d
 }

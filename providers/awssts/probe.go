@@ -35,6 +35,7 @@ const (
 	probePolicy = `{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"sts:DecodeAuthorizationMessage","Resource":"*"}]}`
 	probePause  = 500 * time.Millisecond
 	probeSlow   = 15 * time.Second
+	probeRest   = time.Minute
 	// deniedByRole is what AWS says where a policy of the role denies. Where one
 	// of another kind does, too, it may name that instead: then nothing is known.
 	deniedByRole = "explicit deny in an identity-based policy"
@@ -75,6 +76,9 @@ func (p *provider) arm(ctx context.Context, w *writer, step *denylist.Step, must
 		// for what is written meanwhile.
 		return w.probe.covers == nil
 	}
+	if p.now().Before(w.rests) {
+		return false
+	}
 	var id [6]byte
 	_, _ = rand.Read(id[:]) // never fails
 	b := &probe{name: denylist.ProbePrefix + hex.EncodeToString(id[:])}
@@ -85,14 +89,13 @@ func (p *provider) arm(ctx context.Context, w *writer, step *denylist.Step, must
 		room += denylist.Size(pol.Stands)
 	}
 	if denylist.Size(with) > room {
-		w.unable = "the role's policies have no room for a probe"
-		return false
+		return false // there may be at the next writing
 	}
 	out, err := p.clients.sts.AssumeRole(ctx, &sts.AssumeRoleInput{
 		RoleArn: &w.role.ARN, RoleSessionName: &b.name, Policy: aws.String(probePolicy), DurationSeconds: aws.Int32(int32(ceilSeconds(awsscope.SessionMin))),
 	})
 	if err != nil || out.Credentials == nil {
-		w.unable = "the role cannot be assumed for a probe"
+		w.rests = p.now().Add(probeRest)
 		p.log.Warn("the deny list cannot be verified", "role", w.role.ARN, "error", faultOf(ctx, "assuming the role for a probe", err))
 		return false
 	}
@@ -100,11 +103,11 @@ func (p *provider) arm(ctx context.Context, w *writer, step *denylist.Step, must
 	b.client = p.clients.as(aws.Credentials{AccessKeyID: aws.ToString(k.AccessKeyId), SecretAccessKey: aws.ToString(k.SecretAccessKey), SessionToken: aws.ToString(k.SessionToken)})
 	b.expires = p.now().Add(awsscope.SessionMin - time.Minute)
 	if b.ask(ctx) != allowed {
-		w.unable = "a probe is not allowed sts:DecodeAuthorizationMessage before it is denied: the role must allow it"
+		w.rests = p.now().Add(probeRest)
 		p.log.Warn("the deny list cannot be verified: the role must allow sts:DecodeAuthorizationMessage", "role", w.role.ARN)
 		return false
 	}
-	w.probe, w.unable = b, ""
+	w.probe = b
 	step.Set = with
 	must[b.entry()] = struct{}{}
 	return true

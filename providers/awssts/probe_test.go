@@ -115,3 +115,24 @@ func TestProbeReaches(t *testing.T) {
 		t.Errorf("%d writes", n)
 	}
 }
+
+// TestProbeRests: where no probe can be made, none is tried for each lease and
+// each look anew.
+func TestProbeRests(t *testing.T) {
+	w := newWorld(t, faking(func(c *fakeaws.Config) { c.NoProbe = true }))
+	p := w.open()
+	l := w.mint(p, 30*time.Minute, "")
+	before, looks := w.fake.Count("AssumeRole"), 0
+	d := w.revoke(p, l, broker.CauseRevoked)
+	for w.clock.Now().Before(l.req.End) {
+		if d.Err != nil || d.Progress != broker.ProgressWritten {
+			t.Fatalf("%+v", d)
+		}
+		w.clock.Set(d.RetryAt)
+		d = p.Confirm(t.Context(), []providers.Ending{l.ending})[0]
+		looks++
+	}
+	if n := w.fake.Count("AssumeRole") - before; n > 35 || looks > 35 {
+		t.Errorf("%d probes were made in half an hour, and the lease was looked at %d times", n, looks)
+	}
+}

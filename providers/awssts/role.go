@@ -72,7 +72,7 @@ type writer struct {
 	wrote   map[string]time.Time         // when we wrote or removed a policy
 	proven  map[denylist.Entry]time.Time // when entries that stand were seen to be in force
 	probe   *probe
-	unable  string // why there is no probe; empty if there is one
+	rests   time.Time // no probe is tried before: the last one could not be made
 }
 
 // writerLocked is the writer of a role. The caller holds writers.mu.

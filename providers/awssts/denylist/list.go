@@ -112,12 +112,20 @@ func (l *List) Sure() Set {
 	return all
 }
 
-// May is what was last seen in any policy, or may come to stand there by a write
-// that lands late.
-func (l *List) May() Set {
+// stands is what was last seen in any policy.
+func (l *List) stands() Set {
 	all := Set{}
 	for _, p := range l.Policies {
 		all.Add(p.Stands)
+	}
+	return all
+}
+
+// May is what was last seen in any policy, or may come to stand there by a write
+// that lands late.
+func (l *List) May() Set {
+	all := l.stands()
+	for _, p := range l.Policies {
 		for _, late := range p.Late {
 			all.Add(late.Set)
 		}
@@ -197,9 +205,12 @@ func (l *List) Next(must Set, fresh string, tidy bool, now time.Time) (Step, err
 			delete(next, e)
 		}
 	}
-	for _, group := range []Set{missing, must.Minus(missing).Minus(next)} {
-		next = fill(next, group.Sorted(), room)
-	}
+	// What stands nowhere comes before what stands in a policy that cannot be
+	// counted upon yet, and such copies leave room for more of it.
+	standing := missing.And(l.stands())
+	next = fill(next, missing.Minus(standing).Sorted(), room)
+	next = fill(next, standing.Sorted(), room-Quota/4)
+	next = fill(next, must.Minus(missing).Minus(next).Sorted(), room)
 	if !next.Equal(stands) && (len(next.Minus(stands)) > 0 || tidy) && len(next.And(missing)) > 0 {
 		return Step{Policy: active, Set: next}, nil
 	}

@@ -2,6 +2,7 @@ package denylist
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -107,5 +108,45 @@ func TestParsePlain(t *testing.T) {
 		if s, err := Parse(Render(SetOf(e, lease("l1")))); err == nil {
 			t.Errorf("%+v was taken: %v", e, s.Sorted())
 		}
+	}
+}
+
+// TestNewFirst: a process that has just begun cannot count upon the list of the
+// one before it, and has no room to write all of it again. What stands nowhere
+// yet goes first, and there is room for more of it.
+func TestNewFirst(t *testing.T) {
+	now := time.Unix(1_800_000_000, 0)
+	old := leases(200)
+	l := &List{Policies: map[string]*Policy{"old": {Late: []Late{{Unknown: true, Until: now.Add(15 * time.Minute)}}}}}
+	l.Policies["old"].stand(old, now)
+	must := leases(200)
+	for i := range 60 {
+		e := lease(fmt.Sprintf("z%025d", i)) // sorted behind all others
+		must[e] = struct{}{}
+		full := (*FullError)(nil)
+		for {
+			step, err := l.Next(must, "new", false, now)
+			if err != nil && !errors.As(err, &full) {
+				t.Fatal(err)
+			}
+			if err != nil || step.Policy == "" {
+				break
+			}
+			l.Wrote(step, now)
+			if l.Used() > Quota {
+				t.Fatalf("%d characters", l.Used())
+			}
+		}
+		if !l.Sure().Has(e) {
+			t.Fatalf("lease %d stands nowhere, and %d that stand already were written again", i, len(l.Sure().And(old)))
+		}
+	}
+	if n := len(l.Sure().And(old)); n == 0 {
+		t.Error("nothing was written again")
+	}
+	// Once the old process's writes cannot land any more its list counts.
+	l.Settle(now.Add(16 * time.Minute))
+	if missing := must.Minus(l.Sure()); len(missing) > 0 {
+		t.Errorf("%d are not sure", len(missing))
 	}
 }
