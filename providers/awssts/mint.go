@@ -71,8 +71,9 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 	if err != nil {
 		return providers.Minted{}, p.refuse(err)
 	}
+	p.acquaint(ctx, h.Role)
 	if err := p.reserve(h.Role, req); err != nil {
-		return providers.Minted{}, p.refuse(err)
+		return providers.Minted{}, fmt.Errorf("%w: %w", providers.ErrNothingMade, err) // there may be room soon
 	}
 	in := &sts.AssumeRoleInput{
 		RoleSessionName: &h.Session, Policy: &policy,

@@ -61,6 +61,7 @@ type writer struct {
 	// Under writers.mu.
 	places map[broker.LeaseID]place // leases that may have to be denied
 	others int                      // characters that are not for them
+	met    bool                     // it was tried to look at the role's policies
 	begun  map[broker.LeaseID]denylist.Known
 
 	// Of whoever has the turn.

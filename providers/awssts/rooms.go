@@ -66,6 +66,36 @@ func (p *provider) choose(roles []awsscope.Role, req providers.MintRequest) (str
 	return best, nil
 }
 
+// acquaint has the role's policies looked at before its first lease is made: what
+// others have put there is not known before. Where IAM does not answer, leases
+// are made all the same: it is asked again every minute, and its control plane
+// is not to decide whether agents can work.
+func (p *provider) acquaint(ctx context.Context, role string) {
+	if p.config.Early.Mode != awsscope.EarlyDenyList {
+		return
+	}
+	p.writers.mu.Lock()
+	w := p.writerLocked(role)
+	first := !w.met
+	w.met = true
+	p.writers.mu.Unlock()
+	if !first {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, mintLimit/3)
+	defer cancel()
+	if err := w.take(ctx); err != nil {
+		return // somebody writes the list, who has looked
+	}
+	defer w.leave()
+	if w.seen {
+		return
+	}
+	if err := p.write(ctx, w, true, false); err != nil {
+		p.log.Warn("looking at the policies of a role before its first lease", "role", role, "error", err)
+	}
+}
+
 // reserve takes room for a lease that is about to be made: a lease that could
 // not be ended early is not made.
 func (p *provider) reserve(role string, req providers.MintRequest) error {

@@ -1,10 +1,13 @@
 package awssts
 
 import (
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/mayfly-security/mayfly/providers"
+	"github.com/mayfly-security/mayfly/providers/awssts/fakeaws"
 )
 
 // TestPlannedOnly: whoever has leases planned, and refused before they are
@@ -67,5 +70,47 @@ func TestRoomOfTwo(t *testing.T) {
 	}
 	if made < 280 || made > 310 {
 		t.Errorf("%d leases are open, and the role's list has room for about 300", made)
+	}
+}
+
+// TestRoomOfOthers: what a role has of its own is known before its first lease
+// is made, and not a minute later.
+func TestRoomOfOthers(t *testing.T) {
+	w := newWorld(t)
+	w.fake.SetPolicy("crm0", "permissions", strings.Repeat(" x", 9000))
+	p := w.open()
+	made := 0
+	for range 100 {
+		if _, err := w.try(p, 10*time.Minute, ""); err == nil {
+			made++
+		}
+	}
+	if made > 15 {
+		t.Errorf("%d leases were made, and the list has room for about ten", made)
+	}
+	if n := w.fake.Count("ListRolePolicies"); n != 1 {
+		t.Errorf("IAM was asked %d times", n)
+	}
+}
+
+// TestRoomUnknown: where IAM does not tell, leases are made as if the role had
+// nothing of its own, and it is not asked for each of them.
+func TestRoomUnknown(t *testing.T) {
+	var asked atomic.Int32
+	w := newWorld(t, faking(func(c *fakeaws.Config) {
+		c.Fail = func(action string, _ int) (string, int) {
+			if action == "ListRolePolicies" {
+				asked.Add(1)
+				return "ServiceFailure", 500
+			}
+			return "", 0
+		}
+	}))
+	p := w.open()
+	for range 20 {
+		w.mint(p, 10*time.Minute, "")
+	}
+	if n := asked.Load(); n != 1 {
+		t.Errorf("IAM was asked %d times", n)
 	}
 }
