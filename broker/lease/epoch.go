@@ -258,6 +258,7 @@ func (e *Engine) openProviders(ctx context.Context, ep, old *epoch) (opened []*o
 			Name: pc.Name, Installation: e.installation, Raw: pc.Config,
 			Log: e.log.With("provider", pc.Name), Now: e.clock.early,
 			Known: func(ctx context.Context) ([]providers.Known, error) { return e.known(ctx, pc.Name) },
+			Cuts:  func(ctx context.Context) ([]providers.Cut, error) { return e.cuts(ctx, pc.Name) },
 		})
 		if err != nil {
 			return opened, err

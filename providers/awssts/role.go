@@ -19,6 +19,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/iam"
 
 	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
 	"github.com/mayfly-security/mayfly/providers/awssts/denylist"
 )
@@ -61,6 +62,7 @@ type writer struct {
 	places map[broker.LeaseID]time.Time // leases that may have to be denied, until then
 	others int                          // characters that are not for them
 	begun  map[broker.LeaseID]denylist.Known
+	cut    providers.Cut // the latest that is known; zero if there is none
 
 	// Of whoever has the turn.
 	list    denylist.List
@@ -176,10 +178,10 @@ func (p *provider) must(ctx context.Context, w *writer) (map[broker.LeaseID]deny
 // covers reports whether a set denies a lease's session.
 func covers(s denylist.Set, k denylist.Known) bool {
 	if s.Has(denylist.Entry{Kind: denylist.Lease, ID: string(k.Lease)}) || k.Incident != "" && s.Has(denylist.Entry{Kind: denylist.Incident, ID: string(k.Incident)}) {
-		return true
+		return true // most are denied by one of these, and lists are long
 	}
 	for e := range s {
-		if (e.Kind == denylist.Agent && e.ID == k.Agent || e.Kind == denylist.CutOff) && !k.Issued.After(time.Unix(e.Before, 0)) {
+		if e.Denies(k) {
 			return true
 		}
 	}
@@ -195,13 +197,19 @@ func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error
 	if err != nil {
 		return err
 	}
+	cut, err := p.cutOf(ctx, w)
+	if err != nil {
+		return err
+	}
 	if !w.seen || tidy {
-		if err := p.see(ctx, w, leases); err != nil {
+		if err := p.see(ctx, w, leases, cut); err != nil {
 			return err
 		}
 	}
-	must, _ := denylist.Required(slices.Collect(maps.Values(leases)), p.now())
 	now := p.now()
+	all := slices.Collect(maps.Values(leases))
+	must, _ := denylist.Required(all, cut, now)
+	w.before(must, cut, all, now)
 	for e, until := range w.foreign {
 		if now.Before(until) {
 			must[e] = struct{}{}
@@ -223,7 +231,7 @@ func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error
 		}
 		if step.Policy == "" {
 			if !again {
-				p.tally(w)
+				p.tally(w, cut, all)
 				return nil
 			}
 			again = false
@@ -245,13 +253,27 @@ func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error
 	return fmt.Errorf("role %s: the deny list does not come to rest", w.role.Name)
 }
 
-// tally notes how much of the quota is not for leases that are known.
-func (p *provider) tally(w *writer) {
+// tally notes how much of the quota is not for leases that are known. What a
+// cut-off denies that is in force everywhere takes no room of its own any more.
+func (p *provider) tally(w *writer, cut denylist.Entry, leases []denylist.Known) {
+	settled := cut.Kind == denylist.CutOff && w.list.Settled(p.now()).Has(cut)
 	p.writers.mu.Lock()
 	defer p.writers.mu.Unlock()
 	w.others = w.list.Others + len(w.foreign)*sessionCost
 	for _, pol := range w.list.Policies {
 		w.others += pol.Opaque
+	}
+	for e := range w.list.Stands() {
+		if e.Kind == denylist.CutOff {
+			w.others += denylist.CutOffCost
+		}
+	}
+	if settled {
+		for _, k := range leases {
+			if k.Begun && cut.Denies(k) {
+				delete(w.places, k.Lease)
+			}
+		}
 	}
 }
 
@@ -306,7 +328,7 @@ func (p *provider) do(ctx context.Context, w *writer, step denylist.Step) error 
 }
 
 // see reads what is in IAM.
-func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID]denylist.Known) error {
+func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID]denylist.Known, cut denylist.Entry) error {
 	what := "reading the policies of role " + w.role.Name
 	names := map[string]bool{}
 	var marker *string
@@ -372,12 +394,13 @@ func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID
 		}
 	}
 	w.list.Others, w.seen = others, true
-	p.keep(w, leases)
+	p.keep(w, leases, cut)
 	return nil
 }
 
 // keep remembers entries that stand in IAM and of which the store knows nothing.
-func (p *provider) keep(w *writer, leases map[broker.LeaseID]denylist.Known) {
+// They stay until whatever they deny has died by itself.
+func (p *provider) keep(w *writer, leases map[broker.LeaseID]denylist.Known, cut denylist.Entry) {
 	incidents, agents := map[string]bool{}, map[string]bool{}
 	for _, k := range leases {
 		incidents[string(k.Incident)], agents[k.Agent] = true, true
@@ -389,7 +412,10 @@ func (p *provider) keep(w *writer, leases map[broker.LeaseID]denylist.Known) {
 		switch {
 		case has, e.Kind == denylist.Probe,
 			e.Kind == denylist.Lease && (lease || p.dead(w, e)),
-			e.Kind == denylist.Incident && incidents[e.ID], e.Kind == denylist.Agent && agents[e.ID]:
+			e.Kind == denylist.Incident && incidents[e.ID], e.Kind == denylist.Agent && agents[e.ID],
+			e.Kind == denylist.CutOff && e.Before <= cut.Before:
+		case e.Before != 0: // it says which sessions it denies, and how long these can live
+			w.foreign[e] = earliest(now, time.Unix(e.Before, 0).Add(planSkew)).Add(keepForeign)
 		default:
 			w.foreign[e] = now.Add(keepForeign)
 		}
@@ -443,26 +469,4 @@ func (p *provider) reconcile(ctx context.Context) error {
 		w.leave()
 	}
 	return errors.Join(errs...)
-}
-
-// CutOff implements providers.CutOff: the role's policy denies every session
-// that was made up to now. It stands until the longest of them has ended.
-func (p *provider) CutOff(ctx context.Context, role, operator string) error {
-	if strings.TrimSpace(operator) == "" {
-		return broker.Refuse(broker.ReasonInvalidArgument, "a cut-off ends every session of a role, and is done in somebody's name", "say who does it")
-	}
-	r, err := awsscope.ParseRole(role)
-	if err != nil || r.Account != p.config.Account || !strings.HasPrefix(r.Path, p.config.RolePath) || p.config.Early.Mode != awsscope.EarlyDenyList {
-		return broker.Refusef(broker.ReasonInvalidArgument, "name a role of the catalog's tools", "%s is no role whose deny list provider %s writes", broker.Clean(broker.Shorten(role, 200)), p.name)
-	}
-	w := p.writer(role)
-	if err := w.take(ctx); err != nil {
-		return err
-	}
-	defer w.leave()
-	now := p.now()
-	e := denylist.Entry{Kind: denylist.CutOff, Before: now.Add(-p.behind()).Unix()}
-	w.foreign[e] = now.Add(keepForeign)
-	p.log.Warn("an operator cuts off every session of a role", "role", role, "operator", broker.Clean(broker.Shorten(operator, 200)), "made_before", awsscope.Instant(time.Unix(e.Before, 0)))
-	return p.write(ctx, w, false, false)
 }

@@ -103,7 +103,7 @@ func TestRequired(t *testing.T) {
 		return all
 	}
 	count := func(known []Known) map[Kind]int {
-		set, must := Required(known, now)
+		set, must := Required(known, Entry{}, now)
 		kinds := map[Kind]int{}
 		for e := range set {
 			kinds[e.Kind]++
@@ -136,7 +136,7 @@ func TestRequired(t *testing.T) {
 		}
 	}
 	// A new session of an agent that was enabled again is not denied by the entry of the old ones.
-	set, _ := Required(make(20, func(k *Known) { k.Disabled = true; k.Issued = now.Add(-time.Hour + time.Nanosecond) }), now)
+	set, _ := Required(make(20, func(k *Known) { k.Disabled = true; k.Issued = now.Add(-time.Hour + time.Nanosecond) }), Entry{}, now)
 	if e := set.Sorted()[0]; e.Before != now.Add(-time.Hour).Unix()+1 {
 		t.Errorf("%+v", e)
 	}

@@ -112,6 +112,9 @@ func (l *List) Sure() Set {
 	return all
 }
 
+// Settled is what is sure, and in force everywhere.
+func (l *List) Settled(now time.Time) Set { return l.elsewhere("", now) }
+
 // Stands is what was last seen in any policy.
 func (l *List) Stands() Set {
 	all := Set{}
