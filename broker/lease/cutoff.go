@@ -258,6 +258,12 @@ func (e *Engine) hitBy(ctx context.Context, able providers.CutOff, rec cutOffRec
 	return hit, err
 }
 
+// further is a cut-off that reaches as far as both.
+func further(a, b providers.Cut) providers.Cut {
+	a.Before, a.Clear, a.Until = later(a.Before, b.Before), later(a.Clear, b.Clear), later(a.Until, b.Until)
+	return a
+}
+
 // view is what people see of a cut-off.
 func (c cutOffRecord) view(alive map[broker.LeaseID]*leaseRecord) CutOff {
 	v := CutOff{Provider: c.Provider, Cut: c.Cut, Actor: c.Actor, Reason: c.Reason, At: c.At, Leases: c.Leases, Alive: len(alive),
@@ -272,13 +278,13 @@ func (c cutOffRecord) view(alive map[broker.LeaseID]*leaseRecord) CutOff {
 // beginCutOff is the commit that decides a cut-off.
 func beginCutOff(t store.Txn, id string, rec cutOffRecord, verdict policy.Verdict) error {
 	was, again, err := get[cutOffRecord](t, keyCutOff(id))
-	if err != nil || again && was.Decision == rec.Decision {
+	if err != nil || again && was.Decision == rec.Decision && was.Cut == further(was.Cut, rec.Cut) {
 		return err
 	}
 	ev := rec.event(rec.At, audit.CutOffRequested, rec.Actor)
 	if again {
 		// What the one before reaches is not given up, whatever clocks said.
-		rec.Cut.Before, rec.Cut.Clear, rec.Cut.Until = later(rec.Cut.Before, was.Cut.Before), later(rec.Cut.Clear, was.Cut.Clear), later(rec.Cut.Until, was.Cut.Until)
+		rec.Cut = further(rec.Cut, was.Cut)
 		ev = rec.event(rec.At, audit.CutOffRequested, rec.Actor)
 		ev.Details["takes_further"] = was.Decision
 		if err := t.Delete(keyHouse(was.Cut.Until, houseCutOff, id)); err != nil {

@@ -30,9 +30,15 @@ type begunCutOff struct {
 	verdict policy.Verdict
 }
 
+// cutsOff adds a cut-off. Of those of one role the first decision is told, and
+// reaches as far as the last.
 func (l *limbo) cutsOff(id string, b begunCutOff) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if was, is := l.cuts[id]; is {
+		was.rec.Cut = further(was.rec.Cut, b.rec.Cut)
+		b = was
+	}
 	l.cuts[id] = b
 }
 
@@ -278,7 +284,7 @@ func (e *Engine) tellLimbo(ctx context.Context) error {
 			return err
 		}
 		e.limbo.mu.Lock()
-		if e.limbo.cuts[id].rec.Decision == b.rec.Decision {
+		if e.limbo.cuts[id].rec.Cut == b.rec.Cut {
 			delete(e.limbo.cuts, id)
 		}
 		e.limbo.mu.Unlock()
