@@ -36,7 +36,7 @@ type roled struct {
 const (
 	cutReach = 2 * time.Second // of a cut-off beyond the decision
 	cutClear = 4 * time.Second
-	cutStand = 12 * time.Hour
+	cutStand = 2 * time.Hour
 )
 
 func (d *roled) Open(ctx context.Context, config providers.Config) (providers.Provider, error) {

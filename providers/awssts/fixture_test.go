@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -62,8 +63,21 @@ func (c *clock) Advance(d time.Duration) { c.Set(c.Now().Add(d)) }
 
 // records is the broker's store, as far as a provider sees it.
 type records struct {
-	mu  sync.Mutex
-	all map[broker.LeaseID]providers.Known
+	mu   sync.Mutex
+	all  map[broker.LeaseID]providers.Known
+	cuts []providers.Cut
+}
+
+func (r *records) Cuts(context.Context) ([]providers.Cut, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.cuts), nil
+}
+
+func (r *records) setCuts(cuts ...providers.Cut) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.cuts = cuts
 }
 
 func (r *records) Known(context.Context) (all []providers.Known, err error) {
@@ -165,7 +179,7 @@ func (w *world) tool() broker.Tool {
 func (w *world) open() *provider {
 	w.t.Helper()
 	p, err := w.driver.Open(w.t.Context(), providers.Config{
-		Name: "aws", Installation: installation, Raw: w.config(), Log: slog.New(slog.DiscardHandler), Now: w.clock.Now, Known: w.store.Known,
+		Name: "aws", Installation: installation, Raw: w.config(), Log: slog.New(slog.DiscardHandler), Now: w.clock.Now, Known: w.store.Known, Cuts: w.store.Cuts,
 	})
 	if err != nil {
 		w.t.Fatal(err)
