@@ -155,18 +155,17 @@ func (p *provider) seedCuts(ctx context.Context) error {
 	return nil
 }
 
-// before adds what stood before a cut-off that is not in force everywhere yet,
+// before notes what stood before a cut-off that is not in force everywhere yet,
 // and is needed until it is.
-func (w *writer) before(must denylist.Set, cut denylist.Entry, leases []denylist.Known, now time.Time) {
+func (w *writer) before(cut denylist.Entry, leases []denylist.Known, now time.Time) {
+	w.list.Needed = nil
 	if cut.Kind != denylist.CutOff || w.list.Settled(now).Has(cut) {
 		return
 	}
-	stands := w.list.Stands()
-	without, _ := denylist.Required(leases, denylist.Entry{}, now)
-	must.Add(without.And(stands))
-	for e := range stands {
+	w.list.Needed, _ = denylist.Required(leases, denylist.Entry{}, now)
+	for e := range w.list.Stands() {
 		if e.Kind == denylist.CutOff {
-			must[e] = struct{}{}
+			w.list.Needed[e] = struct{}{}
 		}
 	}
 }

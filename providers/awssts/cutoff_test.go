@@ -85,9 +85,13 @@ func TestCutOff(t *testing.T) {
 	if !strings.Contains(cut.Others, arn("crm0")) {
 		t.Errorf("it says %q", cut.Others)
 	}
+	room := p.writer(arn("crm0")).roomLocked(w.clock.Now())
 	d := p.CutOff(t.Context(), cut)
 	if d.Err != nil || d.Progress != broker.ProgressWritten || d.RetryAt.IsZero() || w.cutsIn("crm0") != 1 {
 		t.Fatalf("%+v", d)
+	}
+	if left := p.writer(arn("crm0")).roomLocked(w.clock.Now()); room-left < denylist.CutOffCost/sessionCost {
+		t.Errorf("there is room for %d leases, and was for %d", left, room)
 	}
 	if !w.fake.Works(a.key) {
 		t.Fatal("the fake has it in force already")
@@ -306,9 +310,6 @@ func TestCutOffStands(t *testing.T) {
 	if n := len(w.fake.Policies("crm0")); n != 1 {
 		t.Errorf("%d policies", n)
 	}
-	if d := w.cutOff(p, cut); d.Err != nil || d.Progress != broker.ProgressVerified {
-		t.Errorf("%+v", d)
-	}
 	// Somebody takes it away.
 	w.clock.Advance(2 * visible)
 	for name := range w.fake.Policies("crm0") {
@@ -320,6 +321,9 @@ func TestCutOffStands(t *testing.T) {
 	w.compare(p, 1, 0)
 	if w.fake.Works(bob) {
 		t.Error("it was not repaired")
+	}
+	if d := w.cutOff(p, cut); d.Err != nil || d.Progress != broker.ProgressVerified {
+		t.Errorf("%+v", d)
 	}
 	for w.clock.Now().Before(w.fake.Session(bob).Expires) {
 		w.compare(p, 1, 20*time.Minute)

@@ -209,7 +209,7 @@ func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error
 	now := p.now()
 	all := slices.Collect(maps.Values(leases))
 	must, _ := denylist.Required(all, cut, now)
-	w.before(must, cut, all, now)
+	w.before(cut, all, now)
 	for e, until := range w.foreign {
 		if now.Before(until) {
 			must[e] = struct{}{}

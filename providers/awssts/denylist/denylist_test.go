@@ -176,6 +176,27 @@ func TestRequiredWithCutOff(t *testing.T) {
 	}
 }
 
+// TestCutOffBesideFullPolicy: where a cut-off finds no room beside what stands in
+// a policy that cannot be written yet, that is not taken out for it: the cut-off
+// would come into force later. In the policy itself it takes its place.
+func TestCutOffBesideFullPolicy(t *testing.T) {
+	now := time.Unix(1_700_000_000, 0)
+	cut := SetOf(CutOffAt(now))
+	stands := leases(20)
+	old := &Policy{Late: []Late{{Unknown: true, Until: now.Add(time.Minute)}}}
+	old.stand(stands, now.Add(-time.Hour))
+	l := List{Policies: map[string]*Policy{"old": old}, Others: Quota - Size(stands) - 10, Needed: stands}
+	step, err := l.Next(cut, "new", true, now)
+	var full *FullError
+	if !errors.As(err, &full) || step.Policy != "" {
+		t.Errorf("%+v, %v", step, err)
+	}
+	l.Settle(now.Add(time.Minute)) // no write of it can land any more
+	if step, err = l.Next(cut, "new", false, now.Add(time.Minute)); err != nil || step.Policy != "old" || !step.Set.Equal(cut) {
+		t.Errorf("%+v, %v", step, err)
+	}
+}
+
 // cloud is the policies of one role in a model of IAM, with writes under way.
 type cloud struct {
 	policies map[string]Set

@@ -21,6 +21,9 @@ type List struct {
 	Policies map[string]*Policy
 	// Others is how many characters inline policies that are none of ours take.
 	Others int
+	// Needed need not be written any more, for what must stand denies the same;
+	// but until that is in force it leaves no policy but the one that is written.
+	Needed Set
 }
 
 // Spread is how long a write of IAM may take to be in force everywhere. Two
@@ -220,7 +223,9 @@ func (l *List) Next(must Set, fresh string, tidy bool, now time.Time) (Step, err
 		if name == active || p.Opaque != 0 {
 			continue
 		}
-		if keep := p.Stands.And(must).Minus(l.elsewhere(name, now)); len(keep) < len(p.Stands) {
+		keep := p.Stands.And(must)
+		keep.Add(p.Stands.And(l.Needed))
+		if keep = keep.Minus(l.elsewhere(name, now)); len(keep) < len(p.Stands) {
 			return Step{Policy: name, Set: keep}, nil
 		}
 	}
