@@ -161,10 +161,10 @@ func cutOffText(c client.CutOff) string {
 
 // cutOff writes what a cut-off hits.
 func (p *page) cutOff(c client.CutOff, word string) {
-	p.line("This %s end %s that the broker made:", word, count(c.Leases, "open lease"))
+	p.line("This %s end %s that the broker made.", word, count(c.Leases, "open lease"))
 	p.hits(c)
 	p.line("It %s ALSO end %s.", word, c.Others)
-	p.line("No lease of the role can be made until %s.", c.ClearAt.UTC().Format(time.RFC3339))
+	p.line("No lease of the role %s be made until %s.", map[bool]string{true: "could", false: "can"}[word == "would"], c.ClearAt.UTC().Format(time.RFC3339))
 }
 
 func (p *page) hits(c client.CutOff) {
