@@ -1,6 +1,7 @@
 package lease
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -8,6 +9,8 @@ import (
 	"maps"
 	"slices"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/audit"
@@ -424,4 +427,54 @@ func (c cutOffRecord) notNow(tool string, now time.Time) *broker.Error {
 	left := max(c.Cut.Clear.Sub(now), 0).Truncate(time.Second) + time.Second
 	return broker.Refusef(broker.ReasonProvider, "try again in "+broker.Span(left),
 		"an operator has just ended every session of the role of %s (provider %s), and one that is made now would not work", tool, c.Provider)
+}
+
+// cutOffsStay refuses a catalog in which a provider is missing, or stands for
+// another system, at which a cut-off is not written yet: nobody could write it.
+func cutOffsStay(r store.Reader, ep *epoch, was catalogRecord) error {
+	for entry, err := range r.Scan(store.Prefix(prefixCutOff)) {
+		if err != nil {
+			return err
+		}
+		rec, err := decode[cutOffRecord](entry.Key, entry.Value)
+		if err != nil {
+			return err
+		}
+		p := ep.providers[rec.Provider]
+		same := p != nil && (was.Systems[rec.Provider] == "" || was.Systems[rec.Provider] == p.system)
+		if !same && steps[rec.Progress] < steps[broker.ProgressWritten] {
+			return broker.Refusef(broker.ReasonConflict, "keep the provider as it is until the cut-off is written",
+				"provider %s is to cut the role %s off, and has not done so yet", rec.Provider, broker.Shorten(rec.Cut.Role, 200))
+		}
+	}
+	return nil
+}
+
+var cutOffsDesc = prometheus.NewDesc("mayfly_cut_offs", "Roles that are cut off, by provider and how far the last decision has come: requested, written or verified.", []string{"provider", "progress"}, nil)
+
+// collectCutOffs tells how far cut-offs have come.
+func (e *Engine) collectCutOffs(ctx context.Context, ch chan<- prometheus.Metric) {
+	type of struct{ provider, progress string }
+	counts := map[of]int{}
+	err := e.view(ctx, func(r store.Reader) error {
+		clear(counts)
+		for entry, err := range r.Scan(store.Prefix(prefixCutOff)) {
+			if err != nil {
+				return err
+			}
+			rec, err := decode[cutOffRecord](entry.Key, entry.Value)
+			if err != nil {
+				return err
+			}
+			counts[of{rec.Provider, string(cmp.Or(rec.Progress, broker.ProgressRequested))}]++
+		}
+		return nil
+	})
+	if err != nil {
+		ch <- prometheus.NewInvalidMetric(cutOffsDesc, err)
+		return
+	}
+	for k, n := range counts {
+		ch <- prometheus.MustNewConstMetric(cutOffsDesc, prometheus.GaugeValue, float64(n), k.provider, k.progress)
+	}
 }

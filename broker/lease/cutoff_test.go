@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -47,7 +48,14 @@ func (d *roled) Open(ctx context.Context, config providers.Config) (providers.Pr
 	d.mu.Lock()
 	d.cuts = config.Cuts
 	d.mu.Unlock()
-	return &roles{p, p.(providers.Planner), d, config.Now}, nil
+	r := &roles{p, d, config.Now}
+	if planner, ok := p.(providers.Planner); ok {
+		return struct {
+			*roles
+			providers.Planner
+		}{r, planner}, nil
+	}
+	return r, nil
 }
 
 func (d *roled) set(change func()) {
@@ -64,7 +72,6 @@ func (d *roled) asked() int {
 
 type roles struct {
 	providers.Provider
-	providers.Planner
 	d   *roled
 	now func() time.Time
 }
@@ -318,6 +325,80 @@ func TestCutOffOfGoneTool(t *testing.T) {
 	})
 }
 
+// TestCutOffKeepsItsProvider: a provider stays in the catalog until it has
+// written what was decided.
+func TestCutOffKeepsItsProvider(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		reg := &registry{}
+		r, d := cutRig(t, reg.use)
+		d.set(func() { d.came = func() providers.Death { return providers.Death{Err: providers.ErrAway} } })
+		if _, err := r.cut(false); err != nil {
+			t.Fatal(err)
+		}
+		if got := r.gauge(reg, "mayfly_cut_offs"); len(got) != 1 || got["requested,asked"]+got["asked,requested"] != 1 {
+			t.Errorf("%v", got)
+		}
+		whole := r.yaml
+		without := whole[:strings.Index(whole, "  - name: asked\n")] + whole[strings.Index(whole, "  - name: tokens\n"):]
+		for _, tool := range []string{"cloud.read", "cloud.write"} {
+			i := strings.Index(without, "  - name: "+tool+"\n")
+			without = without[:i] + without[i+strings.Index(without[i:], "scope: {}\n")+len("scope: {}\n"):]
+		}
+		without = strings.ReplaceAll(without, "cloud.read, ", "")
+		r.yaml = without
+		err := r.engine.Load(bg, r.snapshot(), "test")
+		r.wantReason(err, broker.ReasonConflict)
+		r.yaml = strings.Replace(whole, "config: {mode: asked,", "config: {mode: planned,", 1)
+		err = r.engine.Load(bg, r.snapshot(), "test")
+		r.wantReason(err, broker.ReasonConflict)
+		d.set(func() { d.came = func() providers.Death { return providers.Death{Progress: broker.ProgressWritten} } })
+		time.Sleep(2 * time.Minute)
+		r.yaml = without
+		if err := r.engine.Load(bg, r.snapshot(), "test"); err != nil {
+			t.Error(err)
+		}
+		// It is told, and goes on when the provider is back.
+		if c := r.cutOffs(); len(c) != 1 || c[0].Progress != broker.ProgressWritten {
+			t.Errorf("%+v", c)
+		}
+		r.yaml = whole
+		if err := r.engine.Load(bg, r.snapshot(), "test"); err != nil {
+			t.Error(err)
+		}
+		d.set(func() { d.came = nil })
+		time.Sleep(2 * time.Minute)
+		if c := r.cutOffs(); len(c) != 1 || c[0].Progress != broker.ProgressVerified {
+			t.Errorf("%+v", c)
+		}
+		if got := r.gauge(reg, "mayfly_cut_offs"); len(got) != 1 || got["asked,verified"]+got["verified,asked"] != 1 {
+			t.Errorf("%v", got)
+		}
+	})
+}
+
+// TestCutOffOutlivesAJumpOfTheClock: a clock that runs ahead brings nothing back
+// to life, and what need not stand goes once that is certain.
+func TestCutOffOutlivesAJumpOfTheClock(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var ahead atomic.Int64
+		r, d := cutRig(t, func(r *rig) {
+			r.tune = func(c *lease.Config) { c.Wall = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) } }
+		})
+		if _, err := r.cut(false); err != nil {
+			t.Fatal(err)
+		}
+		ahead.Store(int64(2 * cutStand))
+		time.Sleep(time.Minute)
+		if cuts, err := d.cuts(bg); err != nil || len(cuts) != 1 {
+			t.Errorf("%+v, %v", cuts, err)
+		}
+		r.wantCuts("requested", "verified")
+		ahead.Store(0)
+		time.Sleep(cutStand + time.Minute)
+		r.wantCuts("requested", "verified", "ended")
+	})
+}
+
 // TestCutOffByPolicy: a person may where a policy permits the verb, and where
 // one forbids it an operator may not, who may pull the kill switch.
 func TestCutOffByPolicy(t *testing.T) {
@@ -391,6 +472,36 @@ func TestCutOffHoldsNewLeasesBack(t *testing.T) {
 		if got := r.lease(l.Lease.ID); got.State != broker.LeaseActive {
 			t.Errorf("a new lease is %s (%s)", got.State, got.Cause)
 		}
+	})
+}
+
+// TestCutOffAtActivation: a lease whose role is known only once it is made is
+// not handed out either, although everything that was there had been told.
+func TestCutOffAtActivation(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t)
+		r.stop()
+		r.drivers["world"] = &roled{Driver: r.drivers["world"]}
+		r.start()
+		r.grant(support, "vault.read", 12*time.Hour)
+		c, err := r.engine.CutOff(bg, as(sam), lease.CutOffRequest{Provider: "recorded", Role: "role/vault.read", Reason: "x"})
+		if err != nil || c.Progress != broker.ProgressVerified || c.Leases != 0 {
+			t.Fatalf("%+v, %v", c, err)
+		}
+		if left := r.keys("sweep|"); len(left) != 0 {
+			t.Fatalf("left: %q", left)
+		}
+		_, err = r.issue("vault.read")
+		r.wantReason(err, broker.ReasonProvider)
+		var refusal *broker.Error
+		if !errors.As(err, &refusal) || refusal.Lease == "" {
+			t.Fatal(err)
+		}
+		if l := r.wantState(refusal.Lease, broker.LeaseRevoked, time.Minute); l.Cause != broker.CauseCutOff {
+			t.Errorf("for %s", l.Cause)
+		}
+		time.Sleep(cutClear + time.Second)
+		r.mustIssue("vault.read")
 	})
 }
 
@@ -541,10 +652,18 @@ func TestCutOffWithoutAStore(t *testing.T) {
 		if n := len(r.toldOfCuts()); n != 0 {
 			t.Errorf("%d events", n)
 		}
+		if _, err := r.cut(false); broker.ReasonOf(err) != broker.ReasonStore {
+			t.Fatal(err)
+		}
+		reaches := time.Now().Add(cutReach).UTC().Format(time.RFC3339)
 		faulty.failAll(false)
+		_, err = r.issue("cloud.read") // before it is told
+		if r.wantReason(err, broker.ReasonProvider); len(r.toldOfCuts()) != 0 {
+			t.Fatal("it was told already, and the test is of no use")
+		}
 		time.Sleep(30 * time.Second)
 		r.wantCuts("requested", "verified")
-		if ev := r.events(lease.EventFilter{Type: audit.CutOffRequested})[0]; ev.Reason != "SEC-9" || ev.Actor != sam.String() {
+		if ev := r.events(lease.EventFilter{Type: audit.CutOffRequested})[0]; ev.Reason != "SEC-9" || ev.Actor != sam.String() || ev.Details["made_before"] != reaches {
 			t.Errorf("%+v", ev)
 		}
 		if got := r.wantState(l.Lease.ID, broker.LeaseRevoked, time.Minute); got.Cause != broker.CauseCutOff {

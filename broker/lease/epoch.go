@@ -310,6 +310,9 @@ func (e *Engine) providersStay(ctx context.Context, ep *epoch) error {
 		if err != nil {
 			return err
 		}
+		if err := cutOffsStay(r, ep, was); err != nil {
+			return err
+		}
 		from, to := store.Prefix(prefixDue)
 		for from != "" {
 			name := ""
