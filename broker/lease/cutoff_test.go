@@ -656,11 +656,10 @@ func TestCutOffWithoutAStore(t *testing.T) {
 			t.Fatal(err)
 		}
 		reaches := time.Now().Add(cutReach).UTC().Format(time.RFC3339)
+		synctest.Wait() // the housekeeper has tried in vain, and waits a second
 		faulty.failAll(false)
 		_, err = r.issue("cloud.read") // before it is told
-		if r.wantReason(err, broker.ReasonProvider); len(r.toldOfCuts()) != 0 {
-			t.Fatal("it was told already, and the test is of no use")
-		}
+		r.wantReason(err, broker.ReasonProvider)
 		time.Sleep(30 * time.Second)
 		r.wantCuts("requested", "verified")
 		if ev := r.events(lease.EventFilter{Type: audit.CutOffRequested})[0]; ev.Reason != "SEC-9" || ev.Actor != sam.String() || ev.Details["made_before"] != reaches {
