@@ -1,7 +1,6 @@
 package lease
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -9,8 +8,6 @@ import (
 	"maps"
 	"slices"
 	"time"
-
-	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/audit"
@@ -82,21 +79,6 @@ type CutOffRequest struct {
 	Role     string // as the catalog names it
 	Reason   string // required unless Dry
 	Dry      bool   // only say what it would hit
-}
-
-// CutOff is a cut-off, and how far it has come.
-type CutOff struct {
-	Provider string
-	Cut      providers.Cut
-	Actor    string    // empty for one that was only looked at
-	Reason   string    // the same
-	At       time.Time // the same
-	// Leases are the broker's own open leases that it hit, or would; Alive those
-	// that are not known to be dead now.
-	Leases, Alive   int
-	ByAgent, ByTool map[string]int // of Alive
-	Progress        broker.Progress
-	Failing         bool // the provider did not take it when it was last asked; it is tried again
 }
 
 const (
@@ -267,17 +249,6 @@ func further(a, b providers.Cut) providers.Cut {
 	return a
 }
 
-// view is what people see of a cut-off.
-func (c cutOffRecord) view(alive map[broker.LeaseID]*leaseRecord) CutOff {
-	v := CutOff{Provider: c.Provider, Cut: c.Cut, Actor: c.Actor, Reason: c.Reason, At: c.At, Leases: c.Leases, Alive: len(alive),
-		ByAgent: map[string]int{}, ByTool: map[string]int{}, Progress: c.Progress, Failing: c.Failing}
-	for _, l := range alive {
-		v.ByAgent[l.Agent.String()]++
-		v.ByTool[l.Tool]++
-	}
-	return v
-}
-
 // beginCutOff is the commit that decides a cut-off.
 func beginCutOff(t store.Txn, id string, rec cutOffRecord, verdict policy.Verdict) error {
 	was, again, err := get[cutOffRecord](t, keyCutOff(id))
@@ -352,57 +323,6 @@ func (e *Engine) awaitCutOff(ctx context.Context, id string, able providers.CutO
 	}
 }
 
-// CutOffs lists the roles that are cut off, to operators: until what was made
-// before is dead by itself.
-func (e *Engine) CutOffs(ctx context.Context, caller broker.Caller, after string, size int) (Page[CutOff], error) {
-	if _, err := e.administer(ctx, e.current.Load(), caller, policy.VerbCutOff); err != nil {
-		e.Refused(ctx, caller, "list_cut_offs", "", err)
-		return Page[CutOff]{}, err
-	}
-	recs, err := page(ctx, e.store, prefixCutOff, after, size, func(r store.Reader, key string) (cutOffRecord, bool, error) {
-		return get[cutOffRecord](r, key)
-	})
-	if err != nil {
-		return Page[CutOff]{}, storeRefusal(err)
-	}
-	out := Page[CutOff]{Next: recs.Next}
-	for _, rec := range recs.Items {
-		var alive map[broker.LeaseID]*leaseRecord
-		if p, able, err := e.cutter(e.current.Load(), rec.Provider); err == nil {
-			alive, err = e.hitBy(ctx, able, rec)
-			p.release()
-			if err != nil {
-				return Page[CutOff]{}, err
-			}
-		}
-		out.Items = append(out.Items, rec.view(alive))
-	}
-	return out, nil
-}
-
-// cuts are the cut-offs of a provider that must stand. It is
-// providers.Config.Cuts.
-func (e *Engine) cuts(ctx context.Context, provider string) (cuts []providers.Cut, err error) {
-	early := e.clock.early()
-	err = e.store.View(ctx, func(r store.Reader) error {
-		cuts = cuts[:0]
-		for entry, err := range r.Scan(store.Prefix(prefixCutOff)) {
-			if err != nil {
-				return err
-			}
-			rec, err := decode[cutOffRecord](entry.Key, entry.Value)
-			if err != nil {
-				return err
-			}
-			if rec.Provider == provider && early.Before(rec.Cut.Until) {
-				cuts = append(cuts, rec.Cut)
-			}
-		}
-		return nil
-	})
-	return cuts, err
-}
-
 // cutOff tells of the cut-off that the attempt's session falls under, if one
 // does: of its role, and not certain to be later than what it ends.
 func (m *minter) cutOff(r getter, h providers.Handle) (rec cutOffRecord, is bool, err error) {
@@ -442,39 +362,10 @@ func cutOffsStay(r store.Reader, ep *epoch, was catalogRecord) error {
 		}
 		p := ep.providers[rec.Provider]
 		same := p != nil && (was.Systems[rec.Provider] == "" || was.Systems[rec.Provider] == p.system)
-		if !same && steps[rec.Progress] < steps[broker.ProgressWritten] {
+		if !same && steps(rec.Progress) < steps(broker.ProgressWritten) {
 			return broker.Refusef(broker.ReasonConflict, "keep the provider as it is until the cut-off is written",
 				"provider %s is to cut the role %s off, and has not done so yet", rec.Provider, broker.Shorten(rec.Cut.Role, 200))
 		}
 	}
 	return nil
-}
-
-var cutOffsDesc = prometheus.NewDesc("mayfly_cut_offs", "Roles that are cut off, by provider and how far the last decision has come: requested, written or verified.", []string{"provider", "progress"}, nil)
-
-// collectCutOffs tells how far cut-offs have come.
-func (e *Engine) collectCutOffs(ctx context.Context, ch chan<- prometheus.Metric) {
-	type of struct{ provider, progress string }
-	counts := map[of]int{}
-	err := e.view(ctx, func(r store.Reader) error {
-		clear(counts)
-		for entry, err := range r.Scan(store.Prefix(prefixCutOff)) {
-			if err != nil {
-				return err
-			}
-			rec, err := decode[cutOffRecord](entry.Key, entry.Value)
-			if err != nil {
-				return err
-			}
-			counts[of{rec.Provider, string(cmp.Or(rec.Progress, broker.ProgressRequested))}]++
-		}
-		return nil
-	})
-	if err != nil {
-		ch <- prometheus.NewInvalidMetric(cutOffsDesc, err)
-		return
-	}
-	for k, n := range counts {
-		ch <- prometheus.MustNewConstMetric(cutOffsDesc, prometheus.GaugeValue, float64(n), k.provider, k.progress)
-	}
 }

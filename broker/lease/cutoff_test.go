@@ -382,7 +382,9 @@ func TestCutOffOutlivesAJumpOfTheClock(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		var ahead atomic.Int64
 		r, d := cutRig(t, func(r *rig) {
-			r.tune = func(c *lease.Config) { c.Wall = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) } }
+			r.tune = func(c *lease.Config) {
+				c.Wall = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
+			}
 		})
 		if _, err := r.cut(false); err != nil {
 			t.Fatal(err)

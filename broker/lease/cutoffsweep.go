@@ -173,8 +173,10 @@ func (e *Engine) putCutOff(t store.Txn, id string, rec cutOffRecord) error {
 	return t.Delete(keySweep(sweepCutOff, id))
 }
 
-// steps tells how far each step of a progress is.
-var steps = map[broker.Progress]int{broker.ProgressNone: 0, broker.ProgressRequested: 1, broker.ProgressWritten: 2, broker.ProgressVerified: 3}
+// steps tells how far a progress is, so that two can be compared.
+func steps(p broker.Progress) int {
+	return slices.Index([]broker.Progress{broker.ProgressNone, broker.ProgressRequested, broker.ProgressWritten, broker.ProgressVerified}, p)
+}
 
 // cutOffCame records what came of asking the provider, where it is news.
 func (e *Engine) cutOffCame(ctx context.Context, id string, rec cutOffRecord, death providers.Death) error {
@@ -192,11 +194,11 @@ func (e *Engine) cutOffCame(ctx context.Context, id string, rec cutOffRecord, de
 		case death.Err != nil && !is.Failing:
 			is.Failing, what = true, audit.CutOffFailed
 			details["failure"] = failureOf(death.Err)
-		case death.Err != nil, steps[death.Progress] <= steps[is.Progress] && !is.Failing:
+		case death.Err != nil, steps(death.Progress) <= steps(is.Progress) && !is.Failing:
 			return nil
 		default:
 			is.Failing = false
-			if steps[death.Progress] > steps[is.Progress] {
+			if steps(death.Progress) > steps(is.Progress) {
 				is.Progress = death.Progress
 			}
 			switch is.Progress {
