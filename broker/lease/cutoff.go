@@ -298,6 +298,7 @@ func (e *Engine) awaitCutOff(ctx context.Context, id string, able providers.CutO
 	detached := context.WithoutCancel(ctx)
 	for {
 		changed := e.watch.next()
+		began := time.Now()
 		err := e.view(detached, func(r store.Reader) error {
 			is, ok, err := get[cutOffRecord](r, keyCutOff(id))
 			if ok {
@@ -312,14 +313,23 @@ func (e *Engine) awaitCutOff(ctx context.Context, id string, able providers.CutO
 		if err != nil || rec.done() && len(alive) == 0 {
 			return rec.view(alive), err
 		}
-		select {
-		case <-changed:
-			continue
-		case <-timer.C:
-		case <-ctx.Done():
-		case <-e.ctx.Done():
+		// A look at very many takes its time; most of the time is for others.
+		pause := time.NewTimer(max(tellEvery, 10*time.Since(began)))
+		for waiting := true; waiting; {
+			select {
+			case <-pause.C:
+				pause.C = nil
+			case <-changed:
+				changed = nil
+			case <-timer.C:
+				return rec.view(alive), nil
+			case <-ctx.Done():
+				return rec.view(alive), nil
+			case <-e.ctx.Done():
+				return rec.view(alive), nil
+			}
+			waiting = pause.C != nil || changed != nil
 		}
-		return rec.view(alive), nil
 	}
 }
 

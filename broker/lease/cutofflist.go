@@ -52,19 +52,47 @@ func (e *Engine) CutOffs(ctx context.Context, caller broker.Caller, after string
 	if err != nil {
 		return Page[CutOff]{}, storeRefusal(err)
 	}
+	alive, err := e.alive(ctx, recs.Items)
+	if err != nil {
+		return Page[CutOff]{}, err
+	}
 	out := Page[CutOff]{Next: recs.Next}
 	for _, rec := range recs.Items {
-		var alive map[broker.LeaseID]*leaseRecord
-		if p, able, err := e.cutter(e.current.Load(), rec.Provider); err == nil {
-			alive, err = e.hitBy(ctx, able, rec)
-			p.release()
-			if err != nil {
-				return Page[CutOff]{}, err
-			}
-		}
-		out.Items = append(out.Items, rec.view(alive))
+		out.Items = append(out.Items, rec.view(alive[cutOffID(rec.Provider, rec.Cut.Role)]))
 	}
 	return out, nil
+}
+
+// alive are the open leases that cut-offs hit, by cutOffID: one look at the
+// leases of each provider. Of one that is not in the catalog there are none.
+func (e *Engine) alive(ctx context.Context, recs []cutOffRecord) (map[string]map[broker.LeaseID]*leaseRecord, error) {
+	byID, names := map[string]cutOffRecord{}, map[string]struct{}{}
+	for _, rec := range recs {
+		byID[cutOffID(rec.Provider, rec.Cut.Role)] = rec
+		names[rec.Provider] = struct{}{}
+	}
+	all := map[string]map[broker.LeaseID]*leaseRecord{}
+	for name := range names {
+		p, able, err := e.cutter(e.current.Load(), name)
+		if err != nil {
+			continue
+		}
+		err = e.openLeases(ctx, name, func(l *leaseRecord) bool {
+			id := cutOffID(name, able.RoleOf(l.ending()))
+			if rec, is := byID[id]; is && rec.hits(l.CreatedAt) {
+				if all[id] == nil {
+					all[id] = map[broker.LeaseID]*leaseRecord{}
+				}
+				all[id][l.ID] = l
+			}
+			return true
+		})
+		p.release()
+		if err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
 }
 
 // cuts are the cut-offs of a provider that must stand. It is
