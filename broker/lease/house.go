@@ -161,7 +161,11 @@ func (h *housekeeper) work(ctx context.Context) error {
 		}
 		more = len(keys) > 0
 	}
+	if err := e.retire(ctx); err != nil {
+		return err
+	}
 	e.replays.forget(e.clock.now())
+	e.paces.forget(e.clock.now())
 	e.refusals.flush(ctx)
 	e.watchClock()
 	now := e.clock.now()

@@ -241,7 +241,7 @@ func (m *minter) admit(t store.Txn, now time.Time) error {
 			return err
 		}
 	}
-	already, err := m.asked.take(t, string(m.l.ID))
+	already, err := m.asked.take(t, string(m.l.ID), now)
 	if err == nil && already != "" {
 		err = broker.Refuse(broker.ReasonConflict, "another request with this idempotency key is under way", "ask again with the same key")
 	}
@@ -250,6 +250,9 @@ func (m *minter) admit(t store.Txn, now time.Time) error {
 
 // create writes the lease and its indexes.
 func (m *minter) create(t store.Txn, l *leaseRecord) error {
+	if err := l.count(t, m.facts.Agent.MaxLeases); err != nil {
+		return err
+	}
 	if err := t.Put(keyLeaseOf(l.Agent, l.ID), nil); err != nil {
 		return err
 	}

@@ -25,6 +25,8 @@ import (
 )
 
 const (
+	// denyPrefix begins the names of deny lists.
+	denyPrefix = "mayfly-deny-"
 	// landing is how long a write of IAM that was sent may still land: AWS
 	// refuses a request whose signature is older than 15 minutes.
 	landing = 16 * time.Minute
@@ -87,7 +89,7 @@ func (p *provider) writerLocked(arn string) *writer {
 		}
 		sum := sha256.Sum256([]byte(p.name))
 		w = &writer{
-			role: role, prefix: fmt.Sprintf("mayfly-deny-%s-%s-", p.installation, hex.EncodeToString(sum[:4])), turn: make(chan struct{}, 1),
+			role: role, prefix: fmt.Sprintf(denyPrefix+"%s-%s-", p.installation, hex.EncodeToString(sum[:4])), turn: make(chan struct{}, 1),
 			places: map[broker.LeaseID]time.Time{}, begun: map[broker.LeaseID]denylist.Known{},
 			list: denylist.List{Policies: map[string]*denylist.Policy{}}, foreign: map[denylist.Entry]time.Time{},
 			wrote: map[string]time.Time{}, proven: denylist.Set{},
