@@ -13,6 +13,8 @@ type Agent struct {
 	Environment string // "production", "staging", …; never empty
 	Labels      map[string]string
 	Disabled    bool // a disabled agent gets nothing, and its leases end
+	MaxLeases   int  // leases that have not ended, at once; never zero
+	MaxPerHour  int  // leases and requests together in an hour, and so many at once; never zero
 }
 
 // Caller is who makes one request, as attested for this request alone: a

@@ -30,6 +30,7 @@ const (
 	ReasonGrantUsed        Reason = "grant_used_up"
 	ReasonIncidentClosed   Reason = "incident_closed"
 	ReasonIncidentLimit    Reason = "incident_limit"
+	ReasonLeaseLimit       Reason = "lease_limit"
 	ReasonSelfService      Reason = "self_service"
 	ReasonKeyReused        Reason = "idempotency_key_reused"
 	ReasonSecretGone       Reason = "secret_gone"
@@ -85,6 +86,7 @@ func Reasons() []ReasonDoc {
 		{ReasonGrantUsed, "The grant's uses are used up.", "Ask for a new grant."},
 		{ReasonIncidentClosed, "The incident that the grant belongs to is closed.", "Access ended with the incident; nothing to do."},
 		{ReasonIncidentLimit, "The opener has as many incidents open as it may.", "Close one first."},
+		{ReasonLeaseLimit, "The agent has as many leases as it may have at once.", "Give some back (`mayfly revoke`), or have `max_leases` of the agent raised in the catalog."},
 		{ReasonSelfService, "Nobody opens a window, or makes a grant, for itself.", "Let another identity do it."},
 		{ReasonKeyReused, "The idempotency key was used for a different request.", "Use a new key for a new request."},
 		{ReasonSecretGone, "The lease of this idempotency key exists, but its secret can no longer be handed out. The lease is being ended.", "Ask again with a new idempotency key; a grant that counts its uses has spent one."},

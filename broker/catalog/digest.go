@@ -36,7 +36,8 @@ func (s *Snapshot) entries() map[string]map[string]string {
 	all := map[string]map[string]string{}
 	for id, a := range s.agents {
 		all["agent "+id.String()] = map[string]string{"owner": a.Owner, "environment": a.Environment,
-			"labels": text(a.Labels), "disabled": fmt.Sprint(a.Disabled)}
+			"labels": text(a.Labels), "disabled": fmt.Sprint(a.Disabled),
+			"max_leases": fmt.Sprint(a.MaxLeases), "max_per_hour": fmt.Sprint(a.MaxPerHour)}
 	}
 	for name, members := range s.groups {
 		all["group "+name] = map[string]string{"members": joinIDs(members), "people": strings.Join(slices.Sorted(maps.Keys(s.people[name])), ", ")}
@@ -62,7 +63,8 @@ func (s *Snapshot) entries() map[string]map[string]string {
 			agents[a] = true
 		}
 		all["opener "+id.String()] = map[string]string{"tools": strings.Join(slices.Sorted(slices.Values(o.Tools)), ", "),
-			"agents": joinIDs(agents), "max_duration": o.MaxDuration.String(), "max_open": fmt.Sprint(o.MaxOpen), "closers": o.Closers}
+			"agents": joinIDs(agents), "max_duration": o.MaxDuration.String(), "max_open": fmt.Sprint(o.MaxOpen),
+			"max_per_hour": fmt.Sprint(o.MaxPerHour), "closers": o.Closers}
 	}
 	return all
 }

@@ -19,11 +19,13 @@ type file struct {
 
 // agent is one agent.
 type agent struct {
-	ID          string            `yaml:"id"`          // SPIFFE ID; required
-	Owner       string            `yaml:"owner"`       // who answers for it; required
-	Environment string            `yaml:"environment"` // such as production; required
-	Labels      map[string]string `yaml:"labels"`      // none
-	Disabled    bool              `yaml:"disabled"`    // it is enabled
+	ID          string            `yaml:"id"`           // SPIFFE ID; required
+	Owner       string            `yaml:"owner"`        // who answers for it; required
+	Environment string            `yaml:"environment"`  // such as production; required
+	Labels      map[string]string `yaml:"labels"`       // none
+	Disabled    bool              `yaml:"disabled"`     // it is enabled
+	MaxLeases   *int              `yaml:"max_leases"`   // leases that have not ended, at once, 1 to 100000; 1000
+	MaxPerHour  *int              `yaml:"max_per_hour"` // leases and requests together, 1 to 1000000; 3600
 }
 
 // group is a named set of identities.
@@ -101,5 +103,6 @@ type opener struct {
 	Agents      []string      `yaml:"agents"`       // SPIFFE IDs; never the opener's own; required
 	MaxDuration time.Duration `yaml:"max_duration"` // 1s to 24h; required
 	MaxOpen     int           `yaml:"max_open"`     // incidents at once, 1 to 1000; required
+	MaxPerHour  *int          `yaml:"max_per_hour"` // incidents opened in an hour, 1 to 1000000; 3600
 	Closers     string        `yaml:"closers"`      // a group that may close too; empty: only the opener closes
 }

@@ -19,12 +19,16 @@ import (
 
 // Limits on what a catalog may say.
 const (
-	maxTTL     = 24 * time.Hour
-	maxOpen    = 1000
-	maxLabels  = 32
-	maxText    = 1000 // bytes of a description, an owner or a label
-	maxPattern = 500  // bytes of a regular expression
-	maxID      = 512  // bytes of a SPIFFE ID: it is part of the store's keys
+	maxTTL    = 24 * time.Hour
+	maxOpen   = 1000
+	maxLabels = 32
+
+	// What an agent may have and do, where its entry does not say.
+	defaultLeases, mostLeases   = 1000, 100_000
+	defaultPerHour, mostPerHour = 3600, 1_000_000
+	maxText                     = 1000 // bytes of a description, an owner or a label
+	maxPattern                  = 500  // bytes of a regular expression
+	maxID                       = 512  // bytes of a SPIFFE ID: it is part of the store's keys
 )
 
 var (
@@ -188,9 +192,22 @@ func (l *loader) agents(s source) {
 		l.text(s, path+".environment", "environment", e.Environment, true)
 		l.labels(s, path+".labels", e.Labels)
 		if ok && l.define(s, path+".id", "agent", id.String()) {
-			l.snapshot.agents[id] = broker.Agent{ID: id, Owner: e.Owner, Environment: e.Environment, Labels: e.Labels, Disabled: e.Disabled}
+			l.snapshot.agents[id] = broker.Agent{ID: id, Owner: e.Owner, Environment: e.Environment, Labels: e.Labels, Disabled: e.Disabled,
+				MaxLeases:  l.number(s, path+".max_leases", e.MaxLeases, defaultLeases, mostLeases),
+				MaxPerHour: l.number(s, path+".max_per_hour", e.MaxPerHour, defaultPerHour, mostPerHour)}
 		}
 	}
+}
+
+// number is a number of at least one, or what it is where none is given.
+func (l *loader) number(s source, path string, given *int, normal, most int) int {
+	if given == nil {
+		return normal
+	}
+	if *given < 1 || *given > most {
+		l.fail(s, path, "%s is %d; it must be between 1 and %d", path[strings.LastIndexByte(path, '.')+1:], *given, most)
+	}
+	return *given
 }
 
 func (l *loader) labels(s source, path string, labels map[string]string) {
@@ -260,7 +277,8 @@ func (l *loader) openers(s source) {
 	for i, e := range s.file.Openers {
 		path := fmt.Sprintf("openers[%d]", i)
 		id, ok := l.id(s, path+".id", e.ID)
-		o := policy.Opener{ID: id, MaxDuration: e.MaxDuration, MaxOpen: e.MaxOpen, Closers: e.Closers}
+		o := policy.Opener{ID: id, MaxDuration: e.MaxDuration, MaxOpen: e.MaxOpen, Closers: e.Closers,
+			MaxPerHour: l.number(s, path+".max_per_hour", e.MaxPerHour, defaultPerHour, mostPerHour)}
 		l.span(s, path+".max_duration", "max_duration", e.MaxDuration)
 		if e.MaxOpen < 1 || e.MaxOpen > maxOpen {
 			l.fail(s, path+".max_open", "max_open is %d; it must be between 1 and %d", e.MaxOpen, maxOpen)

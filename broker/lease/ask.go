@@ -20,6 +20,7 @@ const (
 	callMint    = "mint"
 	callRevoke  = "revoke"
 	callConfirm = "confirm"
+	callCutOff  = "cut_off"
 )
 
 // outcome is what came of a batch.

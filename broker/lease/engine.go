@@ -38,8 +38,9 @@ type Config struct {
 	Metrics prometheus.Registerer
 	// Wall is the machine's clock; nil means time.Now.
 	Wall func() time.Time
-	// Retention is how long the record of a lease stays after its end; zero
-	// means 30 days. Its evidence stays for ever.
+	// Retention is how long the record of a lease, a request, a grant or an
+	// incident stays after its end; zero means 30 days. Its evidence stays for
+	// ever.
 	Retention time.Duration
 	// ReplayWindow is how long, after an answer, the same idempotency key is
 	// given the same secret again; zero means 2 minutes. For so long the
@@ -83,10 +84,12 @@ type Engine struct {
 	replays    *replays
 	keys       keyLocks
 	refusals   *refusals
+	paces      *paces
 	decisions  decisions
 	watch      *broadcast // signalled when leases end
 	asks       *broadcast // signalled when requests change
 	ending     endings    // kill switches under way in this process
+	carriers   carriers   // cut-offs under way in this process
 
 	mintMu  sync.Mutex
 	minting map[broker.LeaseID]struct{} // attempts under way in this process
@@ -161,6 +164,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	e.metrics = newMetrics(cfg.Metrics, e)
 	e.metricStrays = newStrayCounter(cfg.Metrics, e)
 	e.refusals = newRefusals(e)
+	e.paces = newPaces()
 	e.house = newHousekeeper(e)
 	if err := e.restore(ctx); err != nil {
 		e.cancel()

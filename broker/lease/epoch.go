@@ -260,6 +260,7 @@ func (e *Engine) openProviders(ctx context.Context, ep, old *epoch) (opened []*o
 			Known: func(ctx context.Context, begun bool) ([]providers.Known, error) {
 				return e.known(ctx, pc.Name, begun)
 			},
+			Cuts: func(ctx context.Context) ([]providers.Cut, error) { return e.cuts(ctx, pc.Name) },
 		})
 		if err != nil {
 			return opened, err
@@ -309,6 +310,9 @@ func (e *Engine) providersStay(ctx context.Context, ep *epoch) error {
 	return e.store.View(ctx, func(r store.Reader) error {
 		was, _, err := get[catalogRecord](r, keyCatalog)
 		if err != nil {
+			return err
+		}
+		if err := cutOffsStay(r, ep, was); err != nil {
 			return err
 		}
 		from, to := store.Prefix(prefixDue)

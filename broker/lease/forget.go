@@ -111,24 +111,11 @@ func lastKnown(l *leaseRecord) map[string]string {
 // nobody says that it is dead. Its progress stays what it was, and a use of
 // its grant is not given back: it may have been had.
 func lapse(t store.Txn, l *leaseRecord, now time.Time, retention time.Duration, why ending, details map[string]string) error {
-	for _, key := range []string{
-		keyDue(l.Provider, l.Due, l.ID),
-		keyRevoking(l.End, l.ID),
-		keyOpen(l.Grant, l.ID),
-	} {
-		if err := t.Delete(key); err != nil {
-			return err
-		}
-	}
-	if err := standOn(t, l, broker.LeaseLapsed); err != nil {
+	if err := l.leave(t, now, broker.LeaseLapsed, retention); err != nil {
 		return err
 	}
-	l.State, l.EndedAt = broker.LeaseLapsed, now
 	if why.cause != "" {
 		l.Cause = why.cause
-	}
-	if err := t.Put(keyHouse(now.Add(retention), houseLease, string(l.ID)), nil); err != nil {
-		return err
 	}
 	if err := put(t, keyLease(l.ID), l); err != nil {
 		return err

@@ -70,7 +70,7 @@ func (e *Engine) createGrant(ctx context.Context, caller broker.Caller, req Gran
 		if err := ep.same(t); err != nil {
 			return err
 		}
-		id, err := once.take(t, string(g.ID))
+		id, err := once.take(t, string(g.ID), now)
 		if err != nil {
 			return err
 		}
@@ -237,6 +237,9 @@ func endGrant(t store.Txn, id broker.GrantID, now time.Time, state broker.GrantS
 		return err
 	}
 	if err := put(t, keyGrant(id), g); err != nil {
+		return err
+	}
+	if err := t.Put(keyEnded(now, retiredGrant, string(id)), nil); err != nil {
 		return err
 	}
 	ev := grantEvent(g, now, audit.GrantEnded)

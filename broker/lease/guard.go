@@ -64,11 +64,14 @@ func (ep *epoch) weigh(r getter, g broker.Grant, in broker.Incident, params map[
 	return f, nil
 }
 
+// kindLease is the kind of what an IssueRequest makes.
+const kindLease = "lease"
+
 // asked is a request that may carry an idempotency key.
 type asked struct {
 	caller broker.Principal
 	key    string // empty: the request stands alone
-	kind   string // of what it makes: "lease", "grant", "incident" or "request"
+	kind   string // of what it makes: kindLease, "grant", "incident" or "request"
 	digest string // of the request, so that a key is not used for two
 }
 
@@ -90,9 +93,14 @@ func (a asked) made(r getter) (id string, err error) {
 }
 
 // take notes that the key makes id, or returns what it has made already.
-func (a asked) take(t store.Txn, id string) (already string, err error) {
+func (a asked) take(t store.Txn, id string, now time.Time) (already string, err error) {
 	if already, err = a.made(t); err != nil || already != "" || a.key == "" {
 		return already, err
+	}
+	if a.kind != kindLease { // a lease's is forgotten with it
+		if err := t.Put(keyEnded(now.Add(longestKey), retiredIdem, id), []byte(keyIdem(a.caller, a.key))); err != nil {
+			return "", err
+		}
 	}
 	return "", put(t, keyIdem(a.caller, a.key), idemRecord{Kind: a.kind, ID: id, Digest: a.digest})
 }

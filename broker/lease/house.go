@@ -22,6 +22,7 @@ const (
 	// A user's token has expired, and need be bound to nobody any more.
 	houseUserToken = "usertoken"
 	houseRecovery  = "recovery" // the end of a recovery has come
+	houseCutOff    = "cutoff"   // whatever a cut-off was to end is dead by itself
 )
 
 // houseEvery is how often the housekeeper looks when nothing tells it to: it
@@ -160,7 +161,11 @@ func (h *housekeeper) work(ctx context.Context) error {
 		}
 		more = len(keys) > 0
 	}
+	if err := e.retire(ctx); err != nil {
+		return err
+	}
 	e.replays.forget(e.clock.now())
+	e.paces.forget(e.clock.now())
 	e.refusals.flush(ctx)
 	e.watchClock()
 	now := e.clock.now()
@@ -192,7 +197,7 @@ func (h *housekeeper) forget(ctx context.Context, keys []string) error {
 // due lists keys whose time has come. What is to be forgotten is judged by the
 // earlier clock: a jump forward must not cost records, and with them the
 // idempotency keys that keep a second lease from being made, nor the binding
-// of a user's token.
+// of a user's token, nor bring back to life what was cut off.
 func (h *housekeeper) due(ctx context.Context) (keys []string, err error) {
 	early := h.e.clock.early()
 	err = h.e.store.View(ctx, func(r store.Reader) error {
@@ -201,7 +206,7 @@ func (h *housekeeper) due(ctx context.Context) (keys []string, err error) {
 			if err != nil {
 				return err
 			}
-			if strings.Contains(entry.Key, "|"+houseLease+"|") || strings.Contains(entry.Key, "|"+houseUserToken+"|") {
+			if strings.Contains(entry.Key, "|"+houseLease+"|") || strings.Contains(entry.Key, "|"+houseUserToken+"|") || strings.Contains(entry.Key, "|"+houseCutOff+"|") {
 				if at, err := timeOfKey(entry.Key, 1); err != nil || at.After(early) {
 					if err != nil {
 						return err
@@ -277,6 +282,8 @@ func (h *housekeeper) one(ctx context.Context, key string) error {
 		})
 	case houseRecovery:
 		return e.endRecovery(ctx, key, now)
+	case houseCutOff:
+		return e.endCutOff(ctx, key, id, now)
 	default:
 		return fmt.Errorf("there is no housekeeping of kind %q", kind)
 	}

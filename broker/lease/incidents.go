@@ -82,13 +82,16 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 	}
 	once := asked{caller: caller.Principal(), key: req.Key, kind: "incident",
 		digest: requestDigest("incident", req.Title, req.Reference, req.Agents, req.Tools, req.Duration)}
+	if err := e.paces.take(ep, caller, now); err != nil {
+		return broker.Incident{}, err
+	}
 	made := in
 	err := e.update(ctx, now, func(t store.Txn) error {
 		made = in
 		if err := ep.same(t); err != nil {
 			return err
 		}
-		id, err := once.take(t, string(in.ID))
+		id, err := once.take(t, string(in.ID), now)
 		if err != nil {
 			return err
 		}
@@ -266,6 +269,9 @@ func closeIncident(t store.Txn, id broker.IncidentID, now time.Time, why sweepRe
 		return in, err
 	}
 	if err := put(t, keySweep(sweepIncident, string(id)), why); err != nil {
+		return in, err
+	}
+	if err := t.Put(keyEnded(now, retiredIncident, string(id)), nil); err != nil {
 		return in, err
 	}
 	return in, appendEvent(t, audit.Event{

@@ -32,7 +32,7 @@ type IssueRequest struct {
 
 // asked is the request as its idempotency key is bound to it.
 func (r IssueRequest) asked(caller broker.Principal) asked {
-	return asked{caller: caller, key: r.Key, kind: "lease", digest: requestDigest("issue", r.Tool, r.Params, r.TTL)}
+	return asked{caller: caller, key: r.Key, kind: kindLease, digest: requestDigest("issue", r.Tool, r.Params, r.TTL)}
 }
 
 func requestDigest(parts ...any) string {
@@ -176,6 +176,9 @@ func (e *Engine) attempt(ctx context.Context, ep *epoch, caller broker.Caller, r
 		e.decisions.add(ep.aboutGrant(f, req.Params, now), f.Policy)
 	}
 	if err := d.Err(); err != nil {
+		return nil, err
+	}
+	if err := e.paces.take(ep, caller, now); err != nil {
 		return nil, err
 	}
 	grant := candidates[i].Grant

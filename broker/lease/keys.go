@@ -28,16 +28,19 @@ import (
 //	open|grant|ID                  the leases of a grant that have not ended
 //	due|provider|time|ID           when a lease that has not ended is next looked at
 //	house|time|kind|ID             when a grant, an incident or an ended lease is next looked at
+//	ended|time|kind|ID             when a request, a grant or an incident ended (retire.go)
 //	revoking|time|ID               the leases in state revoking, by their end
 //	sweep|kind|ID                  a change whose leases may not all have been told
 //	request|ID                     the request                            (guard)
 //	requests|agent|ID              the requests of an agent
 //	waiting|ID                     the requests that are pending; the value is their incident
+//	held|agent                     how many leases of an agent have not ended (guard)
 //	asking|agent                   how many requests of an agent are pending (guard)
 //	person|digest                  what the identity provider said last of a person (guard)
 //	votes|digest|grant             the open grants that stand on a person's vote
 //	usertoken|digest               the agent that a user's token is bound to (guard)
 //	meta|recovery                  who may administer for a while whatever the policies say
+//	cutoff|ID                      a role of a provider that is cut off, by cutOffID                      (guard)
 //	stands|provider|ID             a lease that is denied at the provider until it dies by itself (standing.go)
 //	meta|restored                  the mark of a backup that was put in place: the restore is not done
 //	stray|provider|name            something at a provider that nobody here answers for
@@ -57,6 +60,7 @@ const (
 	prefixSweep    = "sweep|"
 	prefixHouse    = "house|"
 	prefixDue      = "due|"
+	prefixEnded    = "ended|"
 	prefixStray    = "stray|"
 	prefixRequest  = "request|"
 	prefixWaiting  = "waiting|"
@@ -107,6 +111,10 @@ func keyHouse(at time.Time, kind, id string) string {
 	return prefixHouse + keyTime(at) + "|" + kind + "|" + id
 }
 
+func keyEnded(at time.Time, kind, id string) string {
+	return prefixEnded + keyTime(at) + "|" + kind + "|" + id
+}
+
 func keySweep(kind, id string) string { return prefixSweep + kind + "|" + id }
 
 func prefixStraysOf(provider string) string { return prefixStray + provider + "|" }
@@ -117,6 +125,7 @@ func keyStray(provider, name string) string { return prefixStraysOf(provider) + 
 func keyRequest(id broker.RequestID) string { return prefixRequest + string(id) }
 func keyWaiting(id broker.RequestID) string { return prefixWaiting + string(id) }
 func keyAsking(agent spiffeid.ID) string    { return "asking|" + agent.String() }
+func keyHeld(agent spiffeid.ID) string      { return "held|" + agent.String() }
 
 func prefixRequestsOf(agent spiffeid.ID) string { return "requests|" + agent.String() + "|" }
 

@@ -109,6 +109,8 @@ func (m *model) read() world {
 				if n := *record[int](m, entry); n != 0 {
 					w.openers[rest] = n
 				}
+			case "held":
+				w.index[entry.Key] = fmt.Sprint(*record[int](m, entry))
 			case "meta":
 				if rest == "catalog" {
 					w.loads = record[struct{ Generation uint64 }](m, entry).Generation
@@ -282,13 +284,29 @@ func (m *model) checkIndex(w world) {
 			want["revoking|"+stamp(l.End)+"|"+string(id)] = ""
 		}
 	}
+	held := map[string]int{}
+	for _, l := range w.leases {
+		if !l.State.Ended() {
+			held["held|"+l.Agent.String()]++
+		}
+	}
+	for key, n := range held {
+		want[key] = fmt.Sprint(n)
+	}
 	for _, g := range w.grants {
 		if g.State == broker.GrantOpen {
 			want["grants|"+g.Agent.String()+"|"+g.Tool+"|"+string(g.ID)] = ""
+		} else {
+			want["ended|"+stamp(g.EndedAt)+"|grant|"+string(g.ID)] = ""
+		}
+	}
+	for _, in := range w.incidents {
+		if in.State != broker.IncidentOpen {
+			want["ended|"+stamp(in.ClosedAt)+"|incident|"+string(in.ID)] = ""
 		}
 	}
 	for key, value := range w.index {
-		if strings.HasPrefix(key, "house|") {
+		if strings.HasPrefix(key, "house|") || strings.HasPrefix(key, "ended|") && strings.Contains(key, "|key|") {
 			continue
 		}
 		if v, ok := want[key]; !ok || v != value && !strings.HasPrefix(key, "revoking|") {
@@ -390,7 +408,7 @@ func (m *model) finish() {
 		m.t.Errorf("in the end these work: %+v", live)
 	}
 	for key := range w.index {
-		if !strings.HasPrefix(key, "leases|") {
+		if !strings.HasPrefix(key, "leases|") && !strings.HasPrefix(key, "ended|") {
 			m.t.Errorf("in the end there is %s", key)
 		}
 	}

@@ -245,9 +245,12 @@ func (ep *epoch) sees(caller broker.Caller, in broker.Incident) bool {
 func (ep *epoch) view(r store.Reader, in broker.Incident, now time.Time) (IncidentView, error) {
 	v := IncidentView{Incident: in}
 	for _, id := range in.Grants {
-		g, _, err := get[broker.Grant](r, keyGrant(id))
+		g, ok, err := get[broker.Grant](r, keyGrant(id))
 		if err != nil {
 			return v, err
+		}
+		if !ok {
+			continue // it ended long before its incident, and was forgotten
 		}
 		gv, err := ep.grantView(r, g, now)
 		if err != nil {

@@ -98,6 +98,8 @@ type leaseRecord struct {
 	Certificate []byte `json:",omitempty"`
 	// Stands: what ends it stands at the provider until it dies by itself.
 	Stands bool `json:",omitempty"`
+	// Counted: it is one of those that its agent holds (quota.go).
+	Counted bool `json:",omitempty"`
 	// Refund: the use of the grant is given back once the lease is dead.
 	Refund bool `json:",omitempty"`
 }

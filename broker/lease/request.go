@@ -240,6 +240,9 @@ func (e *Engine) tryRequest(ctx context.Context, ep *epoch, caller broker.Caller
 			return "", err
 		}
 	}
+	if err := e.paces.take(ep, caller, now); err != nil {
+		return "", err
+	}
 	made := rec
 	var grant broker.Grant
 	err = e.update(ctx, now, func(t store.Txn) error {
@@ -247,7 +250,7 @@ func (e *Engine) tryRequest(ctx context.Context, ep *epoch, caller broker.Caller
 		if err := ep.same(t); err != nil {
 			return err
 		}
-		id, err := once.take(t, string(rec.ID))
+		id, err := once.take(t, string(rec.ID), now)
 		if err != nil {
 			return err
 		}
@@ -484,6 +487,9 @@ func (r *requestRecord) give(t store.Txn, caller broker.Caller, now time.Time, d
 	}
 	r.State, r.Grant, r.DecidedAt, r.DecidedBy = broker.RequestGranted, g.ID, now, caller.Principal()
 	if err := put(t, keyRequest(r.ID), r); err != nil {
+		return g, err
+	}
+	if err := t.Put(keyEnded(now, retiredRequest, string(r.ID)), nil); err != nil {
 		return g, err
 	}
 	if err := appendEvent(t, r.event(now, audit.RequestGranted, caller, verdict)); err != nil {

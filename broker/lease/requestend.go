@@ -106,6 +106,9 @@ func (r *requestRecord) end(t store.Txn, now time.Time, state broker.RequestStat
 	if err := put(t, keyRequest(r.ID), r); err != nil {
 		return err
 	}
+	if err := t.Put(keyEnded(now, retiredRequest, string(r.ID)), nil); err != nil {
+		return err
+	}
 	what := audit.RequestEnded
 	if state == broker.RequestDenied {
 		what = audit.RequestDenied

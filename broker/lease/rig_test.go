@@ -39,9 +39,13 @@ agents:
     owner: support@acme.test
     environment: production
     disabled: false # support
+    max_leases: 100000 # support
+    max_per_hour: 1000000 # support
   - id: spiffe://acme.test/agent/other
     owner: other@acme.test
     environment: production
+    max_leases: 100000
+    max_per_hour: 1000000
 groups:
   - name: sre
     members: [spiffe://acme.test/operator/sam]
@@ -97,6 +101,7 @@ openers:
     agents: [spiffe://acme.test/agent/support, spiffe://acme.test/agent/other]
     max_duration: 1h
     max_open: 1000
+    max_per_hour: 1000000
     closers: closers
 `
 

@@ -47,7 +47,7 @@ func TestKnown(t *testing.T) {
 		r.stop()
 		r.drivers["asked"] = standing{r.drivers["asked"], &known}
 		r.start()
-		r.grant(support, "cloud.read", time.Hour)
+		in := r.open(30*time.Minute, "cloud.read")
 		a, b := r.mustIssue("cloud.read", ttl(10*time.Minute)), r.mustIssue("cloud.read", ttl(10*time.Minute))
 		told := func() map[broker.LeaseID]providers.Known {
 			t.Helper()
@@ -86,8 +86,17 @@ func TestKnown(t *testing.T) {
 			}
 			r.restart()
 		}
+		if _, _, err := r.engine.CloseIncident(t.Context(), as(pager), in.ID, ""); err != nil {
+			t.Fatal(err)
+		}
+		r.wantState(b.Lease.ID, broker.LeaseRevoked, time.Minute)
+		r.grant(support, "cloud.read", time.Hour)
+		c := r.mustIssue("cloud.read", ttl(10*time.Minute))
+		if m := told(); len(m) != 3 || m[b.Lease.ID].Cause != broker.CauseIncidentClosed || m[c.Lease.ID].Begun {
+			t.Fatalf("closed: %+v", m)
+		}
 		time.Sleep(11 * time.Minute)
-		r.wantState(b.Lease.ID, broker.LeaseExpired, time.Minute)
+		r.wantState(c.Lease.ID, broker.LeaseExpired, time.Minute)
 		if m := told(); len(m) != 0 {
 			t.Errorf("dead by themselves: %+v", m)
 		}

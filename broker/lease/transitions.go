@@ -12,9 +12,9 @@ import (
 	"github.com/mayfly-security/mayfly/store"
 )
 
-// chunk is how many leases one transaction moves: a move takes up to eleven
+// chunk is how many leases one transaction moves: a move takes up to thirteen
 // operations of the store's store.MaxOps.
-const chunk = 11
+const chunk = 9
 
 // grantChunk is how many grants one transaction ends: an end takes up to eight
 // operations, and one more for each person on whose vote the grant stands.
@@ -99,12 +99,9 @@ func startRevoking(t store.Txn, l *leaseRecord, now time.Time, why ending) error
 	return appendEvent(t, ev)
 }
 
-// maxLeft bounds what a provider says of what is left of a dead lease.
-const maxLeft = 300
-
-// finish moves a lease to its last state: its death is confirmed. What may
-// still be there of it stands in l.Left.
-func finish(t store.Txn, l *leaseRecord, now time.Time, state broker.LeaseState, retention time.Duration, details map[string]string) error {
+// leave takes a lease out of those that have not ended, to a last state.
+// Whoever calls it writes the lease.
+func (l *leaseRecord) leave(t store.Txn, now time.Time, state broker.LeaseState, retention time.Duration) error {
 	for _, key := range []string{
 		keyDue(l.Provider, l.Due, l.ID),
 		keyRevoking(l.End, l.ID),
@@ -117,14 +114,27 @@ func finish(t store.Txn, l *leaseRecord, now time.Time, state broker.LeaseState,
 	if err := standOn(t, l, state); err != nil {
 		return err
 	}
-	l.State, l.Progress, l.EndedAt = state, broker.ProgressVerified, now
+	if err := l.uncount(t); err != nil {
+		return err
+	}
+	l.State, l.EndedAt = state, now
+	return t.Put(keyHouse(now.Add(retention), houseLease, string(l.ID)), nil)
+}
+
+// maxLeft bounds what a provider says of what is left of a dead lease.
+const maxLeft = 300
+
+// finish moves a lease to its last state: its death is confirmed. What may
+// still be there of it stands in l.Left.
+func finish(t store.Txn, l *leaseRecord, now time.Time, state broker.LeaseState, retention time.Duration, details map[string]string) error {
+	if err := l.leave(t, now, state, retention); err != nil {
+		return err
+	}
+	l.Progress = broker.ProgressVerified
 	if l.Refund {
 		if err := refund(t, l.Grant); err != nil {
 			return err
 		}
-	}
-	if err := t.Put(keyHouse(now.Add(retention), houseLease, string(l.ID)), nil); err != nil {
-		return err
 	}
 	if err := put(t, keyLease(l.ID), l); err != nil {
 		return err

@@ -16,6 +16,7 @@ type Opener struct {
 	Agents      []spiffeid.ID
 	MaxDuration time.Duration
 	MaxOpen     int    // incidents open at once; never zero
+	MaxPerHour  int    // incidents opened in an hour, and so many at once; never zero
 	Closers     string // a group whose members may close too; empty means only the opener
 }
 

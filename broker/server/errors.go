@@ -38,6 +38,7 @@ var codes = map[broker.Reason]connect.Code{
 	broker.ReasonSecretGone:       connect.CodeFailedPrecondition,
 	broker.ReasonProviderRefused:  connect.CodeFailedPrecondition,
 	broker.ReasonIncidentLimit:    connect.CodeResourceExhausted,
+	broker.ReasonLeaseLimit:       connect.CodeResourceExhausted,
 	broker.ReasonRateLimited:      connect.CodeResourceExhausted,
 	broker.ReasonTooLarge:         connect.CodeResourceExhausted,
 	broker.ReasonProvider:         connect.CodeUnavailable,

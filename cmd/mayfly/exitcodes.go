@@ -49,7 +49,7 @@ func exitCodes() []exitCode {
 			broker.ReasonPolicyInvalid}},
 		{"3", "Refused: no permission, no grant that is good now, or the present state excludes it. Of request: it was denied, withdrawn, or is expired or void.", []broker.Reason{
 			broker.ReasonPermissionDenied, broker.ReasonAgentUnknown, broker.ReasonAgentDisabled, broker.ReasonNoGrant,
-			broker.ReasonGrantSuspended, broker.ReasonGrantUsed, broker.ReasonIncidentClosed, broker.ReasonIncidentLimit,
+			broker.ReasonGrantSuspended, broker.ReasonGrantUsed, broker.ReasonIncidentClosed, broker.ReasonIncidentLimit, broker.ReasonLeaseLimit,
 			broker.ReasonSelfService, broker.ReasonConflict, broker.ReasonSecretGone, broker.ReasonProviderRefused,
 			broker.ReasonPolicy, broker.ReasonRequestLimit, broker.ReasonRequestOver, broker.ReasonNotEligible,
 			broker.ReasonTokenReplayed, broker.ReasonSignInPending, broker.ReasonLockout}},

@@ -28,7 +28,7 @@ import (
 
 const benchCatalog = `
 agents:
-  - {id: "spiffe://acme.test/agent/support", owner: support, environment: production}
+  - {id: "spiffe://acme.test/agent/support", owner: support, environment: production, max_leases: 100000, max_per_hour: 1000000}
 operators: [{id: "spiffe://acme.test/operator/sam"}]
 providers:
   - {name: token, driver: token, config: {issuer: "https://mayfly.acme.test", keys: "@KEYS@", introspectors: [{id: "spiffe://acme.test/service/crm", audiences: ["https://crm.acme.test"]}]}}

@@ -41,7 +41,8 @@ no provider and changes nothing. It exits with 1 if anything is wrong.
 With --live it also asks the providers that can be compared with what they should
 be: it logs in as the broker, with the broker's SVID from the Workload API, and
 tells what is missing there, and what the broker can do that it should not. It
-changes nothing. With an operator's token in VAULT_TOKEN it looks with that, too,
+changes nothing. At AWS it makes sessions that can do nothing, as there is no other
+way to know that they can be made, and asks IAM to write what is no policy. With an operator's token in VAULT_TOKEN it looks with that, too,
 at what the broker may not see in the Vault at VAULT_ADDR; no other Vault is shown
 the token. It exits with 1 if anything is bad.`,
 		Example: "  mayflyd check --config /etc/mayfly/mayflyd.yaml\n  mayflyd check --config /etc/mayfly/mayflyd.yaml --live",

@@ -73,6 +73,7 @@ func TestCheckAWSLimits(t *testing.T) {
 		{"role/mayfly/crm", "role/crm", "below /mayfly/"},
 		{"role: arn:aws:iam::123456789012", "role: arn:aws:iam::210987654321", "of account 210987654321"},
 		{"method: web_identity", "method: static", "it must be web_identity"},
+		{"role_arn: arn:aws:iam::123456789012", "role_arn: arn:aws:iam::210987654321", "IAM writes policies of its caller's own account alone"},
 		{"mode: deny_list", "mode: hope", "say what is to happen"},
 		{"Resource: arn:aws:s3:::acme-crm/${params.customer}/*", "Resource: " + fmt.Sprintf("arn:aws:s3:::%01999d", 0), "AWS takes 2048"},
 	} {

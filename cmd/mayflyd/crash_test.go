@@ -33,7 +33,7 @@ const (
 
 const crashCatalog = `
 agents:
-  - {id: "spiffe://acme.test/agent/support", owner: support, environment: production}
+  - {id: "spiffe://acme.test/agent/support", owner: support, environment: production, max_leases: 100000, max_per_hour: 1000000}
 groups:
   - {name: sre, members: ["spiffe://acme.test/operator/sam"]}
 operators: [{group: sre}]
@@ -48,7 +48,7 @@ tools:
   - {name: asked, provider: asked, description: x, max_ttl: 10m}
   - {name: token, provider: token, description: x, max_ttl: 10m, scope: {audience: "https://crm.acme.test", scopes: [crm.read], verification: introspect}}
 openers:
-  - {id: "spiffe://acme.test/bot/pager", tools: [planned, recorded, asked, token], agents: ["spiffe://acme.test/agent/support"], max_duration: 1h, max_open: 1000}
+  - {id: "spiffe://acme.test/bot/pager", tools: [planned, recorded, asked, token], agents: ["spiffe://acme.test/agent/support"], max_duration: 1h, max_open: 1000, max_per_hour: 1000000}
 `
 
 // TestEveryCrashPoint kills a real broker with SIGKILL before and after every

@@ -78,6 +78,8 @@ resource "aws_iam_role_policy" "broker" {
     Statement = [
       { Effect = "Allow", Action = ["sts:AssumeRole", "sts:TagSession", "sts:SetSourceIdentity"], Resource = local.tool_roles },
       { Effect = "Allow", Action = ["iam:ListRolePolicies", "iam:GetRolePolicy"], Resource = local.tool_roles },
+      # For "mayflyd check --live" alone.
+      { Effect = "Allow", Action = "iam:GetRole", Resource = local.tool_roles },
       {
         Effect    = "Allow"
         Action    = ["iam:PutRolePolicy", "iam:DeleteRolePolicy"]

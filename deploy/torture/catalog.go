@@ -37,7 +37,7 @@ func catalogText(v variant, vault, keys string) string {
 	var b strings.Builder
 	b.WriteString("agents:\n")
 	for i := range agents {
-		fmt.Fprintf(&b, "  - {id: %q, owner: torture, environment: test, disabled: %t}\n", agentID(i), v.disabled == i)
+		fmt.Fprintf(&b, "  - {id: %q, owner: torture, environment: test, max_leases: 100000, max_per_hour: 1000000, disabled: %t}\n", agentID(i), v.disabled == i)
 	}
 	fmt.Fprintf(&b, "groups:\n  - {name: sre, members: [%q]}\noperators: [{group: sre}]\n", operatorID)
 	fmt.Fprintf(&b, "providers:\n  - {name: tokens, driver: token, config: {issuer: \"https://mayfly.torture.test\", keys: %q, introspectors: [{id: %q, audiences: [\"https://status.torture.test\"]}]}}\n", keys, operatorID)
@@ -60,7 +60,7 @@ func catalogText(v variant, vault, keys string) string {
 	for i := range ids {
 		ids[i] = fmt.Sprintf("%q", agentID(i))
 	}
-	fmt.Fprintf(&b, "openers:\n  - {id: %q, tools: [%s, %s, %s], agents: [%s], max_duration: 1h, max_open: 1000}\n",
+	fmt.Fprintf(&b, "openers:\n  - {id: %q, tools: [%s, %s, %s], agents: [%s], max_duration: 1h, max_open: 1000, max_per_hour: 1000000}\n",
 		botID, toolRead, toolWrite, toolStatus, strings.Join(ids, ", "))
 	return b.String()
 }

@@ -102,7 +102,7 @@ func (d *Driver) Open(ctx context.Context, config providers.Config) (providers.P
 	}
 	p := &provider{
 		name: config.Name, installation: config.Installation, config: c,
-		known: config.Known, now: config.Now, log: config.Log, writers: d.writers,
+		known: config.Known, cuts: config.Cuts, now: config.Now, log: config.Log, writers: d.writers,
 	}
 	if p.clients, err = openClients(ctx, c, d.login); err != nil {
 		return nil, fmt.Errorf("opening AWS: %w", err)
@@ -125,6 +125,7 @@ type provider struct {
 	config       awsscope.Config
 	clients      *clients
 	known        func(ctx context.Context, begun bool) ([]providers.Known, error)
+	cuts         func(context.Context) ([]providers.Cut, error)
 	now          func() time.Time
 	log          *slog.Logger
 	writers      *writers

@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -65,6 +66,19 @@ type records struct {
 	mu     sync.Mutex
 	all    map[broker.LeaseID]providers.Known
 	broken error
+	cuts   []providers.Cut
+}
+
+func (r *records) Cuts(context.Context) ([]providers.Cut, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.cuts), nil
+}
+
+func (r *records) setCuts(cuts ...providers.Cut) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.cuts = cuts
 }
 
 // fail has the store answer nothing but err from now on; nil ends it.
@@ -188,7 +202,7 @@ func (w *world) open() *provider {
 // opening is what the engine opens a provider of that name with.
 func (w *world) opening(name string) providers.Config {
 	return providers.Config{
-		Name: name, Installation: installation, Raw: w.config(), Log: slog.New(slog.DiscardHandler), Now: w.clock.Now, Known: w.store.Known,
+		Name: name, Installation: installation, Raw: w.config(), Log: slog.New(slog.DiscardHandler), Now: w.clock.Now, Known: w.store.Known, Cuts: w.store.Cuts,
 	}
 }
 

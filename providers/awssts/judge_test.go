@@ -152,7 +152,7 @@ func trials(t *testing.T) []trial {
 				known = append(known, s.known)
 			}
 		}
-		documents[role], _ = denylist.Required(known, start)
+		documents[role], _ = denylist.Required(known, denylist.Entry{}, start)
 	}
 	documents["pay"][denylist.Entry{Kind: denylist.CutOff, Before: start.Add(-time.Minute).Unix()}] = struct{}{}
 	add("pay", agents[1], "", start.Add(-10*time.Minute), "") // cut off

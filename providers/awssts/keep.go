@@ -11,15 +11,18 @@ import (
 // process knows what for: a store that came back from a backup has forgotten
 // leases, and knows others otherwise than they had become. Such entries stay
 // until the longest session has ended.
-func (p *provider) keep(w *writer, leases map[broker.LeaseID]denylist.Known) {
+func (p *provider) keep(w *writer, leases map[broker.LeaseID]denylist.Known, cut denylist.Entry) {
 	now, may := p.now(), w.list.May()
 	for e := range may {
 		if _, has := w.foreign[e]; has || e.Kind == denylist.Probe || w.needed.Has(e) {
 			continue
 		}
-		if explained(e, leases) {
+		switch {
+		case explained(e, leases), e.Kind == denylist.CutOff && e.Before <= cut.Before:
 			w.needed[e] = struct{}{} // also when the leases have died and the store knows them no more
-		} else {
+		case e.Before != 0: // it says which sessions it denies, and how long these can live
+			w.foreign[e] = earliest(now, time.Unix(e.Before, 0).Add(planSkew)).Add(keepForeign)
+		default:
 			w.foreign[e] = now.Add(keepForeign)
 		}
 	}

@@ -19,11 +19,14 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/iam"
 
 	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
 	"github.com/mayfly-security/mayfly/providers/awssts/denylist"
 )
 
 const (
+	// denyPrefix begins the names of deny lists.
+	denyPrefix = "mayfly-deny-"
 	// landing is how long a write of IAM that was sent may still land: AWS
 	// refuses a request whose signature is older than 15 minutes.
 	landing = 16 * time.Minute
@@ -63,6 +66,7 @@ type writer struct {
 	others int                      // characters that are not for them
 	met    bool                     // it was tried to look at the role's policies
 	begun  map[broker.LeaseID]denylist.Known
+	cut    providers.Cut // the latest that is known; zero if there is none
 
 	// Of whoever has the turn.
 	list    denylist.List
@@ -87,7 +91,7 @@ func (p *provider) writerLocked(arn string) *writer {
 		}
 		sum := sha256.Sum256([]byte(p.name))
 		w = &writer{
-			role: role, prefix: fmt.Sprintf("mayfly-deny-%s-%s-", p.installation, hex.EncodeToString(sum[:4])), turn: make(chan struct{}, 1),
+			role: role, prefix: fmt.Sprintf(denyPrefix+"%s-%s-", p.installation, hex.EncodeToString(sum[:4])), turn: make(chan struct{}, 1),
 			places: map[broker.LeaseID]place{}, begun: map[broker.LeaseID]denylist.Known{},
 			list:   denylist.List{Policies: map[string]*denylist.Policy{}},
 			needed: denylist.Set{}, foreign: map[denylist.Entry]time.Time{},
@@ -192,7 +196,7 @@ func denying[V any, S ~map[denylist.Entry]V](s S, k denylist.Known) (denylist.En
 		}
 	}
 	for e := range s {
-		if (e.Kind == denylist.Agent && e.ID == k.Agent || e.Kind == denylist.CutOff) && !k.Issued.After(time.Unix(e.Before, 0)) {
+		if e.Denies(k) {
 			return e, true
 		}
 	}
@@ -208,18 +212,25 @@ func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error
 	if unread != nil && (tidy || !w.seen) {
 		return unread
 	}
+	cut, err := p.cutOf(ctx, w)
+	if err != nil && unread == nil {
+		return err
+	}
 	if !w.seen || tidy {
-		if err := p.see(ctx, w, leases); err != nil {
+		if err := p.see(ctx, w, leases, cut); err != nil {
 			return err
 		}
 	}
-	must, _ := denylist.Required(slices.Collect(maps.Values(leases)), p.now())
+	now := p.now()
+	all := slices.Collect(maps.Values(leases))
+	must, _ := denylist.Required(all, cut, now)
+	w.before(cut, all, now)
 	w.needed.Add(must)
+	w.needed.Add(w.list.Needed)
 	if unread != nil { // what ends waits for no store: it is added to what stands
 		p.log.Warn("a deny list is written without the store", "role", w.role.ARN, "error", unread)
 		must.Add(w.list.May())
 	}
-	now := p.now()
 	for e, until := range w.foreign {
 		if now.Before(until) {
 			must[e] = struct{}{}
@@ -243,7 +254,7 @@ func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error
 		}
 		if step.Policy == "" {
 			if !again {
-				p.tally(w)
+				p.tally(w, cut, all)
 				return nil
 			}
 			again = false
@@ -261,13 +272,27 @@ func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error
 	return fmt.Errorf("role %s: the deny list does not come to rest", w.role.Name)
 }
 
-// tally notes how much of the quota is not for leases that are known.
-func (p *provider) tally(w *writer) {
+// tally notes how much of the quota is not for leases that are known. What a
+// cut-off denies that is in force everywhere takes no room of its own any more.
+func (p *provider) tally(w *writer, cut denylist.Entry, leases []denylist.Known) {
+	settled := cut.Kind == denylist.CutOff && w.list.Settled(p.now()).Has(cut)
 	p.writers.mu.Lock()
 	defer p.writers.mu.Unlock()
 	w.others = w.list.Others + len(w.foreign)*sessionCost
 	for _, pol := range w.list.Policies {
 		w.others += pol.Opaque
+	}
+	for e := range w.list.Stands() {
+		if e.Kind == denylist.CutOff {
+			w.others += denylist.CutOffCost
+		}
+	}
+	if settled {
+		for _, k := range leases {
+			if k.Begun && cut.Denies(k) {
+				delete(w.places, k.Lease)
+			}
+		}
 	}
 }
 
@@ -317,7 +342,7 @@ func (p *provider) do(ctx context.Context, w *writer, step denylist.Step) error 
 }
 
 // see reads what is in IAM.
-func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID]denylist.Known) error {
+func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID]denylist.Known, cut denylist.Entry) error {
 	what := "reading the policies of role " + w.role.Name
 	names := map[string]bool{}
 	var marker *string
@@ -386,7 +411,7 @@ func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID
 	}
 	w.list.Others, w.seen = others, true
 	w.doubt()
-	p.keep(w, leases)
+	p.keep(w, leases, cut)
 	return nil
 }
 
@@ -433,26 +458,4 @@ func (p *provider) reconcile(ctx context.Context) error {
 		w.leave()
 	}
 	return errors.Join(errs...)
-}
-
-// CutOff implements providers.CutOff: the role's policy denies every session
-// that was made up to now. It stands until the longest of them has ended.
-func (p *provider) CutOff(ctx context.Context, role, operator string) error {
-	if strings.TrimSpace(operator) == "" {
-		return broker.Refuse(broker.ReasonInvalidArgument, "a cut-off ends every session of a role, and is done in somebody's name", "say who does it")
-	}
-	r, err := awsscope.ParseRole(role)
-	if err != nil || r.Account != p.config.Account || !strings.HasPrefix(r.Path, p.config.RolePath) || p.config.Early.Mode != awsscope.EarlyDenyList {
-		return broker.Refusef(broker.ReasonInvalidArgument, "name a role of the catalog's tools", "%s is no role whose deny list provider %s writes", broker.Clean(broker.Shorten(role, 200)), p.name)
-	}
-	w := p.writer(role)
-	if err := w.take(ctx); err != nil {
-		return err
-	}
-	defer w.leave()
-	now := p.now()
-	e := denylist.Entry{Kind: denylist.CutOff, Before: now.Unix()}
-	w.foreign[e] = now.Add(keepForeign)
-	p.log.Warn("an operator cuts off every session of a role", "role", role, "operator", broker.Clean(broker.Shorten(operator, 200)), "made_before", awsscope.Instant(time.Unix(e.Before, 0)))
-	return p.write(ctx, w, false, false)
 }

@@ -38,7 +38,7 @@ func (p *provider) seed(ctx context.Context) error {
 			p.occupy(h)
 		}
 	}
-	return nil
+	return p.seedCuts(ctx)
 }
 
 // choose takes the role of the pool that has the most room in its deny list for
@@ -48,6 +48,7 @@ func (p *provider) choose(roles []awsscope.Role, req providers.MintRequest) (str
 		return roles[int(hash(string(req.Lease))%uint64(len(roles)))].ARN, nil
 	}
 	now, best, most := p.now(), "", -1<<31
+	var clear time.Time // when a role that is cut off can be used again
 	p.writers.mu.Lock()
 	defer p.writers.mu.Unlock()
 	for _, r := range roles {
@@ -55,9 +56,19 @@ func (p *provider) choose(roles []awsscope.Role, req providers.MintRequest) (str
 		if _, has := w.places[req.Lease]; has {
 			return r.ARN, nil
 		}
+		if now.Before(w.cut.Clear) {
+			if clear.IsZero() || w.cut.Clear.Before(clear) {
+				clear = w.cut.Clear
+			}
+			continue // what is made now would be dead
+		}
 		if room, planned := p.roomLocked(w, now); room > 0 && room-planned > most {
 			best, most = r.ARN, room-planned
 		}
+	}
+	if best == "" && !clear.IsZero() {
+		return "", broker.Refusef(broker.ReasonProvider, "try again in "+broker.Span(clear.Sub(now).Round(time.Second)+time.Second),
+			"an operator has just ended every session of the role of tool %s (provider %s), and none that is made now would work", req.Tool.Name, p.name)
 	}
 	if best == "" {
 		return "", p.noRoom(req)

@@ -256,6 +256,9 @@ func (c *Config) checkEarly(settle string) error {
 		if c.Compatible() {
 			return providers.FieldErrorf("early_revoke.mode", "is deny_list, which writes policies of roles in IAM: it needs an account")
 		}
+		if own, err := ParseRole(c.Credentials.RoleARN); err == nil && own.Account != c.Account {
+			return providers.FieldErrorf("early_revoke.mode", "is deny_list, and the broker's role (credentials.role_arn) is of account %s: IAM writes policies of its caller's own account alone, and the tools' roles are in %s", own.Account, c.Account)
+		}
 		e.Verify, e.Settle = orElse(e.Verify, VerifyProbe), defaultSettle
 		if e.Verify != VerifyProbe && e.Verify != VerifyNone {
 			return providers.FieldErrorf("early_revoke.verify", "is %q; it is probe (a session of the broker's own is seen to be denied) or none (such leases stay written until they expire)", e.Verify)

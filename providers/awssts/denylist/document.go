@@ -69,7 +69,7 @@ func Render(s Set) string {
 	}
 	var sessions, incidents list
 	agents := map[int64]list{}
-	var cutOff int64
+	var cutOffs []int64
 	for _, e := range s.Sorted() {
 		switch e.Kind {
 		case Lease, Probe:
@@ -79,7 +79,7 @@ func Render(s Set) string {
 		case Agent:
 			agents[e.Before] = append(agents[e.Before], e.ID)
 		case CutOff:
-			cutOff = max(cutOff, e.Before)
+			cutOffs = append(cutOffs, e.Before)
 		}
 	}
 	d := document{Version: "2012-10-17"}
@@ -100,8 +100,12 @@ func Render(s Set) string {
 	for i, before := range times {
 		add(fmt.Sprintf("MayflyAgent%d", i), map[string]map[string]list{isOperator: {keyAgent: agents[before]}, notLater: {keyIssued: {stamp(before)}}})
 	}
-	if cutOff != 0 {
-		add("MayflyCutOff", map[string]map[string]list{notLater: {keyIssued: {stamp(cutOff)}}})
+	for i, before := range cutOffs { // in their order
+		sid := "MayflyCutOff"
+		if i > 0 {
+			sid = fmt.Sprintf("MayflyCutOff%d", i)
+		}
+		add(sid, map[string]map[string]list{notLater: {keyIssued: {stamp(before)}}})
 	}
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)

@@ -21,6 +21,9 @@ type List struct {
 	Policies map[string]*Policy
 	// Others is how many characters inline policies that are none of ours take.
 	Others int
+	// Needed need not be written any more, for what must stand denies the same;
+	// but until that is in force it leaves no policy but the one that is written.
+	Needed Set
 }
 
 // Spread is how long a write of IAM may take to be in force everywhere. Two
@@ -112,8 +115,11 @@ func (l *List) Sure() Set {
 	return all
 }
 
-// stands is what was last seen in any policy.
-func (l *List) stands() Set {
+// Settled is what is sure, and in force everywhere.
+func (l *List) Settled(now time.Time) Set { return l.elsewhere("", now) }
+
+// Stands is what was last seen in any policy.
+func (l *List) Stands() Set {
 	all := Set{}
 	for _, p := range l.Policies {
 		all.Add(p.Stands)
@@ -124,7 +130,7 @@ func (l *List) stands() Set {
 // May is what was last seen in any policy, or may come to stand there by a write
 // that lands late.
 func (l *List) May() Set {
-	all := l.stands()
+	all := l.Stands()
 	for _, p := range l.Policies {
 		for _, late := range p.Late {
 			all.Add(late.Set)
@@ -207,7 +213,7 @@ func (l *List) Next(must Set, fresh string, tidy bool, now time.Time) (Step, err
 	}
 	// What stands nowhere comes before what stands in a policy that cannot be
 	// counted upon yet, and such copies leave room for more of it.
-	standing := missing.And(l.stands())
+	standing := missing.And(l.Stands())
 	next = fill(next, missing.Minus(standing).Sorted(), room)
 	next = fill(next, standing.Sorted(), room-Quota/4)
 	next = fill(next, must.Minus(missing).Minus(next).Sorted(), room)
@@ -221,7 +227,9 @@ func (l *List) Next(must Set, fresh string, tidy bool, now time.Time) (Step, err
 		if name == active || p.Opaque != 0 {
 			continue
 		}
-		if keep := p.Stands.And(must).Minus(l.elsewhere(name, now)); len(keep) < len(p.Stands) {
+		keep := p.Stands.And(must)
+		keep.Add(p.Stands.And(l.Needed))
+		if keep = keep.Minus(l.elsewhere(name, now)); len(keep) < len(p.Stands) {
 			return Step{Policy: name, Set: keep}, nil
 		}
 	}
@@ -259,7 +267,9 @@ func (l *List) Again(must, tell Set, fresh string, spare int) Step {
 	step := Step{Policy: l.active(slices.Sorted(maps.Keys(l.Policies)))}
 	stands, room := Set{}, Quota-l.Used()-spare
 	if p := l.Policies[step.Policy]; p != nil {
-		stands, room = p.Stands.And(must), room+p.size()
+		keep := maps.Clone(must)
+		keep.Add(l.Needed)
+		stands, room = p.Stands.And(keep), room+p.size()
 	} else {
 		step.Policy = fresh
 	}

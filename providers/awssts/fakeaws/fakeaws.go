@@ -43,6 +43,11 @@ type Config struct {
 	// Above, if not nil, is the kind of a policy above the role's own, such as
 	// "service control policy", that denies everything to sessions; empty: none does.
 	Above func() string
+	// Broker names the role whose sessions alone may assume the others and write
+	// their policies. Empty: whoever has keys may.
+	Broker string
+	// Token, if not nil, looks at the token of who comes with a web identity.
+	Token func(token string) error
 }
 
 // Fake is a fake AWS account. It is an http.Handler.
@@ -62,6 +67,7 @@ type Fake struct {
 
 type role struct {
 	policies map[string][]version
+	about    Role
 }
 
 // version is one content of a policy: empty text is none.
@@ -379,7 +385,9 @@ func (f *Fake) fail(w http.ResponseWriter, status int, code, message string) {
 func (f *Fake) act(action, key string, form url.Values) (code, answer string) {
 	switch action {
 	case "AssumeRole", "AssumeRoleWithWebIdentity":
-		return f.assume(form)
+		return f.assume(action, key, form)
+	case "GetCallerIdentity":
+		return f.whoIs(key)
 	case "DecodeAuthorizationMessage":
 		s, above := f.sessions[key], ""
 		if f.c.Above != nil {
@@ -401,12 +409,17 @@ func (f *Fake) act(action, key string, form url.Values) (code, answer string) {
 	if r == nil {
 		return "NoSuchEntity", "no such role"
 	}
-	if f.sessions[key] != nil {
-		return "AccessDenied", "a tool's session is not to write policies"
+	if !f.broker(key) {
+		return "AccessDenied", "who calls is not the broker, which alone may look at roles and write their policies"
+	}
+	if r.about.refuses("iam:" + action) {
+		return "AccessDenied", "User is not authorized to perform: iam:" + action + " because no identity-based policy allows the iam:" + action + " action"
 	}
 	now, seen := f.c.Now(), func(v version) time.Time { return v.seen }
 	name := form.Get("PolicyName")
 	switch action {
+	case "GetRole":
+		return "", r.about.answer(form.Get("RoleName"))
 	case "ListRolePolicies":
 		names := ""
 		for policy, versions := range r.policies {
@@ -422,6 +435,9 @@ func (f *Fake) act(action, key string, form url.Values) (code, answer string) {
 		}
 		return "", "<RoleName>" + form.Get("RoleName") + "</RoleName><PolicyName>" + name + "</PolicyName><PolicyDocument>" + url.PathEscape(text) + "</PolicyDocument>"
 	case "PutRolePolicy":
+		if !strings.Contains(form.Get("PolicyDocument"), `"Statement"`) {
+			return "MalformedPolicyDocument", "Syntax errors in policy."
+		}
 		n := len(strip(form.Get("PolicyDocument")))
 		for other, versions := range r.policies {
 			if other != name {
@@ -446,11 +462,11 @@ func (f *Fake) act(action, key string, form url.Values) (code, answer string) {
 
 var nameForm = regexp.MustCompile(`^[\w+=,.@-]{2,64}$`)
 
-func (f *Fake) assume(form url.Values) (code, answer string) {
+func (f *Fake) assume(action, key string, form url.Values) (code, answer string) {
 	arn := form.Get("RoleArn")
 	name := arn[strings.LastIndexByte(arn, '/')+1:]
-	if f.roles[name] == nil {
-		return "AccessDenied", "not authorized to perform: sts:AssumeRole on resource: " + arn
+	if code, answer := f.trusts(action, key, name, form); code != "" {
+		return code, answer
 	}
 	seconds := 3600
 	if text := form.Get("DurationSeconds"); text != "" {
@@ -469,6 +485,10 @@ func (f *Fake) assume(form url.Values) (code, answer string) {
 	switch {
 	case seconds < 900 || seconds > 43200:
 		return "ValidationError", "DurationSeconds"
+	case f.roles[name].about.MaxSession > 0 && seconds > int(f.roles[name].about.MaxSession/time.Second):
+		return "ValidationError", "The requested DurationSeconds exceeds the MaxSessionDuration set for this role."
+	case f.sessions[key] != nil && seconds > 3600:
+		return "ValidationError", "The requested DurationSeconds exceeds the 1 hour session limit for roles assumed by role chaining."
 	case !nameForm.MatchString(s.Name) || s.Source != "" && !nameForm.MatchString(s.Source):
 		return "ValidationError", "RoleSessionName or SourceIdentity"
 	case len(s.Policy) > 2048:
