@@ -59,6 +59,7 @@ const (
 	CauseSecretGone      Cause = "secret_gone"    // its agent asked for the secret again, which cannot be handed out any more
 	CauseUndelivered     Cause = "undelivered"    // nobody was there to take it
 	CauseForgotten       Cause = "forgotten"      // an operator gave up waiting for its death
+	CauseCutOff          Cause = "cut_off"        // an operator ended every session of the role that it was one of
 	CauseRestored        Cause = "store_restored" // the store came back from a backup: nothing of before is given any more
 )
 

@@ -68,10 +68,14 @@ type Config struct {
 	Log          *slog.Logger          // required
 	Now          func() time.Time      // required: the broker's clock
 	// Known tells of all leases of the provider whose credentials may be alive,
-	// as the store has them. It is for a provider with Traits.Stands, which
-	// renders from it what must stand at the system; nil only where nothing is
-	// ended, as in a live check.
-	Known func(ctx context.Context) ([]Known, error)
+	// as the store has them; with begun of those alone whose ending has begun,
+	// which costs as much as these are many. It is for a provider with
+	// Traits.Stands, which renders from it what must stand at the system; nil
+	// only where nothing is ended, as in a live check.
+	Known func(ctx context.Context, begun bool) ([]Known, error)
+	// Cuts tells of all cut-offs of the provider that must stand, as the store
+	// has them. It is for a provider that implements CutOff; nil means none.
+	Cuts func(ctx context.Context) ([]Cut, error)
 }
 
 // Known is one lease of a provider, as the store has it: one that has not
@@ -285,15 +289,6 @@ type Inventory interface {
 type Warner interface {
 	// Warnings returns what there is to say. They name no tool, and none is bad.
 	Warnings(config json.RawMessage, tool broker.Tool) []Finding
-}
-
-// CutOff is implemented by a Provider that can end every session of a role at
-// once, whoever has it. It is for an emergency: nothing but an operator's own
-// word calls it.
-type CutOff interface {
-	// CutOff ends every session of the role that was made up to now, leases or
-	// not. The operator is named in what is logged, and must not be empty.
-	CutOff(ctx context.Context, role, operator string) error
 }
 
 // Finding is one thing that a check has to say.

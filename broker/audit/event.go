@@ -59,9 +59,14 @@ const (
 	ClockTrusted       Type = "clock.trusted"
 	StoreBackedUp      Type = "store.backed_up"
 	StoreRestored      Type = "store.restored"
-	StrayFound         Type = "stray.found"   // something at a provider bears our name and no lease of ours
-	StrayEnding        Type = "stray.ending"  // an operator decided that it is to be ended
-	StrayRemoved       Type = "stray.removed" // it was ended and removed, or was gone
+	StrayFound         Type = "stray.found"      // something at a provider bears our name and no lease of ours
+	StrayEnding        Type = "stray.ending"     // an operator decided that it is to be ended
+	StrayRemoved       Type = "stray.removed"    // it was ended and removed, or was gone
+	CutOffRequested    Type = "cutoff.requested" // an operator decided that every session of a role is to be ended
+	CutOffWritten      Type = "cutoff.written"
+	CutOffVerified     Type = "cutoff.verified"
+	CutOffFailed       Type = "cutoff.failed" // the provider did not take it; it is tried again
+	CutOffEnded        Type = "cutoff.ended"  // it need not stand any more: whatever it was to end is dead by itself
 )
 
 // Event is one piece of evidence. Empty fields do not apply. No field ever

@@ -63,3 +63,49 @@ func (*decoder) stray(m *mayflyv1.Stray) Stray {
 		DiesAt: instant(m.GetDiesAt()), FoundAt: instant(m.GetFoundAt()), Why: m.GetWhy(), EndedBy: m.GetEndedBy(), Reason: m.GetReason(),
 	}
 }
+
+// CutOff is a role of a provider of which every older session is ended.
+type CutOff struct {
+	Provider, Role  string
+	MadeBefore      time.Time // sessions that were made up to then are ended, by the provider's clock
+	ClearAt         time.Time // until then the broker makes no session of the role
+	Until           time.Time // from then on whatever was made before is dead by itself
+	Leases, Alive   int       // the broker's own open leases that it hit; of them, not known to be dead
+	ByAgent, ByTool map[string]int
+	Others          string          // what else it ends, for people
+	Progress        broker.Progress // at the provider
+	Failing         bool            // the provider did not take it when it was last asked
+	DecidedBy       string          // empty in a dry run, as is what follows
+	Reason          string
+	DecidedAt       time.Time
+}
+
+// CutOff ends every session of a role of a provider, whoever has it, and waits
+// a moment for it; it goes on at the broker, whether anybody waits or not. With
+// dry it only says what it would hit. Only operators may. The reason is required
+// unless dry. Doing it again also ends what was made meanwhile.
+func (c *Client) CutOff(ctx context.Context, provider, role, reason string, dry bool) (CutOff, error) {
+	m, err := call(ctx, c, c.operator.CutOff, &mayflyv1.CutOffRequest{Provider: provider, Role: role, Reason: reason, DryRun: dry})
+	if err != nil {
+		return CutOff{}, err
+	}
+	d := decoder{}
+	return d.cutOff(m), d.err
+}
+
+// CutOffs lists the roles that are cut off. Only operators may. After an error
+// it ends.
+func (c *Client) CutOffs(ctx context.Context) iter.Seq2[CutOff, error] {
+	return pages(func(token string) ([]*mayflyv1.RoleCutOff, string, error) {
+		res, err := call(ctx, c, c.operator.ListCutOffs, &mayflyv1.ListCutOffsRequest{PageSize: pageSize, PageToken: token})
+		return res.GetCutOffs(), res.GetNextPageToken(), err
+	}, (*decoder).cutOff)
+}
+
+func (*decoder) cutOff(m *mayflyv1.RoleCutOff) CutOff {
+	return CutOff{
+		Provider: m.GetProvider(), Role: m.GetRole(), MadeBefore: instant(m.GetMadeBefore()), ClearAt: instant(m.GetClearAt()), Until: instant(m.GetUntil()),
+		Leases: int(m.GetLeases()), Alive: int(m.GetAlive()), ByAgent: counts(m.GetByAgent()), ByTool: counts(m.GetByTool()), Others: m.GetOthers(),
+		Progress: broker.Progress(m.GetProgress()), Failing: m.GetFailing(), DecidedBy: m.GetDecidedBy(), Reason: m.GetReason(), DecidedAt: instant(m.GetDecidedAt()),
+	}
+}

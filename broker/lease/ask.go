@@ -20,6 +20,7 @@ const (
 	callMint    = "mint"
 	callRevoke  = "revoke"
 	callConfirm = "confirm"
+	callCutOff  = "cut_off"
 )
 
 // outcome is what came of a batch.
@@ -380,6 +381,11 @@ func (w *worker) step(t store.Txn, l *leaseRecord, d providers.Death, unsettled 
 	if d.Progress != l.Progress && (d.Err == nil || d.Progress != broker.ProgressNone) {
 		l.Progress = d.Progress
 		if err := appendEvent(t, l.progressEvent(now)); err != nil {
+			return err
+		}
+	}
+	if l.State == broker.LeaseRevoking {
+		if err := t.Put(keyRevoking(l.End, l.ID), []byte(waitsFor(l, d))); err != nil {
 			return err
 		}
 	}

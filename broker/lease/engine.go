@@ -89,6 +89,7 @@ type Engine struct {
 	watch      *broadcast // signalled when leases end
 	asks       *broadcast // signalled when requests change
 	ending     endings    // kill switches under way in this process
+	carriers   carriers   // cut-offs under way in this process
 
 	mintMu  sync.Mutex
 	minting map[broker.LeaseID]struct{} // attempts under way in this process

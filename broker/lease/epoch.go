@@ -257,7 +257,10 @@ func (e *Engine) openProviders(ctx context.Context, ep, old *epoch) (opened []*o
 		p, err := openOne(ctx, driver, pc.Driver, providers.Config{
 			Name: pc.Name, Installation: e.installation, Raw: pc.Config,
 			Log: e.log.With("provider", pc.Name), Now: e.clock.early,
-			Known: func(ctx context.Context) ([]providers.Known, error) { return e.known(ctx, pc.Name) },
+			Known: func(ctx context.Context, begun bool) ([]providers.Known, error) {
+				return e.known(ctx, pc.Name, begun)
+			},
+			Cuts: func(ctx context.Context) ([]providers.Cut, error) { return e.cuts(ctx, pc.Name) },
 		})
 		if err != nil {
 			return opened, err
@@ -307,6 +310,9 @@ func (e *Engine) providersStay(ctx context.Context, ep *epoch) error {
 	return e.store.View(ctx, func(r store.Reader) error {
 		was, _, err := get[catalogRecord](r, keyCatalog)
 		if err != nil {
+			return err
+		}
+		if err := cutOffsStay(r, ep, was); err != nil {
 			return err
 		}
 		from, to := store.Prefix(prefixDue)

@@ -279,7 +279,7 @@ func (g *gate) state() gateState {
 	defer g.mu.Unlock()
 	s := gateState{mints: g.mints, open: g.breaker.open(), left: map[string]int{}}
 	s.up = !s.open && g.trouble.IsZero()
-	for _, what := range []string{callMint, callRevoke, callConfirm} {
+	for _, what := range []string{callMint, callRevoke, callConfirm, callCutOff} {
 		s.left[what] = g.left[what]
 	}
 	return s

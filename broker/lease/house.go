@@ -22,6 +22,7 @@ const (
 	// A user's token has expired, and need be bound to nobody any more.
 	houseUserToken = "usertoken"
 	houseRecovery  = "recovery" // the end of a recovery has come
+	houseCutOff    = "cutoff"   // whatever a cut-off was to end is dead by itself
 )
 
 // houseEvery is how often the housekeeper looks when nothing tells it to: it
@@ -196,7 +197,7 @@ func (h *housekeeper) forget(ctx context.Context, keys []string) error {
 // due lists keys whose time has come. What is to be forgotten is judged by the
 // earlier clock: a jump forward must not cost records, and with them the
 // idempotency keys that keep a second lease from being made, nor the binding
-// of a user's token.
+// of a user's token, nor bring back to life what was cut off.
 func (h *housekeeper) due(ctx context.Context) (keys []string, err error) {
 	early := h.e.clock.early()
 	err = h.e.store.View(ctx, func(r store.Reader) error {
@@ -205,7 +206,7 @@ func (h *housekeeper) due(ctx context.Context) (keys []string, err error) {
 			if err != nil {
 				return err
 			}
-			if strings.Contains(entry.Key, "|"+houseLease+"|") || strings.Contains(entry.Key, "|"+houseUserToken+"|") {
+			if strings.Contains(entry.Key, "|"+houseLease+"|") || strings.Contains(entry.Key, "|"+houseUserToken+"|") || strings.Contains(entry.Key, "|"+houseCutOff+"|") {
 				if at, err := timeOfKey(entry.Key, 1); err != nil || at.After(early) {
 					if err != nil {
 						return err
@@ -281,6 +282,8 @@ func (h *housekeeper) one(ctx context.Context, key string) error {
 		})
 	case houseRecovery:
 		return e.endRecovery(ctx, key, now)
+	case houseCutOff:
+		return e.endCutOff(ctx, key, id, now)
 	default:
 		return fmt.Errorf("there is no housekeeping of kind %q", kind)
 	}

@@ -40,6 +40,7 @@ import (
 //	votes|digest|grant             the open grants that stand on a person's vote
 //	usertoken|digest               the agent that a user's token is bound to (guard)
 //	meta|recovery                  who may administer for a while whatever the policies say
+//	cutoff|ID                      a role of a provider that is cut off, by cutOffID                      (guard)
 //	stands|provider|ID             a lease that is denied at the provider until it dies by itself (standing.go)
 //	meta|restored                  the mark of a backup that was put in place: the restore is not done
 //	stray|provider|name            something at a provider that nobody here answers for

@@ -21,6 +21,38 @@ type limbo struct {
 	incidents map[broker.IncidentID]sweepRecord
 	grants    map[broker.GrantID]sweepRecord
 	access    map[string]begunEnding // kill switches, by their IDs
+	cuts      map[string]begunCutOff // by cutOffID
+}
+
+// begunCutOff is a cut-off that the store could not be told of.
+type begunCutOff struct {
+	rec     cutOffRecord
+	verdict policy.Verdict
+}
+
+// cutsOff adds a cut-off. Of those of one role the first decision is told, and
+// reaches as far as the last.
+func (l *limbo) cutsOff(id string, b begunCutOff) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if was, is := l.cuts[id]; is {
+		was.rec.Cut = further(was.rec.Cut, b.rec.Cut)
+		b = was
+	}
+	l.cuts[id] = b
+}
+
+func (l *limbo) cutOff(id string) (b begunCutOff, is bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	b, is = l.cuts[id]
+	return b, is
+}
+
+func (l *limbo) allCuts() map[string]begunCutOff {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return maps.Clone(l.cuts)
 }
 
 // begunEnding is a kill switch that the store could not be told of.
@@ -31,7 +63,7 @@ type begunEnding struct {
 
 func newLimbo() *limbo {
 	return &limbo{incidents: map[broker.IncidentID]sweepRecord{}, grants: map[broker.GrantID]sweepRecord{},
-		access: map[string]begunEnding{}}
+		access: map[string]begunEnding{}, cuts: map[string]begunCutOff{}}
 }
 
 func (l *limbo) closes(id broker.IncidentID, why sweepRecord) {
@@ -246,6 +278,17 @@ func (e *Engine) tellLimbo(ctx context.Context) error {
 		e.limbo.mu.Lock()
 		delete(e.limbo.access, id)
 		e.limbo.mu.Unlock()
+	}
+	for id, b := range e.limbo.allCuts() {
+		if err := e.update(ctx, e.clock.now(), func(t store.Txn) error { return beginCutOff(t, id, b.rec, b.verdict) }); err != nil {
+			return err
+		}
+		e.limbo.mu.Lock()
+		if e.limbo.cuts[id].rec.Cut == b.rec.Cut {
+			delete(e.limbo.cuts, id)
+		}
+		e.limbo.mu.Unlock()
+		e.carryOutNow(id)
 	}
 	incidents, grants := e.limbo.all()
 	for id, why := range incidents {

@@ -87,8 +87,8 @@ func (m *metrics) died(provider string, after time.Duration) {
 type Counts struct {
 	ByState map[broker.LeaseState]int
 	Overdue int // past their end without their death being confirmed
-	// Surviving are those of the overdue that cannot be revoked, and of which
-	// it was known that they would live until they expire.
+	// Surviving are those of the overdue that the provider has done with: they
+	// live until they die by themselves.
 	Surviving int
 }
 
@@ -147,7 +147,7 @@ type leaseCollector struct{ e *Engine }
 
 var (
 	leasesDesc  = prometheus.NewDesc("mayfly_leases", "Leases that have not ended, by state.", []string{"state"}, nil)
-	overdueDesc = prometheus.NewDesc("mayfly_leases_overdue", "Leases past their end whose death is not confirmed, by what it waits for: the provider's word, or the expiry of what cannot be revoked.", []string{"waits_for"}, nil)
+	overdueDesc = prometheus.NewDesc("mayfly_leases_overdue", "Leases past their end whose death is not confirmed, by what it waits for: the provider's word, or the expiry of what the provider can do no more about.", []string{"waits_for"}, nil)
 )
 
 func (leaseCollector) Describe(ch chan<- *prometheus.Desc) {

@@ -290,6 +290,12 @@ func (m *minter) intend(ctx context.Context, now time.Time) error {
 		if err := m.admit(t, now); err != nil {
 			return err
 		}
+		if cut, is, err := m.cutOff(t, m.l.Handle); err != nil || is {
+			if is {
+				err = cut.notNow(m.l.Tool, now)
+			}
+			return err
+		}
 		if err := m.create(t, m.l); err != nil {
 			return err
 		}
@@ -358,6 +364,10 @@ func (m *minter) activate(ctx context.Context, h providers.Handle) (refusal *bro
 				l.End = earlier(l.End, m.l.End) // one that is being ended has its end, and is indexed by it
 			}
 			cause, holds := m.e.holds(f, now)
+			cut, isCut, err := m.cutOff(t, h)
+			if err != nil {
+				return err
+			}
 			switch {
 			case l.State != broker.LeaseMinting:
 				// It was ended while it was made: the worker now has the handle
@@ -370,6 +380,11 @@ func (m *minter) activate(ctx context.Context, h providers.Handle) (refusal *bro
 			case !holds:
 				refusal = lateRefusal(cause, l.ID)
 				return startRevoking(t, l, now, ending{cause: cause, actor: audit.Broker, refund: true})
+			case isCut:
+				refusal = lateRefusal(broker.CauseCutOff, l.ID)
+				why := cut.ending()
+				why.refund = true
+				return startRevoking(t, l, now, why)
 			case !now.Before(l.End):
 				refusal = lateRefusal(broker.CauseTTL, l.ID)
 				return startRevoking(t, l, now, ending{cause: broker.CauseTTL, actor: audit.Broker, refund: true})
@@ -407,7 +422,7 @@ func lateRefusal(cause broker.Cause, id broker.LeaseID) *broker.Error {
 		reason = broker.ReasonGrantSuspended
 	case broker.CausePolicy:
 		reason = broker.ReasonPolicy
-	case broker.CauseTTL, broker.CauseMintFailed:
+	case broker.CauseTTL, broker.CauseMintFailed, broker.CauseCutOff:
 		reason = broker.ReasonProvider
 	}
 	r := broker.Refusef(reason, "ask again once you have a grant that holds",

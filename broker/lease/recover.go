@@ -126,13 +126,14 @@ func (e *Engine) collectRecovery(ctx context.Context, ch chan<- prometheus.Metri
 	ch <- prometheus.MustNewConstMetric(recoveryDesc, prometheus.GaugeValue, value)
 }
 
-// accessCollector reads what metrics tell of requests and recoveries.
+// accessCollector reads what metrics tell of requests, recoveries and cut-offs.
 type accessCollector struct{ e *Engine }
 
 var waitingDesc = prometheus.NewDesc("mayfly_requests_waiting", "Requests that are pending.", nil, nil)
 
 func (accessCollector) Describe(ch chan<- *prometheus.Desc) {
 	ch <- recoveryDesc
+	ch <- cutOffsDesc
 	ch <- waitingDesc
 }
 
@@ -140,6 +141,7 @@ func (c accessCollector) Collect(ch chan<- prometheus.Metric) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	c.e.collectRecovery(ctx, ch)
+	c.e.collectCutOffs(ctx, ch)
 	n, err := c.e.countOf(ctx, prefixWaiting, func(store.Reader, string) (bool, error) { return true, nil })
 	if err != nil {
 		ch <- prometheus.NewInvalidMetric(waitingDesc, err)

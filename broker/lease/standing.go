@@ -34,8 +34,9 @@ func standOn(t store.Txn, l *leaseRecord, state broker.LeaseState) error {
 }
 
 // known are all leases of a provider that have not ended, and those that have
-// but do not count as dead by themselves. It is providers.Config.Known.
-func (e *Engine) known(ctx context.Context, provider string) ([]providers.Known, error) {
+// but do not count as dead by themselves. It is providers.Config.Known: with
+// begun, the leases that nobody ends cost a key each and no record.
+func (e *Engine) known(ctx context.Context, provider string, begun bool) ([]providers.Known, error) {
 	var all []providers.Known
 	var over []string
 	early := e.clock.early()
@@ -45,6 +46,9 @@ func (e *Engine) known(ctx context.Context, provider string) ([]providers.Known,
 			for entry, err := range r.Scan(store.Prefix(prefix)) {
 				if err != nil {
 					return err
+				}
+				if begun && len(entry.Value) > 0 && broker.LeaseState(entry.Value) != broker.LeaseRevoking {
+					continue // its due key says that it is not being ended
 				}
 				l, ok, err := get[leaseRecord](r, keyLease(broker.LeaseID(lastPart(entry.Key))))
 				if err != nil {
@@ -62,7 +66,11 @@ func (e *Engine) known(ctx context.Context, provider string) ([]providers.Known,
 	if err != nil {
 		return nil, err
 	}
-	return all, e.fallen(ctx, over)
+	if err := e.fallen(ctx, over); err != nil {
+		// It is read again next time. What must be denied does not wait for it.
+		e.log.Warn("forgetting what stands at a provider no more", "provider", provider, "error", err)
+	}
+	return all, nil
 }
 
 // fallen removes what need not stand any more.

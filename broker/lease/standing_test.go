@@ -2,8 +2,12 @@ package lease_test
 
 import (
 	"context"
+	"slices"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
@@ -13,7 +17,7 @@ import (
 // until it dies by itself, and what the engine gave them to ask.
 type standing struct {
 	providers.Driver
-	known *func(context.Context) ([]providers.Known, error)
+	known *func(context.Context, bool) ([]providers.Known, error)
 }
 
 func (d standing) Open(ctx context.Context, config providers.Config) (providers.Provider, error) {
@@ -39,7 +43,7 @@ func (s stands) Traits() providers.Traits {
 func TestKnown(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		r := newRig(t)
-		var known func(context.Context) ([]providers.Known, error)
+		var known func(context.Context, bool) ([]providers.Known, error)
 		r.stop()
 		r.drivers["asked"] = standing{r.drivers["asked"], &known}
 		r.start()
@@ -47,9 +51,17 @@ func TestKnown(t *testing.T) {
 		a, b := r.mustIssue("cloud.read", ttl(10*time.Minute)), r.mustIssue("cloud.read", ttl(10*time.Minute))
 		told := func() map[broker.LeaseID]providers.Known {
 			t.Helper()
-			all, err := known(t.Context())
+			all, err := known(t.Context(), false)
 			if err != nil {
 				t.Fatal(err)
+			}
+			begun, err := known(t.Context(), true)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := slices.DeleteFunc(slices.Clone(all), func(k providers.Known) bool { return !k.Begun })
+			if diff := cmp.Diff(want, begun, cmpopts.EquateEmpty()); diff != "" {
+				t.Errorf("those whose ending has begun (-of all +alone):\n%s", diff)
 			}
 			m := map[broker.LeaseID]providers.Known{}
 			for _, k := range all {

@@ -37,6 +37,7 @@ const (
 	sweepCatalog  = "catalog"
 	sweepPerson   = "person" // by personDigest
 	sweepAccess   = "access" // the kill switch, by an ID of its own
+	sweepCutOff   = "cutoff" // by cutOffID
 )
 
 func (s sweepRecord) ending() ending {
@@ -81,6 +82,8 @@ func (e *Engine) resumeSweeps(ctx context.Context) error {
 			_, err = e.sweepPerson(ctx, p.id, p.rec)
 		case sweepAccess:
 			err = e.resumeAccess(ctx, p.id, p.rec)
+		case sweepCutOff:
+			e.resumeCutOff(p.id)
 		default:
 			err = fmt.Errorf("there is no sweep of kind %q", p.kind)
 		}

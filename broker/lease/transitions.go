@@ -8,6 +8,7 @@ import (
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/audit"
 	"github.com/mayfly-security/mayfly/broker/policy"
+	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/store"
 )
 
@@ -63,11 +64,12 @@ func moveDue(t store.Txn, l *leaseRecord, at time.Time) error {
 // revoking key, so that the overdue can be counted without reading them.
 const (
 	waitsProvider = "provider" // to confirm it
-	waitsExpiry   = "expiry"   // it cannot be revoked, and dies by itself
+	waitsExpiry   = "expiry"   // it dies by itself, and the provider does no more until then
 )
 
-func waitsFor(l *leaseRecord) string {
-	if l.Survives != "" && !l.Static { // what is static does not die by itself
+// waitsFor is what a Death says of that.
+func waitsFor(l *leaseRecord, d providers.Death) string {
+	if d.Err == nil && !l.DiesAt.IsZero() && !d.RetryAt.Before(l.DiesAt) {
 		return waitsExpiry
 	}
 	return waitsProvider
@@ -82,7 +84,7 @@ func startRevoking(t store.Txn, l *leaseRecord, now time.Time, why ending) error
 	l.State, l.Cause = broker.LeaseRevoking, why.cause
 	l.End = earlier(l.End, now)
 	l.Refund = l.Refund || why.refund
-	if err := t.Put(keyRevoking(l.End, l.ID), []byte(waitsFor(l))); err != nil {
+	if err := t.Put(keyRevoking(l.End, l.ID), []byte(waitsProvider)); err != nil {
 		return err
 	}
 	if err := moveDue(t, l, now); err != nil {

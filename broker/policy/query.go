@@ -36,8 +36,9 @@ const (
 	VerbWithdrawGrant  Verb = "grant.withdraw"
 	VerbRevokeLease    Verb = "lease.revoke"
 	VerbForgetLease    Verb = "lease.forget"
-	VerbEndAccess      Verb = "access.end" // the kill switch
-	VerbStrays         Verb = "stray.end"  // see and end what no lease answers for
+	VerbEndAccess      Verb = "access.end"   // the kill switch
+	VerbStrays         Verb = "stray.end"    // see and end what no lease answers for
+	VerbCutOff         Verb = "role.cut_off" // see and end every session of a provider's role
 	VerbPolicy         Verb = "policy.preview"
 	VerbExplain        Verb = "policy.explain" // for somebody else
 	VerbWithdraw       Verb = "request.withdraw"
@@ -48,7 +49,7 @@ const (
 // Verbs are all verbs, in the order of the reference.
 func Verbs() []Verb {
 	return []Verb{VerbReadEvidence, VerbSeeAll, VerbMakeGrant, VerbWithdrawGrant, VerbRevokeLease, VerbForgetLease,
-		VerbEndAccess, VerbStrays, VerbPolicy, VerbExplain, VerbWithdraw, VerbEndSessions, VerbReviewRequests}
+		VerbEndAccess, VerbStrays, VerbCutOff, VerbPolicy, VerbExplain, VerbWithdraw, VerbEndSessions, VerbReviewRequests}
 }
 
 // Subject is who acts: exactly one of its first three fields is set.

@@ -2,6 +2,9 @@ package server
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
 	"strings"
 
 	"connectrpc.com/connect"
@@ -65,6 +68,51 @@ func (o operatorService) EndStray(ctx context.Context, req *connect.Request[mayf
 		}
 		return &mayflyv1.EndStrayResponse{Stray: strayMessage(s), Removed: removed}, nil
 	})
+}
+
+func (o operatorService) CutOff(ctx context.Context, req *connect.Request[mayflyv1.CutOffRequest]) (*connect.Response[mayflyv1.RoleCutOff], error) {
+	return call(ctx, o.s, "cut_off", func(caller broker.Caller) (*mayflyv1.RoleCutOff, error) {
+		m := req.Msg
+		c, err := o.s.engine.CutOff(ctx, caller, lease.CutOffRequest{Provider: m.GetProvider(), Role: m.GetRole(), Reason: m.GetReason(), Dry: m.GetDryRun()})
+		if err != nil {
+			return nil, err
+		}
+		return cutOffMessage(c), nil
+	})
+}
+
+func (o operatorService) ListCutOffs(ctx context.Context, req *connect.Request[mayflyv1.ListCutOffsRequest]) (*connect.Response[mayflyv1.ListCutOffsResponse], error) {
+	return call(ctx, o.s, "list_cut_offs", func(caller broker.Caller) (*mayflyv1.ListCutOffsResponse, error) {
+		m := req.Msg
+		if err := checkPage(m.GetPageSize(), m.GetPageToken(), parseCutOffToken); err != nil {
+			return nil, err
+		}
+		p, err := o.s.engine.CutOffs(ctx, caller, m.GetPageToken(), int(m.GetPageSize()))
+		if err != nil {
+			return nil, err
+		}
+		res := &mayflyv1.ListCutOffsResponse{NextPageToken: p.Next}
+		for _, c := range p.Items {
+			res.CutOffs = append(res.CutOffs, cutOffMessage(c))
+		}
+		return res, nil
+	})
+}
+
+// parseCutOffToken checks the token of a page: a digest in hexadecimal.
+func parseCutOffToken(s string) (string, error) {
+	if b, err := hex.DecodeString(s); err != nil || len(b) != sha256.Size {
+		return "", errors.New("no digest")
+	}
+	return s, nil
+}
+
+func cutOffMessage(c lease.CutOff) *mayflyv1.RoleCutOff {
+	return &mayflyv1.RoleCutOff{
+		Provider: c.Provider, Role: c.Cut.Role, MadeBefore: stamp(c.Cut.Before), ClearAt: stamp(c.Cut.Clear), Until: stamp(c.Cut.Until),
+		Leases: int32(c.Leases), Alive: int32(c.Alive), ByAgent: counts(c.ByAgent), ByTool: counts(c.ByTool), Others: c.Cut.Others,
+		Progress: string(c.Progress), Failing: c.Failing, DecidedBy: c.Actor, Reason: c.Reason, DecidedAt: stamp(c.At),
+	}
 }
 
 func strayMessage(s lease.Stray) *mayflyv1.Stray {

@@ -21,8 +21,8 @@ const (
 )
 
 func (p *program) awsCommand() *cobra.Command {
-	return group("aws", "Give a tool's credentials to the AWS CLI, to the AWS SDKs and to what is made with them",
-		p.awsCredentialsCommand(), p.awsServeCommand(), p.awsExecCommand(), p.awsConfigureCommand())
+	return group("aws", "Give a tool's credentials to the AWS CLI, to the AWS SDKs and to what is made with them; cut a role off",
+		p.awsCredentialsCommand(), p.awsServeCommand(), p.awsExecCommand(), p.awsConfigureCommand(), p.awsCutOffCommand(), p.awsCutOffsCommand())
 }
 
 // awsLease is one session of AWS, with the lease that it is.

@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"iter"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -62,6 +64,31 @@ func (p *program) toolNames(ctx context.Context, c *client.Client) []cobra.Compl
 		all = append(all, offer(t.Name, t.Description))
 	}
 	return all
+}
+
+// providerNames are the providers of the tools that the caller can see.
+func (p *program) providerNames(ctx context.Context, c *client.Client) []cobra.Completion {
+	tools, err := c.Tools(ctx)
+	if err != nil {
+		return nil
+	}
+	names := map[string]struct{}{}
+	for _, t := range tools {
+		names[t.Provider] = struct{}{}
+	}
+	var all []cobra.Completion
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		all = append(all, offer(name, ""))
+	}
+	return all
+}
+
+// cutOffRoles are the roles that are cut off already: which others there are,
+// the catalog alone knows.
+func (p *program) cutOffRoles(ctx context.Context, c *client.Client) []cobra.Completion {
+	return offers(c.CutOffs(ctx), func(cut client.CutOff) cobra.Completion {
+		return offer(cut.Role, "cut off "+relative(cut.DecidedAt, p.now()))
+	})
 }
 
 func (p *program) leaseIDs(ctx context.Context, c *client.Client) []cobra.Completion {

@@ -61,6 +61,7 @@ func TestJSONHasTheNamesOfTheAPI(t *testing.T) {
 		{eventView{}, &mayflyv1.Event{}},
 		{strayView{}, &mayflyv1.Stray{}},
 		{strayEndView{}, &mayflyv1.EndStrayResponse{}},
+		{cutOffView{}, &mayflyv1.RoleCutOff{}},
 		{requestView{}, &mayflyv1.Request{}},
 		{approvalView{}, &mayflyv1.Approval{}},
 		{explanationView{}, &mayflyv1.ExplainResponse{}},

@@ -152,7 +152,7 @@ func TestScripts(t *testing.T) {
 			"run": runCommand, "code": codeCommand, "calls": callsCommand, "minted": mintedCommand, "allrevoked": allRevokedCommand,
 			"refuse": refuseCommand, "seed": seedCommand, "clean": cleanCommand, "mode": modeCommand, "firstword": firstWordCommand,
 			"person": personCommand, "workload": workloadCommand, "signedin": signedInCommand, "type": typeCommand, "decide": decideCommand,
-			"aws": awsCommand, "awsjson": awsJSONCommand, "asked": askedCommand, "signin": signInCommand, "people": peopleCommand, "ends": endsCommand, "stepup": stepUpCommand, "preview": previewCommand, "background": backgroundCommand, "foreground": foregroundCommand,
+			"aws": awsCommand, "awsjson": awsJSONCommand, "asked": askedCommand, "signin": signInCommand, "people": peopleCommand, "ends": endsCommand, "stepup": stepUpCommand, "preview": previewCommand, "cutoff": cutOffCommand, "background": backgroundCommand, "foreground": foregroundCommand,
 		},
 	})
 }

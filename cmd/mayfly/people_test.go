@@ -24,6 +24,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/mayfly-security/mayfly/broker"
 	mayflyv1 "github.com/mayfly-security/mayfly/broker/api/mayfly/v1"
@@ -191,6 +192,24 @@ func endsCommand(ts *testscript.TestScript, _ bool, args []string) {
 	}
 	r.Ends = endsOf(alive...)
 	r.Ends[len(alive)-1].Done = args[len(args)-1] == "done"
+}
+
+// cutoff [hostile] [failing]: a role that can be cut off, and that takes one step
+// further each time that it is listed.
+func cutOffCommand(ts *testscript.TestScript, _ bool, args []string) {
+	r := rigOf(ts)
+	r.Lock()
+	defer r.Unlock()
+	text := "plain"
+	if slices.Contains(args, "hostile") {
+		text += hostile
+	}
+	now := time.Now()
+	r.CutOffs = []*mayflyv1.RoleCutOff{{
+		Provider: "sts", Role: "arn:crm", MadeBefore: timestamppb.New(now), ClearAt: timestamppb.New(now.Add(time.Minute)), Until: timestamppb.New(now.Add(12*time.Hour + time.Minute)),
+		Leases: 3, Alive: 2, ByAgent: map[string]int32{"spiffe://acme.test/agent/" + text: 2}, ByTool: map[string]int32{"crm.read": 2}, Others: "every session, " + text,
+		Failing: slices.Contains(args, "failing"), DecidedBy: "person:" + text, Reason: text, DecidedAt: timestamppb.New(now.Add(-2*time.Minute - time.Second)),
+	}}
 }
 
 // endsOf is what the kill switch tells: so many are alive, one after the other.

@@ -99,6 +99,24 @@ type strayEndView struct {
 	Removed bool      `json:"removed"`
 }
 
+type cutOffView struct {
+	Provider   string         `json:"provider"`
+	Role       string         `json:"role"`
+	MadeBefore time.Time      `json:"madeBefore"`
+	ClearAt    time.Time      `json:"clearAt"`
+	Until      time.Time      `json:"until"`
+	Leases     int            `json:"leases"`
+	Alive      int            `json:"alive"`
+	ByAgent    map[string]int `json:"byAgent,omitempty"`
+	ByTool     map[string]int `json:"byTool,omitempty"`
+	Others     string         `json:"others"`
+	Progress   string         `json:"progress"`
+	Failing    bool           `json:"failing,omitempty"`
+	DecidedBy  string         `json:"decidedBy,omitempty"`
+	Reason     string         `json:"reason,omitempty"`
+	DecidedAt  time.Time      `json:"decidedAt,omitzero"`
+}
+
 type credentialView struct {
 	Lease  leaseView         `json:"lease"`
 	Secret map[string]string `json:"secret"`
@@ -228,6 +246,14 @@ func viewStray(s client.Stray) strayView {
 	return strayView{
 		Provider: s.Provider, Name: s.Name, Kind: s.Kind, LeaseID: string(s.Lease), DiesAt: s.DiesAt, FoundAt: s.FoundAt,
 		Why: s.Why, EndedBy: s.EndedBy, Reason: s.Reason,
+	}
+}
+
+func viewCutOff(c client.CutOff) cutOffView {
+	return cutOffView{
+		Provider: c.Provider, Role: c.Role, MadeBefore: c.MadeBefore, ClearAt: c.ClearAt, Until: c.Until, Leases: c.Leases, Alive: c.Alive,
+		ByAgent: c.ByAgent, ByTool: c.ByTool, Others: c.Others, Progress: string(c.Progress), Failing: c.Failing,
+		DecidedBy: c.DecidedBy, Reason: c.Reason, DecidedAt: c.DecidedAt,
 	}
 }
 

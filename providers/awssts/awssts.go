@@ -102,7 +102,7 @@ func (d *Driver) Open(ctx context.Context, config providers.Config) (providers.P
 	}
 	p := &provider{
 		name: config.Name, installation: config.Installation, config: c,
-		known: config.Known, now: config.Now, log: config.Log, writers: d.writers,
+		known: config.Known, cuts: config.Cuts, now: config.Now, log: config.Log, writers: d.writers,
 	}
 	if p.clients, err = openClients(ctx, c, d.login); err != nil {
 		return nil, fmt.Errorf("opening AWS: %w", err)
@@ -124,16 +124,14 @@ type provider struct {
 	installation broker.InstallationID
 	config       awsscope.Config
 	clients      *clients
-	known        func(context.Context) ([]providers.Known, error)
+	known        func(ctx context.Context, begun bool) ([]providers.Known, error)
+	cuts         func(context.Context) ([]providers.Cut, error)
 	now          func() time.Time
 	log          *slog.Logger
 	writers      *writers
 
 	stop    context.CancelFunc // nil if nothing runs
 	running sync.WaitGroup
-
-	lagMu sync.Mutex
-	lag   time.Duration // how far AWS's clock was behind ours at most
 }
 
 var (
@@ -167,22 +165,4 @@ func (p *provider) Close() error {
 	p.running.Wait()
 	p.clients.close()
 	return nil
-}
-
-// saw notes how far AWS's clock is behind ours: that much later than we think
-// what it ends by itself ends.
-func (p *provider) saw(server, ours time.Time) {
-	if server.IsZero() {
-		return
-	}
-	p.lagMu.Lock()
-	defer p.lagMu.Unlock()
-	// A Date header has whole seconds; up to one of them has passed already.
-	p.lag = max(p.lag, ours.Sub(server)-time.Second)
-}
-
-func (p *provider) behind() time.Duration {
-	p.lagMu.Lock()
-	defer p.lagMu.Unlock()
-	return p.lag
 }

@@ -231,13 +231,13 @@ func (c *check) quota(ctx context.Context, r *checked) (ok bool, err error) {
 		}
 	}
 	if others > 0 {
-		room := max((denylist.Quota-reserve-others)/sessionCost, 0)
+		room := max((denylist.Quota-kept-others)/sessionCost, 0)
 		tell, fix := c.note, "make managed policies of them"
 		if room < fewLeases {
 			tell = c.bad
 		}
 		tell("", fix, "%s: its inline policies (%s) take %d of the %d characters that the deny list has: at most %d leases of it can be open, where there could be %d",
-			r, broker.Clean(broker.Shorten(strings.Join(foreign, ", "), 200)), others, denylist.Quota, room, (denylist.Quota-reserve)/sessionCost)
+			r, broker.Clean(broker.Shorten(strings.Join(foreign, ", "), 200)), others, denylist.Quota, room, (denylist.Quota-kept)/sessionCost)
 	}
 	if lists > 0 {
 		c.note("", "", "%s: deny lists take %d of %d characters now", r, lists, denylist.Quota)

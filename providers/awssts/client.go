@@ -53,8 +53,7 @@ func openClients(ctx context.Context, c awsscope.Config, login attestation.Login
 		}
 		anonymous := k.base
 		anonymous.Credentials = aws.AnonymousCredentials{}
-		// A login that is sent twice makes a session that nobody has; retries are safe.
-		client := sts.NewFromConfig(anonymous, k.stsOptions, func(o *sts.Options) { o.Retryer = aws.NopRetryer{} })
+		client := sts.NewFromConfig(anonymous, k.stsOptions)
 		inner = aws.NewCredentialsCache(stscreds.NewWebIdentityRoleProvider(client, c.Credentials.RoleARN, jwt{login, c.Credentials.Audience},
 			func(o *stscreds.WebIdentityRoleOptions) { o.RoleSessionName = loginSession }),
 			func(o *aws.CredentialsCacheOptions) { o.ExpiryWindow = 5 * time.Minute })

@@ -277,40 +277,6 @@ func TestSoonOver(t *testing.T) {
 	}
 }
 
-func TestCutOff(t *testing.T) {
-	w := newWorld(t)
-	p := w.open()
-	a := w.mint(p, time.Hour, "")
-	w.clock.Advance(2 * time.Second)
-	for name, refused := range map[string][2]string{"nobody": {arn("crm0"), " "}, "a foreign role": {"arn:aws:iam::999999999999:role/mayfly/x", "ada"}, "no role": {"crm0", "ada"}, "another path": {"arn:aws:iam::123456789012:role/admin", "ada"}} {
-		if err := p.CutOff(t.Context(), refused[0], refused[1]); err == nil || len(w.fake.Policies("crm0")) != 0 {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
-	if err := p.CutOff(t.Context(), arn("crm0"), "ada@acme.test"); err != nil {
-		t.Fatal(err)
-	}
-	if w.fake.Works(a.key) {
-		t.Error("it works")
-	}
-	w.clock.Advance(2 * time.Second)
-	if b := w.mint(p, time.Hour, ""); !w.fake.Works(b.key) {
-		t.Error("a new lease is dead")
-	}
-	// A restart does not take it back.
-	w.driver = New(nil)
-	p = w.open()
-	for range 3 {
-		if err := p.reconcile(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		w.clock.Advance(5 * time.Minute)
-	}
-	if w.fake.Works(a.key) {
-		t.Error("it works after a restart")
-	}
-}
-
 // TestIAMFails: what IAM does not do is no progress.
 func TestIAMFails(t *testing.T) {
 	fail := ""

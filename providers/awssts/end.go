@@ -128,16 +128,16 @@ func (p *provider) endByList(ctx context.Context, role string, leases []at, deat
 		unproven = unproven || !covers(w.proven, k) && !(w.probe != nil && covers(w.probe.covers, k))
 	}
 	p.look(ctx, w)
-	again := unproven && p.config.Early.Verify == awsscope.VerifyProbe && w.probe == nil
+	again := unproven && p.config.Early.Verify == awsscope.VerifyProbe && w.probe == nil && !p.now().Before(w.rests)
 	var failed error
 	if missing || !w.seen || again {
 		failed = p.write(ctx, w, false, again)
 		p.look(ctx, w)
 	}
+	w.doubt()
 	sure := w.list.Sure()
-	proven := w.proven.And(sure)
 	for _, l := range begun {
-		deaths[l.i] = p.judge(w, l, l.h.known(), sure, proven, failed)
+		deaths[l.i] = p.judge(w, l.h.known(), sure, failed)
 	}
 }
 
@@ -162,25 +162,25 @@ func (p *provider) begun(ctx context.Context, w *writer, leases []at) ([]at, err
 }
 
 // judge is how far the ending of one lease has come.
-func (p *provider) judge(w *writer, l at, k denylist.Known, sure, proven denylist.Set, failed error) providers.Death {
-	now := p.now()
-	switch {
-	case !covers(sure, k):
+func (p *provider) judge(w *writer, k denylist.Known, sure denylist.Set, failed error) providers.Death {
+	if !covers(sure, k) {
 		if failed == nil {
 			failed = errors.New("the deny list was not written")
 		}
 		return providers.Death{Err: failed}
-	case covers(proven, k):
+	}
+	if e, ok := denying(w.proven, k); ok {
 		return providers.Death{Progress: broker.ProgressVerified, Left: fmt.Sprintf(
 			"the session is denied by its role's policy, as STS in %s was seen to do at %s; a service that has not taken the policy over yet may accept it until %s",
-			p.config.Region, awsscope.Instant(w.provenA), awsscope.Instant(l.h.Dies))}
+			p.config.Region, awsscope.Instant(w.proven[e]), awsscope.Instant(k.Until))}
 	}
-	d := providers.Death{Progress: broker.ProgressWritten, RetryAt: l.h.Dies}
+	now := p.now()
+	d := providers.Death{Progress: broker.ProgressWritten, RetryAt: k.Until}
 	switch {
-	case w.probe != nil && covers(w.probe.covers, k):
+	case w.probe != nil && w.probe.covers != nil: // what it does not tell of, the next one does
 		d.RetryAt = earliest(d.RetryAt, w.probe.next)
 	case p.config.Early.Verify == awsscope.VerifyProbe:
-		d.RetryAt = earliest(d.RetryAt, now.Add(probeSlow))
+		d.RetryAt = earliest(d.RetryAt, latest(now.Add(probeSlow), w.rests))
 	}
 	return d
 }

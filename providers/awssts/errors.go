@@ -57,7 +57,13 @@ type fault struct {
 }
 
 func (f *fault) Error() string {
-	return f.what + ": " + broker.Clean(broker.Shorten(f.err.Error(), 600))
+	text := f.err.Error()
+	for _, mark := range []string{"The Canonical String", "Authorization="} {
+		// AWS repeats the headers of a request whose signature it does not take.
+		// Among them is the token of a session.
+		text, _, _ = strings.Cut(text, mark)
+	}
+	return f.what + ": " + broker.Clean(broker.Shorten(strings.TrimSpace(text), 600))
 }
 
 // Unwrap tells the engine whether anybody would be answered now.

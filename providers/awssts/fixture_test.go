@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -62,15 +63,41 @@ func (c *clock) Advance(d time.Duration) { c.Set(c.Now().Add(d)) }
 
 // records is the broker's store, as far as a provider sees it.
 type records struct {
-	mu  sync.Mutex
-	all map[broker.LeaseID]providers.Known
+	mu     sync.Mutex
+	all    map[broker.LeaseID]providers.Known
+	broken error
+	cuts   []providers.Cut
 }
 
-func (r *records) Known(context.Context) (all []providers.Known, err error) {
+func (r *records) Cuts(context.Context) ([]providers.Cut, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.cuts), nil
+}
+
+func (r *records) setCuts(cuts ...providers.Cut) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.cuts = cuts
+}
+
+// fail has the store answer nothing but err from now on; nil ends it.
+func (r *records) fail(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.broken = err
+}
+
+func (r *records) Known(_ context.Context, begun bool) (all []providers.Known, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, k := range r.all {
-		all = append(all, k)
+		if k.Begun || !begun {
+			all = append(all, k)
+		}
+	}
+	if r.broken != nil {
+		return nil, r.broken
 	}
 	return all, nil
 }
@@ -164,14 +191,19 @@ func (w *world) tool() broker.Tool {
 
 func (w *world) open() *provider {
 	w.t.Helper()
-	p, err := w.driver.Open(w.t.Context(), providers.Config{
-		Name: "aws", Installation: installation, Raw: w.config(), Log: slog.New(slog.DiscardHandler), Now: w.clock.Now, Known: w.store.Known,
-	})
+	p, err := w.driver.Open(w.t.Context(), w.opening("aws"))
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	w.t.Cleanup(func() { p.Close() })
 	return p.(*provider)
+}
+
+// opening is what the engine opens a provider of that name with.
+func (w *world) opening(name string) providers.Config {
+	return providers.Config{
+		Name: name, Installation: installation, Raw: w.config(), Log: slog.New(slog.DiscardHandler), Now: w.clock.Now, Known: w.store.Known, Cuts: w.store.Cuts,
+	}
 }
 
 // lease is one lease as the engine has it.

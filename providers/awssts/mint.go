@@ -18,7 +18,7 @@ import (
 
 const (
 	// skew is what AWS's clock, which is read in whole seconds, may add to an
-	// instant beyond how far it was seen to be behind ours.
+	// instant beyond how far it was seen to be behind ours when the lease was made.
 	skew = 2 * time.Second
 	// planSkew is the same before AWS's clock was seen.
 	planSkew = time.Minute
@@ -71,10 +71,13 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 	if err != nil {
 		return providers.Minted{}, p.refuse(err)
 	}
-	ttl := req.End.Sub(req.Now)
+	p.acquaint(ctx, h.Role)
+	if err := p.reserve(h.Role, req); err != nil {
+		return providers.Minted{}, fmt.Errorf("%w: %w", providers.ErrNothingMade, err) // there may be room soon
+	}
 	in := &sts.AssumeRoleInput{
 		RoleSessionName: &h.Session, Policy: &policy,
-		DurationSeconds: aws.Int32(int32(min(max(ceilSeconds(ttl), ceilSeconds(awsscope.SessionMin)), ceilSeconds(p.config.MaxSession)))),
+		DurationSeconds: aws.Int32(int32(p.life(req) / time.Second)),
 	}
 	if p.config.Compatible() {
 		in.RoleArn = aws.String("arn:aws:iam::000000000000:role/none") // required by the SDK, and of no meaning there
@@ -99,16 +102,21 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 	return p.take(req, s, h, out, now)
 }
 
+// life is for how long AWS is asked to let the session live: whole seconds.
+func (p *provider) life(req providers.MintRequest) time.Duration {
+	ttl := time.Duration(ceilSeconds(req.End.Sub(req.Now))) * time.Second
+	return min(max(ttl, awsscope.SessionMin), p.config.MaxSession)
+}
+
 // take makes the lease of AWS's answer.
 func (p *provider) take(req providers.MintRequest, s awsscope.Scope, h handle, out *sts.AssumeRoleOutput, now time.Time) (providers.Minted, error) {
 	k := out.Credentials
 	if k == nil || aws.ToString(k.AccessKeyId) == "" || aws.ToString(k.SecretAccessKey) == "" || aws.ToString(k.SessionToken) == "" || k.Expiration == nil {
 		return providers.Minted{}, errors.New("the outcome is not known: the answer of AWS STS has no credentials")
 	}
-	if server, ok := awsmiddleware.GetServerTime(out.ResultMetadata); ok && !p.config.Compatible() {
-		p.saw(server, now)
-	}
-	lag := p.behind()
+	// The list tells sessions by when AWS's clock says that they were made.
+	issued := latest(now, k.Expiration.Add(-p.life(req)))
+	lag := behind(out, now)
 	minted := providers.Minted{DiesAt: end(req).Add(skew + lag), Survives: s.Survives(p.config)}
 	// AWS's own expiry is a second end. It comes first only where the lease's
 	// end is as far away as AWS lets a session live.
@@ -117,7 +125,7 @@ func (p *provider) take(req providers.MintRequest, s awsscope.Scope, h handle, o
 		minted.Ends = ends
 		minted.DiesAt = earliest(minted.DiesAt, ends.Add(skew+lag))
 	}
-	h.Dies, h.Issued = minted.DiesAt.UTC(), now.Add(skew+lag).UTC()
+	h.Dies, h.Issued = minted.DiesAt.UTC(), issued.Add(skew).UTC()
 	if p.config.Compatible() {
 		h.Key = *k.AccessKeyId
 	}
@@ -138,12 +146,30 @@ func (p *provider) take(req providers.MintRequest, s awsscope.Scope, h handle, o
 	return minted, nil
 }
 
+// behind is how far the server's clock, by which the session ends, is behind
+// ours at most: that much later than we think it ends.
+func behind(out *sts.AssumeRoleOutput, now time.Time) time.Duration {
+	server, ok := awsmiddleware.GetServerTime(out.ResultMetadata)
+	if !ok {
+		return planSkew
+	}
+	// It is told in whole seconds, of which skew has room for one.
+	return max(now.Sub(server)-time.Second, 0)
+}
+
 // refuse is an error of Mint before anything was asked.
 func (p *provider) refuse(err error) error {
 	return fmt.Errorf("%w: %w: %w", providers.ErrNothingMade, providers.ErrRefused, err)
 }
 
 func ceilSeconds(d time.Duration) int64 { return int64((d + time.Second - 1) / time.Second) }
+
+func latest(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
+}
 
 func earliest(a, b time.Time) time.Time {
 	if b.Before(a) {

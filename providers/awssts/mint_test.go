@@ -171,7 +171,7 @@ func TestRoom(t *testing.T) {
 		t.Errorf("%d leases: %v", made, used)
 	}
 	// All of them can be ended early, one by one.
-	all, _ := w.store.Known(t.Context())
+	all, _ := w.store.Known(t.Context(), false)
 	var endings []providers.Ending
 	for _, k := range all {
 		k.Begun, k.Cause = true, broker.CauseRevoked
@@ -224,7 +224,7 @@ func TestOpenRefuses(t *testing.T) {
 			c.Raw = []byte(`{"region":"eu-central-1","account":"123456789012","credentials":{"method":"web_identity","role_arn":"arn:aws:iam::123456789012:role/b"},"early_revoke":{"mode":"off"}}`)
 		},
 		"a store that fails": func(c *providers.Config) {
-			c.Known = func(context.Context) ([]providers.Known, error) { return nil, errors.New("no store") }
+			c.Known = func(context.Context, bool) ([]providers.Known, error) { return nil, errors.New("no store") }
 		},
 	} {
 		c := good

@@ -35,6 +35,10 @@ const (
 	probePolicy = `{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"sts:DecodeAuthorizationMessage","Resource":"*"}]}`
 	probePause  = 500 * time.Millisecond
 	probeSlow   = 15 * time.Second
+	probeRest   = time.Minute
+	// deniedByRole is what AWS says where a policy of the role denies. Where one
+	// of another kind does, too, it may name that instead: then nothing is known.
+	deniedByRole = "explicit deny in an identity-based policy"
 )
 
 func (b *probe) entry() denylist.Entry { return denylist.Entry{Kind: denylist.Probe, ID: b.name} }
@@ -45,7 +49,7 @@ type verdict int
 const (
 	unclear verdict = iota
 	allowed
-	explicitly // denied by a statement that says so
+	explicitly // denied by a statement of a policy of the role
 )
 
 func (b *probe) ask(ctx context.Context) verdict {
@@ -54,7 +58,7 @@ func (b *probe) ask(ctx context.Context) verdict {
 	switch f := asFault(err); {
 	case err == nil, strings.HasPrefix(f.code, "InvalidAuthorizationMessage"):
 		return allowed
-	case f.kind == denied && strings.Contains(f.err.Error(), "explicit deny"):
+	case f.kind == denied && strings.Contains(f.err.Error(), deniedByRole):
 		return explicitly
 	}
 	return unclear
@@ -67,13 +71,13 @@ func (p *provider) arm(ctx context.Context, w *writer, step *denylist.Step, must
 		return false
 	}
 	if w.probe != nil {
-		delete(must, w.probe.entry())
-		if w.probe.covers == nil {
-			must[w.probe.entry()] = struct{}{}
-			return true // it was made for this writing, and is in it
-		}
-		step.Set = step.Set.Minus(denylist.SetOf(w.probe.entry()))
-		w.probe = nil
+		// One that was made for this writing is in it. One that runs goes on, or
+		// endings that follow each other would never be verified: the next is
+		// for what is written meanwhile.
+		return w.probe.covers == nil
+	}
+	if p.now().Before(w.rests) {
+		return false
 	}
 	var id [6]byte
 	_, _ = rand.Read(id[:]) // never fails
@@ -85,14 +89,13 @@ func (p *provider) arm(ctx context.Context, w *writer, step *denylist.Step, must
 		room += denylist.Size(pol.Stands)
 	}
 	if denylist.Size(with) > room {
-		w.unable = "the role's policies have no room for a probe"
-		return false
+		return false // there may be at the next writing
 	}
 	out, err := p.clients.sts.AssumeRole(ctx, &sts.AssumeRoleInput{
 		RoleArn: &w.role.ARN, RoleSessionName: &b.name, Policy: aws.String(probePolicy), DurationSeconds: aws.Int32(int32(ceilSeconds(awsscope.SessionMin))),
 	})
 	if err != nil || out.Credentials == nil {
-		w.unable = "the role cannot be assumed for a probe"
+		w.rests = p.now().Add(probeRest)
 		p.log.Warn("the deny list cannot be verified", "role", w.role.ARN, "error", faultOf(ctx, "assuming the role for a probe", err))
 		return false
 	}
@@ -100,11 +103,11 @@ func (p *provider) arm(ctx context.Context, w *writer, step *denylist.Step, must
 	b.client = p.clients.as(aws.Credentials{AccessKeyID: aws.ToString(k.AccessKeyId), SecretAccessKey: aws.ToString(k.SecretAccessKey), SessionToken: aws.ToString(k.SessionToken)})
 	b.expires = p.now().Add(awsscope.SessionMin - time.Minute)
 	if b.ask(ctx) != allowed {
-		w.unable = "a probe is not allowed sts:DecodeAuthorizationMessage before it is denied: the role must allow it"
+		w.rests = p.now().Add(probeRest)
 		p.log.Warn("the deny list cannot be verified: the role must allow sts:DecodeAuthorizationMessage", "role", w.role.ARN)
 		return false
 	}
-	w.probe, w.unable = b, ""
+	w.probe = b
 	step.Set = with
 	must[b.entry()] = struct{}{}
 	return true
@@ -133,9 +136,12 @@ func (p *provider) look(ctx context.Context, w *writer) {
 			b.next = settled // and it must be denied then, too
 			return
 		}
-		// Only what stands still counts: a policy may have been written since.
-		w.proven = w.proven.And(w.list.Sure())
-		w.proven.Add(b.covers)
-		w.provenA, w.probe = now, nil
+		for e := range b.covers {
+			if _, already := w.proven[e]; !already {
+				w.proven[e] = now
+			}
+		}
+		w.probe = nil
+		w.doubt() // only what stands still counts: a policy may have been written since
 	}
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/iam"
 
 	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
 	"github.com/mayfly-security/mayfly/providers/awssts/denylist"
 )
@@ -43,14 +44,15 @@ const (
 // writers are the deny lists of all roles that this broker writes.
 type writers struct {
 	mu  sync.Mutex
-	all map[string]*writer // by provider and role
-	run string             // names this process in the names of policies
+	all map[string]*writer   // by provider and role
+	of  map[string][]*writer // by role: more than one where providers share it
+	run string               // names this process in the names of policies
 }
 
 func newWriters() *writers {
 	var b [4]byte
 	_, _ = rand.Read(b[:]) // never fails
-	return &writers{all: map[string]*writer{}, run: hex.EncodeToString(b[:])}
+	return &writers{all: map[string]*writer{}, of: map[string][]*writer{}, run: hex.EncodeToString(b[:])}
 }
 
 // writer writes the deny list of one role. There is one in the process.
@@ -60,20 +62,22 @@ type writer struct {
 	turn   chan struct{}
 
 	// Under writers.mu.
-	places map[broker.LeaseID]time.Time // leases that may have to be denied, until then
-	others int                          // characters that are not for them
+	places map[broker.LeaseID]place // leases that may have to be denied
+	others int                      // characters that are not for them
+	met    bool                     // it was tried to look at the role's policies
 	begun  map[broker.LeaseID]denylist.Known
+	cut    providers.Cut // the latest that is known; zero if there is none
 
 	// Of whoever has the turn.
 	list    denylist.List
 	seen    bool
 	serial  int
+	needed  denylist.Set                 // entries that the store has asked for since we began: they may go when it does not any more
 	foreign map[denylist.Entry]time.Time // entries that the store does not know of, kept until then
 	wrote   map[string]time.Time         // when we wrote or removed a policy
-	proven  denylist.Set                 // entries that were seen to be in force
-	provenA time.Time                    // when the last of them was
+	proven  map[denylist.Entry]time.Time // when entries that stand were seen to be in force
 	probe   *probe
-	unable  string // why there is no probe; empty if there is one
+	rests   time.Time // no probe is tried before: the last one could not be made
 }
 
 // writerLocked is the writer of a role. The caller holds writers.mu.
@@ -88,11 +92,13 @@ func (p *provider) writerLocked(arn string) *writer {
 		sum := sha256.Sum256([]byte(p.name))
 		w = &writer{
 			role: role, prefix: fmt.Sprintf(denyPrefix+"%s-%s-", p.installation, hex.EncodeToString(sum[:4])), turn: make(chan struct{}, 1),
-			places: map[broker.LeaseID]time.Time{}, begun: map[broker.LeaseID]denylist.Known{},
-			list: denylist.List{Policies: map[string]*denylist.Policy{}}, foreign: map[denylist.Entry]time.Time{},
-			wrote: map[string]time.Time{}, proven: denylist.Set{},
+			places: map[broker.LeaseID]place{}, begun: map[broker.LeaseID]denylist.Known{},
+			list:   denylist.List{Policies: map[string]*denylist.Policy{}},
+			needed: denylist.Set{}, foreign: map[denylist.Entry]time.Time{},
+			wrote: map[string]time.Time{}, proven: map[denylist.Entry]time.Time{},
 		}
 		p.writers.all[key] = w
+		p.writers.of[arn] = append(p.writers.of[arn], w)
 	}
 	return w
 }
@@ -136,12 +142,13 @@ func (p *provider) begin(w *writer, asked []denylist.Known) {
 	}
 }
 
-// must are the leases of the role as the store has them, with what was asked
-// for that the store may not show yet.
+// must are the leases of the role whose ending has begun, as the store has them,
+// with what was asked for that the store may not show yet. With an error they
+// are only the latter.
 func (p *provider) must(ctx context.Context, w *writer) (map[broker.LeaseID]denylist.Known, error) {
-	stored, err := p.known(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("reading what must be denied: %w", err)
+	stored, failed := p.known(ctx, true)
+	if failed != nil {
+		failed = fmt.Errorf("reading what must be denied: %w", failed)
 	}
 	all := map[broker.LeaseID]denylist.Known{}
 	for _, k := range stored {
@@ -172,20 +179,28 @@ func (p *provider) must(ctx context.Context, w *writer) (map[broker.LeaseID]deny
 		known.Begun = true
 		all[lease] = known
 	}
-	return all, nil
+	return all, failed
 }
 
-// covers reports whether a set denies a lease's session.
-func covers(s denylist.Set, k denylist.Known) bool {
-	if s.Has(denylist.Entry{Kind: denylist.Lease, ID: string(k.Lease)}) || k.Incident != "" && s.Has(denylist.Entry{Kind: denylist.Incident, ID: string(k.Incident)}) {
-		return true
-	}
-	for e := range s {
-		if (e.Kind == denylist.Agent && e.ID == k.Agent || e.Kind == denylist.CutOff) && !k.Issued.After(time.Unix(e.Before, 0)) {
-			return true
+// covers reports whether one of the entries denies a lease's session.
+func covers[V any, S ~map[denylist.Entry]V](s S, k denylist.Known) bool {
+	_, ok := denying(s, k)
+	return ok
+}
+
+// denying is one of the entries that deny a lease's session.
+func denying[V any, S ~map[denylist.Entry]V](s S, k denylist.Known) (denylist.Entry, bool) {
+	for _, e := range []denylist.Entry{{Kind: denylist.Lease, ID: string(k.Lease)}, {Kind: denylist.Incident, ID: string(k.Incident)}} {
+		if _, ok := s[e]; ok && e.ID != "" {
+			return e, true
 		}
 	}
-	return false
+	for e := range s {
+		if e.Denies(k) {
+			return e, true
+		}
+	}
+	return denylist.Entry{}, false
 }
 
 // write brings the role's policies to where everything that must be denied is.
@@ -193,22 +208,35 @@ func covers(s denylist.Set, k denylist.Known) bool {
 // need not stand, and repairs what somebody changed. With again the list is
 // written once more although nothing is missing: so that a probe can tell of it.
 func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error {
-	leases, err := p.must(ctx, w)
-	if err != nil {
+	leases, unread := p.must(ctx, w)
+	if unread != nil && (tidy || !w.seen) {
+		return unread
+	}
+	cut, err := p.cutOf(ctx, w)
+	if err != nil && unread == nil {
 		return err
 	}
 	if !w.seen || tidy {
-		if err := p.see(ctx, w, leases); err != nil {
+		if err := p.see(ctx, w, leases, cut); err != nil {
 			return err
 		}
 	}
-	must, _ := denylist.Required(slices.Collect(maps.Values(leases)), p.now())
 	now := p.now()
+	all := slices.Collect(maps.Values(leases))
+	must, _ := denylist.Required(all, cut, now)
+	w.before(cut, all, now)
+	w.needed.Add(must)
+	w.needed.Add(w.list.Needed)
+	if unread != nil { // what ends waits for no store: it is added to what stands
+		p.log.Warn("a deny list is written without the store", "role", w.role.ARN, "error", unread)
+		must.Add(w.list.May())
+	}
 	for e, until := range w.foreign {
 		if now.Before(until) {
 			must[e] = struct{}{}
 		} else {
 			delete(w.foreign, e)
+			w.needed[e] = struct{}{} // it goes now, and is not kept anew if that takes long
 		}
 	}
 	if w.probe != nil && (len(must) == 0 || !p.now().Before(w.probe.expires)) {
@@ -219,25 +247,22 @@ func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error
 	}
 	for range maxSteps {
 		w.list.Settle(p.now())
-		step, err := w.list.Next(must, fmt.Sprintf("%s%s-%d", w.prefix, p.writers.run, w.serial), tidy, p.now())
+		fresh := fmt.Sprintf("%s%s-%d", w.prefix, p.writers.run, w.serial)
+		step, err := w.list.Next(must, fresh, tidy, p.now())
 		if err != nil {
 			return fmt.Errorf("role %s: %w", w.role.Name, err)
 		}
 		if step.Policy == "" {
 			if !again {
-				p.tally(w)
+				p.tally(w, cut, all)
 				return nil
 			}
 			again = false
-			if step = w.own(); step.Policy == "" {
+			step = w.list.Again(must, w.unproven(must), fresh, denylist.Quota/4)
+			if step.Policy == "" || !p.arm(ctx, w, &step, must) {
 				return nil
 			}
-			step.Set = maps.Clone(step.Set)
-			if !p.arm(ctx, w, &step, must) {
-				return nil
-			}
-		} else if p.adds(w, step) {
-			p.arm(ctx, w, &step, must)
+		} else if p.adds(w, step) && p.arm(ctx, w, &step, must) {
 			again = false
 		}
 		if err := p.do(ctx, w, step); err != nil {
@@ -247,24 +272,28 @@ func (p *provider) write(ctx context.Context, w *writer, tidy, again bool) error
 	return fmt.Errorf("role %s: the deny list does not come to rest", w.role.Name)
 }
 
-// tally notes how much of the quota is not for leases that are known.
-func (p *provider) tally(w *writer) {
+// tally notes how much of the quota is not for leases that are known. What a
+// cut-off denies that is in force everywhere takes no room of its own any more.
+func (p *provider) tally(w *writer, cut denylist.Entry, leases []denylist.Known) {
+	settled := cut.Kind == denylist.CutOff && w.list.Settled(p.now()).Has(cut)
 	p.writers.mu.Lock()
 	defer p.writers.mu.Unlock()
 	w.others = w.list.Others + len(w.foreign)*sessionCost
 	for _, pol := range w.list.Policies {
 		w.others += pol.Opaque
 	}
-}
-
-// own is the policy that this process writes, as it stands.
-func (w *writer) own() denylist.Step {
-	for name, pol := range w.list.Policies {
-		if len(pol.Late) == 0 && pol.Opaque == 0 && len(pol.Stands) > 0 {
-			return denylist.Step{Policy: name, Set: pol.Stands}
+	for e := range w.list.Stands() {
+		if e.Kind == denylist.CutOff {
+			w.others += denylist.CutOffCost
 		}
 	}
-	return denylist.Step{}
+	if settled {
+		for _, k := range leases {
+			if k.Begun && cut.Denies(k) {
+				delete(w.places, k.Lease)
+			}
+		}
+	}
 }
 
 // adds reports whether a step writes something that did not stand there.
@@ -289,8 +318,12 @@ func (p *provider) do(ctx context.Context, w *writer, step denylist.Step) error 
 	case err == nil, len(step.Set) == 0 && f.kind == missing:
 		w.list.Wrote(step, now)
 		w.wrote[step.Policy] = now
-		if w.probe != nil && step.Set.Has(w.probe.entry()) && w.probe.covers == nil {
+		switch {
+		case w.probe == nil:
+		case w.probe.covers == nil && step.Set.Has(w.probe.entry()):
 			w.probe.covers, w.probe.wrote = maps.Clone(step.Set), now
+		case !w.list.Sure().Has(w.probe.entry()):
+			w.probe = nil // there was no room for it
 		}
 		return nil
 	case f.kind == full:
@@ -304,11 +337,12 @@ func (p *provider) do(ctx context.Context, w *writer, step denylist.Step) error 
 	w.list.Lost(step, now.Add(landing))
 	w.serial++ // what must stand goes into a policy that this write cannot reach
 	w.probe = nil
+	w.doubt()
 	return err
 }
 
 // see reads what is in IAM.
-func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID]denylist.Known) error {
+func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID]denylist.Known, cut denylist.Entry) error {
 	what := "reading the policies of role " + w.role.Name
 	names := map[string]bool{}
 	var marker *string
@@ -331,6 +365,7 @@ func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID
 		}
 	}
 	now, others := p.now(), 0
+	maps.DeleteFunc(w.wrote, func(_ string, at time.Time) bool { return now.Sub(at) >= visible })
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		text, there := "", names[name]
 		if there {
@@ -355,7 +390,7 @@ func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID
 		}
 		// What we wrote a moment ago may not be seen yet.
 		pol := w.list.Policies[name]
-		if at, ok := w.wrote[name]; ok && now.Sub(at) < visible {
+		if _, ok := w.wrote[name]; ok {
 			set, err := denylist.Parse(text)
 			if pol == nil && there || pol != nil && (!there || err != nil || !set.Equal(pol.Stands)) {
 				continue
@@ -369,45 +404,15 @@ func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID
 			p.log.Error("a policy of the deny list was changed by somebody else: what must stand is written again", "role", w.role.ARN, "policy", name, "error", err)
 		}
 		if now := w.list.Policies[name]; now != nil && now.Own && pol != nil && !now.Stands.Equal(was) {
+			w.probe = nil // what it was written with may stand no more
 			p.log.Error("the deny list in IAM is not what was written: it is written again", "role", w.role.ARN, "policy", name,
 				"missing", len(was.Minus(now.Stands)), "more", len(now.Stands.Minus(was)))
 		}
 	}
 	w.list.Others, w.seen = others, true
-	p.keep(w, leases)
+	w.doubt()
+	p.keep(w, leases, cut)
 	return nil
-}
-
-// keep remembers entries that stand in IAM and of which the store knows nothing.
-func (p *provider) keep(w *writer, leases map[broker.LeaseID]denylist.Known) {
-	incidents, agents := map[string]bool{}, map[string]bool{}
-	for _, k := range leases {
-		incidents[string(k.Incident)], agents[k.Agent] = true, true
-	}
-	now := p.now()
-	for e := range w.list.Stands() {
-		_, has := w.foreign[e]
-		_, lease := leases[broker.LeaseID(e.ID)]
-		switch {
-		case has, e.Kind == denylist.Probe,
-			e.Kind == denylist.Lease && (lease || p.dead(w, e)),
-			e.Kind == denylist.Incident && incidents[e.ID], e.Kind == denylist.Agent && agents[e.ID]:
-		default:
-			w.foreign[e] = now.Add(keepForeign)
-		}
-	}
-}
-
-// dead reports whether this process knows that the session of an entry is dead
-// by itself.
-func (p *provider) dead(w *writer, e denylist.Entry) bool {
-	p.writers.mu.Lock()
-	defer p.writers.mu.Unlock()
-	if k, ok := w.begun[broker.LeaseID(e.ID)]; ok {
-		return !p.now().Before(k.Until)
-	}
-	until, ok := w.places[broker.LeaseID(e.ID)]
-	return ok && !p.now().Before(until)
 }
 
 // reconcileForEver compares the lists with what is in IAM until ctx ends.
@@ -426,6 +431,14 @@ func (p *provider) reconcileForEver(ctx context.Context) {
 	}
 }
 
+// writeIn compares one list with what is in IAM. Endings wait for the turn, so
+// it takes no longer than they would.
+func (p *provider) writeIn(ctx context.Context, w *writer, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	return p.write(ctx, w, true, false)
+}
+
 // reconcile compares every list of the provider with what is in IAM once.
 func (p *provider) reconcile(ctx context.Context) error {
 	p.writers.mu.Lock()
@@ -441,30 +454,8 @@ func (p *provider) reconcile(ctx context.Context) error {
 		if err := w.take(ctx); err != nil {
 			return err
 		}
-		errs = append(errs, p.write(ctx, w, true, false))
+		errs = append(errs, p.writeIn(ctx, w, revokeLimit))
 		w.leave()
 	}
 	return errors.Join(errs...)
-}
-
-// CutOff implements providers.CutOff: the role's policy denies every session
-// that was made up to now. It stands until the longest of them has ended.
-func (p *provider) CutOff(ctx context.Context, role, operator string) error {
-	if strings.TrimSpace(operator) == "" {
-		return broker.Refuse(broker.ReasonInvalidArgument, "a cut-off ends every session of a role, and is done in somebody's name", "say who does it")
-	}
-	r, err := awsscope.ParseRole(role)
-	if err != nil || r.Account != p.config.Account || !strings.HasPrefix(r.Path, p.config.RolePath) || p.config.Early.Mode != awsscope.EarlyDenyList {
-		return broker.Refusef(broker.ReasonInvalidArgument, "name a role of the catalog's tools", "%s is no role whose deny list provider %s writes", broker.Clean(broker.Shorten(role, 200)), p.name)
-	}
-	w := p.writer(role)
-	if err := w.take(ctx); err != nil {
-		return err
-	}
-	defer w.leave()
-	now := p.now()
-	e := denylist.Entry{Kind: denylist.CutOff, Before: now.Add(-p.behind()).Unix()}
-	w.foreign[e] = now.Add(keepForeign)
-	p.log.Warn("an operator cuts off every session of a role", "role", role, "operator", broker.Clean(broker.Shorten(operator, 200)), "made_before", awsscope.Instant(time.Unix(e.Before, 0)))
-	return p.write(ctx, w, false, false)
 }

@@ -36,7 +36,10 @@ type Broker struct {
 	Incidents []*mayflyv1.Incident
 	Events    []*mayflyv1.Event
 	Strays    []*mayflyv1.Stray
-	Requests  []*mayflyv1.Request
+	// CutOffs are the roles that are cut off, or would be: CutOff answers with
+	// the one of the role, and takes it one step further each time it is shown.
+	CutOffs  []*mayflyv1.RoleCutOff
+	Requests []*mayflyv1.Request
 	// Explained and Previewed are what PolicyService answers.
 	Explained *mayflyv1.ExplainResponse
 	Previewed *mayflyv1.PreviewResponse

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/mayfly-security/mayfly/broker"
@@ -205,4 +206,39 @@ func (o operator) EndStray(_ context.Context, r *connect.Request[mayflyv1.EndStr
 		}
 	}
 	return nil, notFound("stray")
+}
+
+// CutOff answers with the cut-off of the role. It is not decided before that.
+func (o operator) CutOff(_ context.Context, r *connect.Request[mayflyv1.CutOffRequest]) (*connect.Response[mayflyv1.RoleCutOff], error) {
+	o.Lock()
+	defer o.Unlock()
+	o.keep("CutOff", r.Msg)
+	for _, c := range o.CutOffs {
+		if c.GetProvider() != r.Msg.GetProvider() || c.GetRole() != r.Msg.GetRole() {
+			continue
+		}
+		c = proto.CloneOf(c)
+		if r.Msg.GetDryRun() {
+			c.Progress, c.Failing, c.DecidedBy, c.Reason, c.DecidedAt = "", false, "", "", nil
+		}
+		return connect.NewResponse(c), nil
+	}
+	return nil, notFound("role")
+}
+
+// ListCutOffs lists them, and takes each that is not failing one step further.
+func (o operator) ListCutOffs(_ context.Context, r *connect.Request[mayflyv1.ListCutOffsRequest]) (*connect.Response[mayflyv1.ListCutOffsResponse], error) {
+	o.Lock()
+	defer o.Unlock()
+	for _, c := range o.CutOffs {
+		switch {
+		case c.GetFailing():
+		case c.GetProgress() == "":
+			c.Progress = string(broker.ProgressWritten)
+		case c.GetProgress() == string(broker.ProgressWritten):
+			c.Progress, c.Alive = string(broker.ProgressVerified), 0
+		}
+	}
+	items, next, err := page(o.Broker, o.CutOffs, r.Msg.GetPageSize(), r.Msg.GetPageToken())
+	return connect.NewResponse(&mayflyv1.ListCutOffsResponse{CutOffs: items, NextPageToken: next}), err
 }

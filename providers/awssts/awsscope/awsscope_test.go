@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -314,6 +315,7 @@ func TestPolicy(t *testing.T) {
 	}
 	got, err := s.Policy(map[string]string{"customer": "a*"}, end)
 	want := `{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":["s3:GetObject"],"Resource":["arn:aws:s3:::crm/<a${*}>"]},` +
+		`{"Sid":"MayflyNever","Effect":"Deny","Action":["sts:AssumeRole"],"Resource":["*"]},` +
 		`{"Sid":"MayflyEnd","Effect":"Deny","Action":["*"],"Resource":["*"],"Condition":{"DateGreaterThan":{"aws:CurrentTime":["2026-11-26T10:00:00Z"]}}}]}`
 	if err != nil || got != want {
 		t.Errorf("%v\n%s\nwant\n%s", err, got, want)
@@ -381,5 +383,169 @@ func ExampleScope_Policy() {
 	s, _ := ParseScope(c, tool(statement(`"Effect":"Allow","Action":"s3:GetObject","Resource":"arn:aws:s3:::crm/*"`)))
 	policy, _ := s.Policy(nil, time.Date(2026, 11, 26, 10, 0, 0, 0, time.UTC))
 	fmt.Println(len(policy))
-	// Output: 262
+	// Output: 345
+}
+
+// TestReferences: what stands in ${} is a parameter of the tool, or a variable
+// that IAM has. Anything else would be taken for a variable that is never there,
+// and a statement that denies by it would deny nothing.
+func TestReferences(t *testing.T) {
+	for resource, ok := range map[string]bool{
+		"${params.customer}/*":                   true,
+		"${aws:PrincipalTag/team}/*":             true,
+		"${aws:PrincipalTag/team,'none'}/*":      true,
+		"${cognito-identity.amazonaws.com:sub}":  true,
+		"a${*}b${?}c${$}":                        true,
+		"${$}${params.customer}":                 true,
+		"${param.customer}/*":                    false,
+		"${Params.customer}/*":                   false,
+		"${customer}/*":                          false,
+		"${}":                                    false,
+		"${aws:PrincipalTag/${params.customer}}": false,
+		"${x${params.other}}":                    false,
+		"${*${params.customer}}":                 false,
+		"$${params.customer}":                    false,
+		"${ params.customer}":                    false,
+	} {
+		_, err := ParseScope(config(t), tool(statement(`"Effect":"Allow","Action":"s3:GetObject","Resource":"arn:aws:s3:::crm/`+resource+`"`), str("customer", "[a-z]{1,9}")))
+		if (err == nil) != ok {
+			t.Errorf("%s: %v", resource, err)
+		}
+	}
+}
+
+// TestNever: no tool can have what makes another session, or a token that the
+// lease's end does not reach, and every session policy denies it besides: a
+// role that trusts anybody, or the session by its ARN, asks no session policy
+// that is only silent.
+func TestNever(t *testing.T) {
+	for _, action := range []string{
+		"sts:AssumeRole", "STS:assumeroot", "sts:Assume*", "sts:GetFederationToken", "sts:GetSessionToken", "sts:GetWebIdentityToken",
+		"sts:GetDelegatedAccessToken", "sts:Get*", "sts:*Token", "sts:??????????", "iam:Get*", "IAM:*", "sts:" + strings.Repeat("*?", 12),
+	} {
+		if _, err := ParseScope(config(t), tool(statement(`"Effect":"Allow","Action":"`+action+`","Resource":"*"`))); err == nil {
+			t.Errorf("%s was taken", action)
+		}
+	}
+	for _, scope := range []string{statement(`"Effect":"Allow","Action":"s3:GetObject","Resource":"*"`), `{` + role + `,"policy_arns":["arn:aws:iam::123456789012:policy/all"]}`} {
+		s, err := ParseScope(config(t), tool(scope))
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := s.Policy(nil, time.Unix(0, 0))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var d struct {
+			Statement []struct {
+				Effect           string
+				Action, Resource []string
+				Condition        map[string]any
+			}
+		}
+		if err := json.Unmarshal([]byte(text), &d); err != nil {
+			t.Fatal(err)
+		}
+		denied := []string{"sts:assumerole"}
+		if s.PolicyARNs != nil {
+			denied = append(slices.Clone(never), "iam:passrole")
+		}
+		for _, action := range denied {
+			if !slices.ContainsFunc(d.Statement, func(st struct {
+				Effect           string
+				Action, Resource []string
+				Condition        map[string]any
+			}) bool {
+				return st.Effect == "Deny" && st.Condition == nil && slices.ContainsFunc(st.Action, func(a string) bool { return matches(strings.ToLower(a), action) })
+			}) {
+				t.Errorf("%s is not denied by %s", action, text)
+			}
+		}
+	}
+}
+
+// TestMatches: the pattern of an action matches as IAM has it, and as fast for
+// one that is made to be slow.
+func TestMatches(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		pattern, text := rapid.StringMatching(`[ab*?]{0,8}`).Draw(t, "pattern"), rapid.StringMatching(`[ab]{0,8}`).Draw(t, "text")
+		want := regexp.MustCompile("^" + strings.NewReplacer("*", ".*", "?", ".").Replace(pattern) + "$").MatchString(text)
+		if got := matches(pattern, text); got != want {
+			t.Errorf("%q matches %q: %t", pattern, text, got)
+		}
+	})
+	begun := time.Now()
+	if matches(strings.Repeat("*a", 60)+"b", strings.Repeat("a", 200)) {
+		t.Error("it matches")
+	}
+	if took := time.Since(begun); took > time.Second {
+		t.Errorf("it took %s", took)
+	}
+}
+
+// TestMalformed: what AWS cannot read is refused before anything is minted.
+func TestMalformed(t *testing.T) {
+	const ok = `"Effect":"Allow","Action":"s3:GetObject","Resource":"*"`
+	for _, operator := range []string{"StringEqual", "StringEqualsIfExist", "DateGreater", "ArnEqual", "NumericLess", "BoolIfExist", "StringLikes", "ForAnyValues:StringLike", "ForAllValues:Null", "NullIfExists"} {
+		if _, err := ParseScope(config(t), tool(statement(ok+`,"Condition":{"`+operator+`":{"aws:SourceVpc":"x"}}`))); field(err) != "statements[0].Condition" {
+			t.Errorf("%s: %v", operator, err)
+		}
+	}
+	for _, operator := range []string{
+		"StringEquals", "StringNotEquals", "StringEqualsIgnoreCase", "StringNotEqualsIgnoreCase", "StringLike", "StringNotLike",
+		"NumericEquals", "NumericNotEquals", "NumericLessThan", "NumericLessThanEquals", "NumericGreaterThan", "NumericGreaterThanEquals",
+		"DateEquals", "DateNotEquals", "DateLessThan", "DateLessThanEquals", "DateGreaterThan", "DateGreaterThanEquals",
+		"Bool", "BinaryEquals", "IpAddress", "NotIpAddress", "ArnEquals", "ArnLike", "ArnNotEquals", "ArnNotLike", "Null",
+		"StringLikeIfExists", "BoolIfExists", "NotIpAddressIfExists", "ForAnyValue:StringLike", "ForAllValues:StringEqualsIfExists",
+	} {
+		if _, err := ParseScope(config(t), tool(statement(ok+`,"Condition":{"`+operator+`":{"aws:SourceVpc":"x"}}`))); err != nil {
+			t.Errorf("%s: %v", operator, err)
+		}
+	}
+	twice := `{` + role + `,"statements":[{"Sid":"A",` + ok + `},{"Sid":"B",` + ok + `},{"Sid":"A",` + ok + `}]}`
+	if _, err := ParseScope(config(t), tool(twice)); field(err) != "statements[2].Sid" {
+		t.Errorf("a Sid that stands twice: %v", err)
+	}
+	for _, scope := range []string{
+		`{` + role + `,"statements":[{"effect":"Allow","action":"s3:GetObject","resource":"*"}]}`,
+		`{` + role + `,"statements":[{"Effect":"Allow","Action":"s3:GetObject","action":"s3:*","Resource":"*"}]}`,
+		`{` + role + `,"statements":[{"Effect":"Allow","Principal":"*","Action":"s3:GetObject","Resource":"*"}]}`,
+	} {
+		if _, err := ParseScope(config(t), tool(scope)); err == nil {
+			t.Errorf("%s was taken", scope)
+		}
+	}
+}
+
+// TestMissingValue: a lease without a value that its statements ask for would
+// have others' permissions; it is refused, whoever let it come so far.
+func TestMissingValue(t *testing.T) {
+	s, err := ParseScope(config(t), tool(statement(`"Effect":"Allow","Action":"s3:ListBucket","Resource":"arn:aws:s3:::crm","Condition":{"StringLike":{"s3:prefix":"${params.customer}*"}}`), str("customer", "[a-z]{1,9}")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, params := range []map[string]string{nil, {}, {"client": "acme"}, {"customer": ""}} {
+		var refused *broker.Error
+		if text, err := s.Policy(params, time.Unix(0, 0)); !errors.As(err, &refused) || refused.Reason != broker.ReasonParameter {
+			t.Errorf("%v: %s, %v", params, text, err)
+		}
+	}
+}
+
+// TestWarnConditions: what is to be known of conditions is told.
+func TestWarnConditions(t *testing.T) {
+	s, err := ParseScope(config(t), tool(statement(`"Effect":"Allow","Action":"s3express:CreateSession","Resource":"arn:aws:s3:::crm","Condition":{"StringLike":{"s3:prefix":"${params.customer}*"},"ForAllValues:StringEquals":{"aws:TagKeys":"team"},"StringEqualsIfExists":{"aws:SourceVpc":"vpc-1"}}`), str("customer", "[a-z]{1,9}")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []string
+	for _, f := range s.Warnings(config(t)) {
+		all = append(all, f.Message)
+	}
+	text := strings.Join(all, "\n")
+	for _, want := range []string{"s3:prefix", "right before *", "ForAllValues:StringEquals", "StringEqualsIfExists", "s3express:createsession"} {
+		if !strings.Contains(strings.ReplaceAll(text, "under its conditions: ForAllValues:StringEquals, StringEqualsIfExists", ""), want) {
+			t.Errorf("nothing is said of %s:\n%s", want, text)
+		}
+	}
 }

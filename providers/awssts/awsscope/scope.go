@@ -219,9 +219,18 @@ func (s Scope) Policy(params map[string]string, end time.Time) (string, error) {
 				"parameter %s has characters that AWS does not take in a session policy", name)
 		}
 	}
-	policy, err := s.render(func(name string) string { return escape(params[name]) }, end)
-	if err != nil {
+	missing := ""
+	policy, err := s.render(func(name string) string {
+		if params[name] == "" {
+			missing = name
+		}
+		return escape(params[name])
+	}, end)
+	switch {
+	case err != nil:
 		return "", err
+	case missing != "":
+		return "", broker.Refusef(broker.ReasonParameter, "give a value", "parameter %s has no value, and without one the permissions would be wider", missing)
 	}
 	if n := len([]rune(string(policy))); n > MaxPolicy {
 		return "", broker.Refusef(broker.ReasonParameter, "give shorter values", "the session policy would have %d characters; AWS takes %d", n, MaxPolicy)
@@ -234,10 +243,15 @@ func (s Scope) render(value func(string) string, end time.Time) ([]byte, error) 
 	for _, each := range s.Statements {
 		d.Statement = append(d.Statement, each.filled(value))
 	}
-	if len(s.PolicyARNs) > 0 {
-		// What managed policies hold is not known here, and may change.
-		d.Statement = append(d.Statement, Statement{Sid: "MayflyNever", Effect: deny,
-			Action: []string{"iam:*", "sts:AssumeRole*", "sts:GetFederationToken"}, Resource: []string{"*"}})
+	if !s.compatible {
+		// That statements do not allow it is not enough: a role that trusts the
+		// session by its ARN, or everybody under conditions, asks for no more. And
+		// what managed policies hold is not known here, and may change.
+		not := []string{"sts:AssumeRole"}
+		if len(s.PolicyARNs) > 0 {
+			not = denied
+		}
+		d.Statement = append(d.Statement, Statement{Sid: "MayflyNever", Effect: deny, Action: not, Resource: []string{"*"}})
 	}
 	action, resource := "*", "*"
 	if s.compatible {

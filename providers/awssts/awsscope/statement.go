@@ -22,8 +22,9 @@ const (
 var (
 	sidForm      = regexp.MustCompile(`^[A-Za-z0-9]{0,40}$`)
 	actionForm   = regexp.MustCompile(`^[a-zA-Z0-9-]+:[A-Za-z0-9*?]+$`)
-	operatorForm = regexp.MustCompile(`^((ForAllValues|ForAnyValue):)?(String|Numeric|Date|Arn)[A-Za-z]+$|^Bool(IfExists)?$|^Null$|^(Not)?IpAddress(IfExists)?$|^BinaryEquals(IfExists)?$`)
+	operatorForm = regexp.MustCompile(`^(((ForAllValues|ForAnyValue):)?(String((Not)?Equals(IgnoreCase)?|(Not)?Like)|Arn(Not)?(Equals|Like)|(Numeric|Date)((Not)?Equals|(Less|Greater)Than(Equals)?)|Bool|BinaryEquals|(Not)?IpAddress)(IfExists)?|Null)$`)
 	keyForm      = regexp.MustCompile(`^[A-Za-z0-9-]+:[A-Za-z0-9_./:@+=-]+$`)
+	variableForm = regexp.MustCompile(`^([*?$]|[A-Za-z0-9.-]+:[^{$,'"\\]+(, *'[^{$'"\\]*')?)$`)
 	paramForm    = regexp.MustCompile(`\$\{params\.([^}]*)\}`)
 )
 
@@ -102,13 +103,36 @@ func parseStatements(raw json.RawMessage) ([]Statement, error) {
 	}
 	var all []Statement
 	for i, each := range list {
+		if err := exactly(each); err != nil {
+			return nil, within(fmt.Sprintf("statements[%d]", i), err)
+		}
 		var w written
 		if err := providers.Decode(each, &w); err != nil {
 			return nil, within(fmt.Sprintf("statements[%d]", i), err)
 		}
+		if w.Sid != "" && slices.ContainsFunc(all, func(other Statement) bool { return other.Sid == w.Sid }) {
+			return nil, providers.FieldErrorf(fmt.Sprintf("statements[%d].Sid", i), "is %s, which another statement has", broker.Clean(broker.Shorten(w.Sid, 60)))
+		}
 		all = append(all, w.statement())
 	}
 	return all, nil
+}
+
+// exactly refuses a statement with a field that differs from IAM's in its case
+// alone: of two such fields one would be read, and people may have read the other.
+func exactly(statement json.RawMessage) error {
+	var fields map[string]json.RawMessage
+	if json.Unmarshal(statement, &fields) != nil {
+		return nil // it is refused for that
+	}
+	for _, name := range slices.Sorted(maps.Keys(fields)) {
+		for _, has := range []string{"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "Condition"} {
+			if name != has && strings.EqualFold(name, has) {
+				return providers.FieldErrorf(name, "is written %s", has)
+			}
+		}
+	}
+	return nil
 }
 
 // within puts the field of an error below another.
@@ -200,12 +224,16 @@ func (s Statement) checkCondition(at string, params []broker.Param) error {
 	return nil
 }
 
-// never are what no tool may do: it would make a session that neither the
-// lease's end nor its early end reaches, or widen what the role can do.
+// never are what no tool may do: it would make a session, or a token for other
+// systems, that neither the lease's end nor its early end reaches.
 var never = []string{
 	"sts:assumerole", "sts:assumerolewithsaml", "sts:assumerolewithwebidentity", "sts:assumeroot",
-	"sts:getfederationtoken", "sts:getsessiontoken",
+	"sts:getdelegatedaccesstoken", "sts:getfederationtoken", "sts:getsessiontoken", "sts:getwebidentitytoken",
 }
+
+// denied are the same, with those of IAM, as a session policy has them where
+// managed policies say what the tool may do.
+var denied = []string{"iam:*", "sts:Assume*", "sts:GetDelegatedAccessToken", "sts:GetFederationToken", "sts:GetSessionToken", "sts:GetWebIdentityToken"}
 
 func (s Statement) checkAction(action string) error {
 	if action == "*" {
@@ -226,35 +254,32 @@ func (s Statement) checkAction(action string) error {
 	}
 	for _, n := range never {
 		if matches(lower, n) {
-			return fmt.Errorf("is %s: a session that is made with it has a name of its own, and neither the lease's end nor an early end reaches it", action)
+			return fmt.Errorf("is %s: a session or token that is made with it has a name of its own, and neither the lease's end nor an early end reaches it", action)
 		}
 	}
 	return nil
 }
 
-// matches reports whether a pattern with * and ? matches the whole text.
+// matches reports whether a pattern with * and ? matches the whole text. It goes
+// back to the last * alone, so that no pattern takes long.
 func matches(pattern, text string) bool {
-	for pattern != "" {
-		switch pattern[0] {
-		case '*':
-			for i := 0; i <= len(text); i++ {
-				if matches(pattern[1:], text[i:]) {
-					return true
-				}
-			}
-			return false
-		case '?':
-			if text == "" {
-				return false
-			}
+	p, t, star, from := 0, 0, -1, 0
+	for t < len(text) {
+		switch {
+		case p < len(pattern) && pattern[p] == '*':
+			star, from = p, t
+			p++
+		case p < len(pattern) && (pattern[p] == '?' || pattern[p] == text[t]):
+			p++
+			t++
+		case star >= 0:
+			from++
+			p, t = star+1, from
 		default:
-			if text == "" || text[0] != pattern[0] {
-				return false
-			}
+			return false
 		}
-		pattern, text = pattern[1:], text[1:]
 	}
-	return text == ""
+	return strings.Trim(pattern[p:], "*") == ""
 }
 
 func checkResource(c Config, resource string) error {
@@ -283,21 +308,29 @@ func checkResource(c Config, resource string) error {
 }
 
 // checkReferences checks what stands in ${}: parameters of the tool, where they
-// may stand, and IAM's own variables.
+// may stand, and IAM's own variables. IAM takes whatever else stands there for
+// a variable that no request has, and a statement with one matches nothing: one
+// that denies would deny nothing.
 func checkReferences(at, text string, params []broker.Param, may bool) error {
 	for rest := text; ; {
-		_, after, found := strings.Cut(rest, "${")
+		_, after, found := strings.Cut(rest, "$")
 		if !found {
-			break
+			return nil
 		}
-		name, tail, closed := strings.Cut(after, "}")
+		if !strings.HasPrefix(after, "{") {
+			return providers.FieldErrorf(at, "has $ that begins no ${}; IAM has ${$} for it")
+		}
+		name, tail, closed := strings.Cut(after[1:], "}")
 		if !closed {
 			return providers.FieldErrorf(at, "has ${ without }")
 		}
 		rest = tail
 		param, is := strings.CutPrefix(name, "params.")
 		if !is {
-			continue // one of IAM's own: ${aws:PrincipalTag/team}, ${*}
+			if !variableForm.MatchString(name) {
+				return providers.FieldErrorf(at, "has ${%s}, which is no variable of IAM, such as ${aws:PrincipalTag/team}, and no parameter, such as ${params.customer}", broker.Clean(broker.Shorten(name, 60)))
+			}
+			continue
 		}
 		if !may {
 			return providers.FieldErrorf(at, "holds a parameter: parameters stand in resources and in values of conditions alone")
@@ -312,10 +345,6 @@ func checkReferences(at, text string, params []broker.Param, may bool) error {
 			return providers.FieldErrorf(at, "parameter %s may be empty, and without a value the permissions would be wider; have its pattern ask for one character at least", param)
 		}
 	}
-	if strings.Count(text, "$") != strings.Count(text, "${") {
-		return providers.FieldErrorf(at, "has $ that begins no ${}; IAM has ${$} for it")
-	}
-	return nil
 }
 
 // fill puts the values of parameters into a text.

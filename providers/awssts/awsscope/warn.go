@@ -67,6 +67,22 @@ var escalations = map[string]string{
 	"cognito-identity:getcredentialsforidentity":      "sessions of another role are made, which the lease's end does not reach",
 	"codeartifact:getauthorizationtoken":              "a token outlives the lease",
 	"ecr:getauthorizationtoken":                       "a token of up to 12 hours outlives the lease",
+	"s3express:createsession":                         "a token for the bucket outlives the lease by up to 5 minutes",
+	"s3:getdataaccess":                                "sessions of another role are made, which the lease's end does not reach",
+	"lakeformation:getdataaccess":                     "sessions for the data are made, which the lease's end does not reach",
+	"lakeformation:gettemporarygluetablecredentials":  "sessions for the data are made, which the lease's end does not reach",
+	"datazone:getenvironmentcredentials":              "sessions of another role are made, which the lease's end does not reach",
+	"redshift:getclustercredentialswithiam":           "a login of the cluster outlives the lease",
+	"redshift-serverless:getcredentials":              "a login of the workgroup outlives the lease",
+	"secretsmanager:batchgetsecretvalue":              "what the secrets open stays open after the lease has ended",
+	"ssm:getparameters":                               "secrets in the parameters stay known after the lease has ended",
+	"ssm:getparametersbypath":                         "secrets in the parameters stay known after the lease has ended",
+	"dsql:dbconnect":                                  "connections to the database stay open after the lease has ended",
+	"dsql:dbconnectadmin":                             "connections to the database stay open after the lease has ended",
+	"elasticache:connect":                             "connections to the cache stay open after the lease has ended",
+	"memorydb:connect":                                "connections to the database stay open after the lease has ended",
+	"kafka-cluster:connect":                           "connections to the cluster stay open after the lease has ended",
+	"ecr-public:getauthorizationtoken":                "a token of up to 12 hours outlives the lease",
 	"sso:getrolecredentials":                          "sessions of another role are made, which the lease's end does not reach",
 	"organizations:attachpolicy":                      "what accounts may do changes",
 	"lakeformation:grantpermissions":                  "others get at the data, for good",
@@ -98,9 +114,6 @@ var escalations = map[string]string{
 	"states:startexecution":                           "the state machine does what its role may do, with input of its choice",
 	"ssm:createassociation":                           "commands run with the instances' roles, again and again",
 	"ssm:resumesession":                               "a shell runs with the instance's role, and stays open",
-	"ssm:getparameters":                               "a secret in the parameters stays known after the lease has ended",
-	"ssm:getparametersbypath":                         "secrets in the parameters stay known after the lease has ended",
-	"secretsmanager:batchgetsecretvalue":              "what the secrets open stays open after the lease has ended",
 	"ecs:starttask":                                   "containers run with the task's role",
 	"ecs:updateservice":                               "containers run with the task's role after the lease has ended",
 	"codebuild:startbuildbatch":                       "builds of its choice run with the project's role",
@@ -109,8 +122,6 @@ var escalations = map[string]string{
 	"ec2:authorizesecuritygroupingress":               "the network is opened to others, for good",
 	"rds:modifydbinstance":                            "a password of its choice outlives the lease",
 	"rds:modifydbcluster":                             "a password of its choice outlives the lease",
-	"redshift:getclustercredentialswithiam":           "a login of the cluster outlives the lease",
-	"redshift-serverless:getcredentials":              "a login of the workgroup outlives the lease",
 	"cognito-idp:adminsetuserpassword":                "a login of its choice outlives the lease",
 	"route53:changeresourcerecordsets":                "names lead elsewhere, and certificates can be had for them, for good",
 	"transfer:createuser":                             "a login of its own outlives the lease",
@@ -238,6 +249,9 @@ func (s Statement) warn(at string, note func(fix, format string, args ...any)) {
 		}
 	}
 	for _, operator := range slices.Sorted(maps.Keys(s.Condition)) {
+		if strings.HasPrefix(operator, "ForAllValues:") || strings.HasSuffix(operator, "IfExists") {
+			note("add a condition Null with false for the key, unless that is meant", "%s: %s holds where a request has no such key at all, too", at, operator)
+		}
 		for _, key := range slices.Sorted(maps.Keys(s.Condition[operator])) {
 			for _, v := range s.Condition[operator][key] {
 				if strings.Contains(operator, "Like") && strings.Contains(v, "}*") {

@@ -22,7 +22,7 @@ func TestWarnsOf(t *testing.T) {
 	}{
 		{"role", allow(`"Action":"s3:GetObject","Resource":"arn:aws:s3:::crm/*"`), "sessions of arn:aws:iam::123456789012:role/mayfly/crm", false},
 		{"parameter", allow(`"Action":"s3:GetObject","Resource":"arn:aws:s3:::crm/${params.customer}/*"`), "customer matches [a-z]{1,9};", false},
-		{"size", allow(`"Action":"s3:GetObject","Resource":"arn:aws:s3:::crm/*"`), "up to 262 of 2048 characters", false},
+		{"size", allow(`"Action":"s3:GetObject","Resource":"arn:aws:s3:::crm/*"`), "up to 345 of 2048 characters", false},
 		{"condition", allow(`"Action":"s3:ListBucket","Resource":"arn:aws:s3:::crm","Condition":{"StringLike":{"s3:prefix":["a/*","b/*"]},"Bool":{"aws:SecureTransport":true}}`),
 			"may s3:ListBucket on arn:aws:s3:::crm, if aws:SecureTransport Bool true and s3:prefix StringLike a/* or b/*", false},
 		{"condition before *", allow(`"Action":"s3:ListBucket","Resource":"arn:aws:s3:::crm","Condition":{"StringLike":{"s3:prefix":"${params.customer}*"}}`), "in the condition on s3:prefix a parameter stands right before *", false},

@@ -50,8 +50,8 @@ func TestDocumentRoundTrip(t *testing.T) {
 				s[Entry{Kind: Agent, ID: "mayfly-" + id, Before: rapid.Int64Range(1.7e9, 1.7e9+3).Draw(t, "before")}] = struct{}{}
 			}
 		}
-		if rapid.Bool().Draw(t, "cut") {
-			s[Entry{Kind: CutOff, Before: 1_700_000_000}] = struct{}{}
+		for range rapid.IntRange(0, 3).Draw(t, "cuts") {
+			s[Entry{Kind: CutOff, Before: rapid.Int64Range(1.7e9, 1.7e9+3).Draw(t, "before")}] = struct{}{}
 		}
 		text := Render(s)
 		if len(s) == 0 {
@@ -103,7 +103,7 @@ func TestRequired(t *testing.T) {
 		return all
 	}
 	count := func(known []Known) map[Kind]int {
-		set, must := Required(known, now)
+		set, must := Required(known, Entry{}, now)
 		kinds := map[Kind]int{}
 		for e := range set {
 			kinds[e.Kind]++
@@ -136,9 +136,64 @@ func TestRequired(t *testing.T) {
 		}
 	}
 	// A new session of an agent that was enabled again is not denied by the entry of the old ones.
-	set, _ := Required(make(20, func(k *Known) { k.Disabled = true; k.Issued = now.Add(-time.Hour + time.Nanosecond) }), now)
+	set, _ := Required(make(20, func(k *Known) { k.Disabled = true; k.Issued = now.Add(-time.Hour + time.Nanosecond) }), Entry{}, now)
 	if e := set.Sorted()[0]; e.Before != now.Add(-time.Hour).Unix()+1 {
 		t.Errorf("%+v", e)
+	}
+}
+
+// TestRequiredWithCutOff: what a cut-off denies needs no entry of its own,
+// whyever it ends; what may be later does. It stands also for nobody.
+func TestRequiredWithCutOff(t *testing.T) {
+	now := time.Unix(1_700_000_000, 0)
+	cut := CutOffAt(now.Add(-time.Nanosecond))
+	if cut.Before != now.Unix() {
+		t.Errorf("it reaches to %d", cut.Before)
+	}
+	lease := func(id string, issued time.Time) Known {
+		return Known{Lease: broker.LeaseID(id), Incident: "i1", Agent: "mayfly-a", Until: now.Add(time.Minute), Issued: issued, Begun: true, Closed: true, Disabled: true}
+	}
+	open := lease("open", now.Add(-time.Hour))
+	open.Begun = false
+	set, must := Required([]Known{lease("older", now.Add(-time.Hour)), lease("same", now), lease("later", now.Add(time.Nanosecond)), open}, cut, now)
+	want := map[broker.LeaseID]Entry{"older": cut, "same": cut, "later": {Kind: Lease, ID: "later"}}
+	if diff := cmp.Diff(want, must); diff != "" || !set.Equal(SetOf(cut, want["later"])) {
+		t.Errorf("%v\n%s", set.Sorted(), diff)
+	}
+	if set, must := Required(nil, cut, now); !set.Equal(SetOf(cut)) || len(must) != 0 {
+		t.Errorf("for nobody: %v", set)
+	}
+	for n := range 3 { // the cost is what one more takes
+		all := SetOf(CutOffAt(now))
+		for i := range n {
+			all.Add(SetOf(CutOffAt(now.Add(time.Duration(i+1) * time.Hour))))
+		}
+		with := SetOf(CutOffAt(now.Add(9 * time.Hour)))
+		with.Add(all)
+		if got := Size(with) - Size(all); got > CutOffCost {
+			t.Errorf("one more takes %d characters, and is counted with %d", got, CutOffCost)
+		}
+	}
+}
+
+// TestCutOffBesideFullPolicy: where a cut-off finds no room beside what stands in
+// a policy that cannot be written yet, that is not taken out for it: the cut-off
+// would come into force later. In the policy itself it takes its place.
+func TestCutOffBesideFullPolicy(t *testing.T) {
+	now := time.Unix(1_700_000_000, 0)
+	cut := SetOf(CutOffAt(now))
+	stands := leases(20)
+	old := &Policy{Late: []Late{{Unknown: true, Until: now.Add(time.Minute)}}}
+	old.stand(stands, now.Add(-time.Hour))
+	l := List{Policies: map[string]*Policy{"old": old}, Others: Quota - Size(stands) - 10, Needed: stands}
+	step, err := l.Next(cut, "new", true, now)
+	var full *FullError
+	if !errors.As(err, &full) || step.Policy != "" {
+		t.Errorf("%+v, %v", step, err)
+	}
+	l.Settle(now.Add(time.Minute)) // no write of it can land any more
+	if step, err = l.Next(cut, "new", false, now.Add(time.Minute)); err != nil || step.Policy != "old" || !step.Set.Equal(cut) {
+		t.Errorf("%+v, %v", step, err)
 	}
 }
 
@@ -317,7 +372,22 @@ func TestNothingIsLost(t *testing.T) {
 			t.Fatalf("there is no end to it: %s", trail)
 		}
 		for range rapid.IntRange(5, 25).Draw(t, "acts") {
-			switch rapid.IntRange(0, 6).Draw(t, "act") {
+			switch rapid.IntRange(0, 7).Draw(t, "act") {
+			case 7: // all of it is written once more, for a probe
+				list.Settle(now)
+				step := list.Again(must, leases(min(len(must), 40)).And(must), fmt.Sprintf("p%d-%d", process, fresh), 160)
+				if step.Policy == "" {
+					continue
+				}
+				if p := list.Policies[step.Policy]; p != nil && len(p.Stands.And(must).Minus(step.Set)) > 0 {
+					t.Fatalf("%v would be taken out", p.Stands.And(must).Minus(step.Set).Sorted())
+				}
+				if c.put(step) {
+					list.Wrote(step, now)
+				} else {
+					see() // a write landed that we had not seen
+				}
+				check("after it was written again")
 			case 0, 1, 2: // leases are ended early
 				for range rapid.IntRange(1, 90).Draw(t, "n") {
 					if len(must) < capacity {

@@ -69,7 +69,7 @@ func Render(s Set) string {
 	}
 	var sessions, incidents list
 	agents := map[int64]list{}
-	var cutOff int64
+	var cutOffs []int64
 	for _, e := range s.Sorted() {
 		switch e.Kind {
 		case Lease, Probe:
@@ -79,7 +79,7 @@ func Render(s Set) string {
 		case Agent:
 			agents[e.Before] = append(agents[e.Before], e.ID)
 		case CutOff:
-			cutOff = max(cutOff, e.Before)
+			cutOffs = append(cutOffs, e.Before)
 		}
 	}
 	d := document{Version: "2012-10-17"}
@@ -100,8 +100,12 @@ func Render(s Set) string {
 	for i, before := range times {
 		add(fmt.Sprintf("MayflyAgent%d", i), map[string]map[string]list{isOperator: {keyAgent: agents[before]}, notLater: {keyIssued: {stamp(before)}}})
 	}
-	if cutOff != 0 {
-		add("MayflyCutOff", map[string]map[string]list{notLater: {keyIssued: {stamp(cutOff)}}})
+	for i, before := range cutOffs { // in their order
+		sid := "MayflyCutOff"
+		if i > 0 {
+			sid = fmt.Sprintf("MayflyCutOff%d", i)
+		}
+		add(sid, map[string]map[string]list{notLater: {keyIssued: {stamp(before)}}})
 	}
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)
@@ -142,7 +146,7 @@ func Parse(policy string) (Set, error) {
 		}
 		for _, v := range like[keySession] {
 			name, ok := strings.CutPrefix(v, "*:")
-			if !ok {
+			if !ok || !plain(name) {
 				return nil, errForeign
 			}
 			kind := Lease
@@ -150,6 +154,9 @@ func Parse(policy string) (Set, error) {
 				kind = Probe
 			}
 			s[Entry{Kind: kind, ID: name}] = struct{}{}
+		}
+		if slices.ContainsFunc(append(slices.Clone(is[keyIncident]), is[keyAgent]...), func(v string) bool { return !plain(v) }) {
+			return nil, errForeign
 		}
 		for _, v := range is[keyIncident] {
 			s[Entry{Kind: Incident, ID: v}] = struct{}{}
@@ -166,6 +173,13 @@ func Parse(policy string) (Set, error) {
 		return nil, errForeign
 	}
 	return s, nil
+}
+
+// plain reports whether a text can be a name that Mayfly gives: no wildcard, no
+// variable, nothing that stands for more than itself. What somebody else wrote
+// is not kept as ours.
+func plain(name string) bool {
+	return name != "" && len(name) <= 64 && !strings.ContainsFunc(name, func(r rune) bool { return r != '-' && (r < '0' || r > '9') && (r < 'a' || r > 'z') })
 }
 
 func compact(policy string) string {

@@ -95,15 +95,42 @@ const (
 	agentCost    = len(`{"Sid":"MayflyAgent12345","Effect":"Deny","Action":"*","Resource":"*","Condition":{"DateLessThanEquals":{"aws:TokenIssueTime":"2026-01-02T03:04:05Z"},"StringEquals":{"aws:SourceIdentity":["mayfly-12345678901234567890123456789012"]}}},`)
 )
 
+// CutOffAt is the entry that denies every session of a role that was made up to
+// an instant.
+func CutOffAt(before time.Time) Entry { return Entry{Kind: CutOff, Before: ceil(before)} }
+
+// CutOffCost is what one cut-off takes of the document at most; see the test.
+const CutOffCost = len(`{"Sid":"MayflyCutOff12345","Effect":"Deny","Action":"*","Resource":"*","Condition":{"DateLessThanEquals":{"aws:TokenIssueTime":"2026-01-02T03:04:05Z"}}},`)
+
+// Denies reports whether an entry denies a lease's session.
+func (e Entry) Denies(k Known) bool {
+	switch e.Kind {
+	case Lease:
+		return e.ID == string(k.Lease)
+	case Incident:
+		return k.Incident != "" && e.ID == string(k.Incident)
+	case Agent:
+		return e.ID == k.Agent && !k.Issued.After(time.Unix(e.Before, 0))
+	case CutOff:
+		return !k.Issued.After(time.Unix(e.Before, 0))
+	}
+	return false
+}
+
 // Required are the entries that must stand now, in their shortest form, and
 // which of them denies each lease whose ending has begun. What is dead by
-// itself needs none. The leases of an incident that is over, and those of an
-// agent that was disabled, are denied by one entry where that is shorter.
-func Required(known []Known, now time.Time) (Set, map[broker.LeaseID]Entry) {
+// itself needs none. What a cut-off of the role denies needs no entry of its
+// own; the zero Entry is none. The leases of an incident that is over, and those
+// of an agent that was disabled, are denied by one entry where that is shorter.
+func Required(known []Known, cut Entry, now time.Time) (Set, map[broker.LeaseID]Entry) {
 	must := map[broker.LeaseID]Entry{}
 	incidents, agents := map[broker.IncidentID][]Known{}, map[string][]Known{}
 	for _, k := range known {
 		if !k.Begun || !now.Before(k.Until) {
+			continue
+		}
+		if cut.Denies(k) {
+			must[k.Lease] = cut
 			continue
 		}
 		must[k.Lease] = Entry{Kind: Lease, ID: string(k.Lease)}
@@ -140,6 +167,9 @@ func Required(known []Known, now time.Time) (Set, map[broker.LeaseID]Entry) {
 		}
 	}
 	all := Set{}
+	if cut.Kind == CutOff {
+		all[cut] = struct{}{}
+	}
 	for _, e := range must {
 		all[e] = struct{}{}
 	}

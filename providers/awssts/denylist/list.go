@@ -21,6 +21,9 @@ type List struct {
 	Policies map[string]*Policy
 	// Others is how many characters inline policies that are none of ours take.
 	Others int
+	// Needed need not be written any more, for what must stand denies the same;
+	// but until that is in force it leaves no policy but the one that is written.
+	Needed Set
 }
 
 // Spread is how long a write of IAM may take to be in force everywhere. Two
@@ -112,11 +115,26 @@ func (l *List) Sure() Set {
 	return all
 }
 
+// Settled is what is sure, and in force everywhere.
+func (l *List) Settled(now time.Time) Set { return l.elsewhere("", now) }
+
 // Stands is what was last seen in any policy.
 func (l *List) Stands() Set {
 	all := Set{}
 	for _, p := range l.Policies {
 		all.Add(p.Stands)
+	}
+	return all
+}
+
+// May is what was last seen in any policy, or may come to stand there by a write
+// that lands late.
+func (l *List) May() Set {
+	all := l.Stands()
+	for _, p := range l.Policies {
+		for _, late := range p.Late {
+			all.Add(late.Set)
+		}
 	}
 	return all
 }
@@ -151,18 +169,7 @@ func (e *FullError) Error() string {
 // Whatever is done, an entry of must that is sure stays sure.
 func (l *List) Next(must Set, fresh string, tidy bool, now time.Time) (Step, error) {
 	names := slices.Sorted(maps.Keys(l.Policies))
-	active := ""
-	for _, name := range names {
-		p := l.Policies[name]
-		if len(p.Late) > 0 || p.Opaque != 0 {
-			continue
-		}
-		// A policy of a process that is gone is as good as one of our own once
-		// none of its writes can land any more.
-		if active == "" || p.Own && !l.Policies[active].Own {
-			active = name
-		}
-	}
+	active := l.active(names)
 	missing := must.Minus(l.Sure())
 	if len(missing) == 0 && !tidy {
 		return Step{}, nil
@@ -204,9 +211,12 @@ func (l *List) Next(must Set, fresh string, tidy bool, now time.Time) (Step, err
 			delete(next, e)
 		}
 	}
-	for _, group := range []Set{missing, must.Minus(missing).Minus(next)} {
-		next = fill(next, group.Sorted(), room)
-	}
+	// What stands nowhere comes before what stands in a policy that cannot be
+	// counted upon yet, and such copies leave room for more of it.
+	standing := missing.And(l.Stands())
+	next = fill(next, missing.Minus(standing).Sorted(), room)
+	next = fill(next, standing.Sorted(), room-Quota/4)
+	next = fill(next, must.Minus(missing).Minus(next).Sorted(), room)
 	if !next.Equal(stands) && (len(next.Minus(stands)) > 0 || tidy) && len(next.And(missing)) > 0 {
 		return Step{Policy: active, Set: next}, nil
 	}
@@ -217,7 +227,9 @@ func (l *List) Next(must Set, fresh string, tidy bool, now time.Time) (Step, err
 		if name == active || p.Opaque != 0 {
 			continue
 		}
-		if keep := p.Stands.And(must).Minus(l.elsewhere(name, now)); len(keep) < len(p.Stands) {
+		keep := p.Stands.And(must)
+		keep.Add(p.Stands.And(l.Needed))
+		if keep = keep.Minus(l.elsewhere(name, now)); len(keep) < len(p.Stands) {
 			return Step{Policy: name, Set: keep}, nil
 		}
 	}
@@ -228,6 +240,48 @@ func (l *List) Next(must Set, fresh string, tidy bool, now time.Time) (Step, err
 		return Step{}, &FullError{Missing: len(missing)}
 	}
 	return Step{}, nil
+}
+
+// active is the policy that is written; empty if there is none that can be.
+func (l *List) active(names []string) string {
+	active := ""
+	for _, name := range names {
+		p := l.Policies[name]
+		if len(p.Late) > 0 || p.Opaque != 0 {
+			continue
+		}
+		// A policy of a process that is gone is as good as one of our own once
+		// none of its writes can land any more.
+		if active == "" || p.Own && !l.Policies[active].Own {
+			active = name
+		}
+	}
+	return active
+}
+
+// Again writes a policy once more although nothing is missing, with everything in
+// tell, which may stand in another one: so that what is written with it tells of
+// that. It leaves spare characters of the quota: where there is no room for all,
+// it writes what stands in the policy alone.
+func (l *List) Again(must, tell Set, fresh string, spare int) Step {
+	step := Step{Policy: l.active(slices.Sorted(maps.Keys(l.Policies)))}
+	stands, room := Set{}, Quota-l.Used()-spare
+	if p := l.Policies[step.Policy]; p != nil {
+		keep := maps.Clone(must)
+		keep.Add(l.Needed)
+		stands, room = p.Stands.And(keep), room+p.size()
+	} else {
+		step.Policy = fresh
+	}
+	step.Set = maps.Clone(stands)
+	step.Set.Add(tell)
+	if Size(step.Set) > room {
+		step.Set = stands
+	}
+	if len(step.Set) == 0 {
+		return Step{}
+	}
+	return step
 }
 
 // late reports whether a write may still land in any policy.

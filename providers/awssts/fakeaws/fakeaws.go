@@ -40,6 +40,9 @@ type Config struct {
 	Quiet func(action string, n int) bool
 	// NoProbe: roles do not allow sts:DecodeAuthorizationMessage.
 	NoProbe bool
+	// Above, if not nil, is the kind of a policy above the role's own, such as
+	// "service control policy", that denies everything to sessions; empty: none does.
+	Above func() string
 	// Broker names the role whose sessions alone may assume the others and write
 	// their policies. Empty: whoever has keys may.
 	Broker string
@@ -386,10 +389,15 @@ func (f *Fake) act(action, key string, form url.Values) (code, answer string) {
 	case "GetCallerIdentity":
 		return f.whoIs(key)
 	case "DecodeAuthorizationMessage":
-		s := f.sessions[key]
+		s, above := f.sessions[key], ""
+		if f.c.Above != nil {
+			above = f.c.Above()
+		}
 		switch {
 		case s == nil:
 			return "InvalidClientTokenId", "no such session"
+		case above != "":
+			return "AccessDenied", "User: arn:aws:sts::123456789012:assumed-role/" + s.Role + "/" + s.Name + " is not authorized to perform: sts:DecodeAuthorizationMessage with an explicit deny in a " + above
 		case f.denied(s) != "":
 			return "AccessDenied", "User: arn:aws:sts::123456789012:assumed-role/" + s.Role + "/" + s.Name + " is not authorized to perform: sts:DecodeAuthorizationMessage with an explicit deny in an identity-based policy"
 		case f.c.NoProbe:

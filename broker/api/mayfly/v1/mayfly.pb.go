@@ -3084,6 +3084,349 @@ func (x *EndStrayResponse) GetRemoved() bool {
 	return false
 }
 
+type CutOffRequest struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Provider string                 `protobuf:"bytes,1,opt,name=provider,proto3" json:"provider,omitempty"`
+	// As the catalog's tools of the provider name it.
+	Role string `protobuf:"bytes,2,opt,name=role,proto3" json:"role,omitempty"`
+	// Why, for the evidence. Required, unless it is a dry run.
+	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	DryRun        bool   `protobuf:"varint,4,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CutOffRequest) Reset() {
+	*x = CutOffRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CutOffRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CutOffRequest) ProtoMessage() {}
+
+func (x *CutOffRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CutOffRequest.ProtoReflect.Descriptor instead.
+func (*CutOffRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *CutOffRequest) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *CutOffRequest) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
+func (x *CutOffRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *CutOffRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+// RoleCutOff is a role of a provider of which every older session is ended.
+type RoleCutOff struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Provider string                 `protobuf:"bytes,1,opt,name=provider,proto3" json:"provider,omitempty"`
+	Role     string                 `protobuf:"bytes,2,opt,name=role,proto3" json:"role,omitempty"`
+	// Sessions that were made up to then are ended, by the provider's clock.
+	MadeBefore *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=made_before,json=madeBefore,proto3" json:"made_before,omitempty"`
+	// Until then the broker makes no session of the role: it would not work.
+	ClearAt *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=clear_at,json=clearAt,proto3" json:"clear_at,omitempty"`
+	// From then on whatever was made before is dead by itself, and the cut-off
+	// need not stand any more.
+	Until *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=until,proto3" json:"until,omitempty"`
+	// The broker's own open leases that it hit, or would.
+	Leases int32 `protobuf:"varint,6,opt,name=leases,proto3" json:"leases,omitempty"`
+	// Of them, not known to be dead.
+	Alive int32 `protobuf:"varint,7,opt,name=alive,proto3" json:"alive,omitempty"`
+	// How many of those that are alive are of each agent and tool.
+	ByAgent map[string]int32 `protobuf:"bytes,8,rep,name=by_agent,json=byAgent,proto3" json:"by_agent,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	ByTool  map[string]int32 `protobuf:"bytes,9,rep,name=by_tool,json=byTool,proto3" json:"by_tool,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// What else it ends than the broker's own leases, for people.
+	Others string `protobuf:"bytes,10,opt,name=others,proto3" json:"others,omitempty"`
+	// How far it has come at the provider: "written" (what ends the sessions
+	// stands there) or "verified" (it was seen to be in force). Empty before.
+	Progress string `protobuf:"bytes,11,opt,name=progress,proto3" json:"progress,omitempty"`
+	// The provider did not take it when it was last asked. It is tried again.
+	Failing bool `protobuf:"varint,12,opt,name=failing,proto3" json:"failing,omitempty"`
+	// The operator who decided it; empty in a dry run, as is what follows.
+	DecidedBy     string                 `protobuf:"bytes,13,opt,name=decided_by,json=decidedBy,proto3" json:"decided_by,omitempty"`
+	Reason        string                 `protobuf:"bytes,14,opt,name=reason,proto3" json:"reason,omitempty"`
+	DecidedAt     *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=decided_at,json=decidedAt,proto3" json:"decided_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RoleCutOff) Reset() {
+	*x = RoleCutOff{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RoleCutOff) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RoleCutOff) ProtoMessage() {}
+
+func (x *RoleCutOff) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RoleCutOff.ProtoReflect.Descriptor instead.
+func (*RoleCutOff) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *RoleCutOff) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *RoleCutOff) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
+func (x *RoleCutOff) GetMadeBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.MadeBefore
+	}
+	return nil
+}
+
+func (x *RoleCutOff) GetClearAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ClearAt
+	}
+	return nil
+}
+
+func (x *RoleCutOff) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+func (x *RoleCutOff) GetLeases() int32 {
+	if x != nil {
+		return x.Leases
+	}
+	return 0
+}
+
+func (x *RoleCutOff) GetAlive() int32 {
+	if x != nil {
+		return x.Alive
+	}
+	return 0
+}
+
+func (x *RoleCutOff) GetByAgent() map[string]int32 {
+	if x != nil {
+		return x.ByAgent
+	}
+	return nil
+}
+
+func (x *RoleCutOff) GetByTool() map[string]int32 {
+	if x != nil {
+		return x.ByTool
+	}
+	return nil
+}
+
+func (x *RoleCutOff) GetOthers() string {
+	if x != nil {
+		return x.Others
+	}
+	return ""
+}
+
+func (x *RoleCutOff) GetProgress() string {
+	if x != nil {
+		return x.Progress
+	}
+	return ""
+}
+
+func (x *RoleCutOff) GetFailing() bool {
+	if x != nil {
+		return x.Failing
+	}
+	return false
+}
+
+func (x *RoleCutOff) GetDecidedBy() string {
+	if x != nil {
+		return x.DecidedBy
+	}
+	return ""
+}
+
+func (x *RoleCutOff) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *RoleCutOff) GetDecidedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DecidedAt
+	}
+	return nil
+}
+
+type ListCutOffsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PageSize      int32                  `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	PageToken     string                 `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListCutOffsRequest) Reset() {
+	*x = ListCutOffsRequest{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListCutOffsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListCutOffsRequest) ProtoMessage() {}
+
+func (x *ListCutOffsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListCutOffsRequest.ProtoReflect.Descriptor instead.
+func (*ListCutOffsRequest) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *ListCutOffsRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListCutOffsRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+type ListCutOffsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	CutOffs       []*RoleCutOff          `protobuf:"bytes,1,rep,name=cut_offs,json=cutOffs,proto3" json:"cut_offs,omitempty"`
+	NextPageToken string                 `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListCutOffsResponse) Reset() {
+	*x = ListCutOffsResponse{}
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListCutOffsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListCutOffsResponse) ProtoMessage() {}
+
+func (x *ListCutOffsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListCutOffsResponse.ProtoReflect.Descriptor instead.
+func (*ListCutOffsResponse) Descriptor() ([]byte, []int) {
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *ListCutOffsResponse) GetCutOffs() []*RoleCutOff {
+	if x != nil {
+		return x.CutOffs
+	}
+	return nil
+}
+
+func (x *ListCutOffsResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
 // Request is a wish for a tool, with a reason.
 type Request struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
@@ -3135,7 +3478,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[36]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3147,7 +3490,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[36]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3160,7 +3503,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{36}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Request) GetId() string {
@@ -3375,7 +3718,7 @@ type Approval struct {
 
 func (x *Approval) Reset() {
 	*x = Approval{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[37]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3387,7 +3730,7 @@ func (x *Approval) String() string {
 func (*Approval) ProtoMessage() {}
 
 func (x *Approval) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[37]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3400,7 +3743,7 @@ func (x *Approval) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Approval.ProtoReflect.Descriptor instead.
 func (*Approval) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{37}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Approval) GetPerson() string {
@@ -3479,7 +3822,7 @@ type CreateRequestRequest struct {
 
 func (x *CreateRequestRequest) Reset() {
 	*x = CreateRequestRequest{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[38]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3491,7 +3834,7 @@ func (x *CreateRequestRequest) String() string {
 func (*CreateRequestRequest) ProtoMessage() {}
 
 func (x *CreateRequestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[38]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3504,7 +3847,7 @@ func (x *CreateRequestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequestRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequestRequest) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{38}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *CreateRequestRequest) GetTool() string {
@@ -3593,7 +3936,7 @@ type GetRequestRequest struct {
 
 func (x *GetRequestRequest) Reset() {
 	*x = GetRequestRequest{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[39]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3605,7 +3948,7 @@ func (x *GetRequestRequest) String() string {
 func (*GetRequestRequest) ProtoMessage() {}
 
 func (x *GetRequestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[39]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3618,7 +3961,7 @@ func (x *GetRequestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequestRequest.ProtoReflect.Descriptor instead.
 func (*GetRequestRequest) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{39}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GetRequestRequest) GetId() string {
@@ -3646,7 +3989,7 @@ type ListRequestsRequest struct {
 
 func (x *ListRequestsRequest) Reset() {
 	*x = ListRequestsRequest{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[40]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3658,7 +4001,7 @@ func (x *ListRequestsRequest) String() string {
 func (*ListRequestsRequest) ProtoMessage() {}
 
 func (x *ListRequestsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[40]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3671,7 +4014,7 @@ func (x *ListRequestsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequestsRequest.ProtoReflect.Descriptor instead.
 func (*ListRequestsRequest) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{40}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ListRequestsRequest) GetAll() bool {
@@ -3733,7 +4076,7 @@ type ListRequestsResponse struct {
 
 func (x *ListRequestsResponse) Reset() {
 	*x = ListRequestsResponse{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[41]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3745,7 +4088,7 @@ func (x *ListRequestsResponse) String() string {
 func (*ListRequestsResponse) ProtoMessage() {}
 
 func (x *ListRequestsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[41]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3758,7 +4101,7 @@ func (x *ListRequestsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequestsResponse.ProtoReflect.Descriptor instead.
 func (*ListRequestsResponse) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{41}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListRequestsResponse) GetRequests() []*Request {
@@ -3784,7 +4127,7 @@ type WatchRequestRequest struct {
 
 func (x *WatchRequestRequest) Reset() {
 	*x = WatchRequestRequest{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[42]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3796,7 +4139,7 @@ func (x *WatchRequestRequest) String() string {
 func (*WatchRequestRequest) ProtoMessage() {}
 
 func (x *WatchRequestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[42]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3809,7 +4152,7 @@ func (x *WatchRequestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequestRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequestRequest) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{42}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *WatchRequestRequest) GetId() string {
@@ -3829,7 +4172,7 @@ type WithdrawRequestRequest struct {
 
 func (x *WithdrawRequestRequest) Reset() {
 	*x = WithdrawRequestRequest{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[43]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3841,7 +4184,7 @@ func (x *WithdrawRequestRequest) String() string {
 func (*WithdrawRequestRequest) ProtoMessage() {}
 
 func (x *WithdrawRequestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[43]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3854,7 +4197,7 @@ func (x *WithdrawRequestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WithdrawRequestRequest.ProtoReflect.Descriptor instead.
 func (*WithdrawRequestRequest) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{43}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *WithdrawRequestRequest) GetId() string {
@@ -3885,7 +4228,7 @@ type ApproveRequestRequest struct {
 
 func (x *ApproveRequestRequest) Reset() {
 	*x = ApproveRequestRequest{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[44]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3897,7 +4240,7 @@ func (x *ApproveRequestRequest) String() string {
 func (*ApproveRequestRequest) ProtoMessage() {}
 
 func (x *ApproveRequestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[44]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3910,7 +4253,7 @@ func (x *ApproveRequestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveRequestRequest.ProtoReflect.Descriptor instead.
 func (*ApproveRequestRequest) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{44}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ApproveRequestRequest) GetId() string {
@@ -3951,7 +4294,7 @@ type DenyRequestRequest struct {
 
 func (x *DenyRequestRequest) Reset() {
 	*x = DenyRequestRequest{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[45]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3963,7 +4306,7 @@ func (x *DenyRequestRequest) String() string {
 func (*DenyRequestRequest) ProtoMessage() {}
 
 func (x *DenyRequestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[45]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3976,7 +4319,7 @@ func (x *DenyRequestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DenyRequestRequest.ProtoReflect.Descriptor instead.
 func (*DenyRequestRequest) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{45}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *DenyRequestRequest) GetId() string {
@@ -4014,7 +4357,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[46]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4026,7 +4369,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[46]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4039,7 +4382,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{46}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ExplainRequest) GetAction() string {
@@ -4118,7 +4461,7 @@ type ExplainResponse struct {
 
 func (x *ExplainResponse) Reset() {
 	*x = ExplainResponse{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[47]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4130,7 +4473,7 @@ func (x *ExplainResponse) String() string {
 func (*ExplainResponse) ProtoMessage() {}
 
 func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[47]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4143,7 +4486,7 @@ func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
 func (*ExplainResponse) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{47}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ExplainResponse) GetPossible() bool {
@@ -4205,7 +4548,7 @@ type PolicyFile struct {
 
 func (x *PolicyFile) Reset() {
 	*x = PolicyFile{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[48]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4217,7 +4560,7 @@ func (x *PolicyFile) String() string {
 func (*PolicyFile) ProtoMessage() {}
 
 func (x *PolicyFile) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[48]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4230,7 +4573,7 @@ func (x *PolicyFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyFile.ProtoReflect.Descriptor instead.
 func (*PolicyFile) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{48}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *PolicyFile) GetName() string {
@@ -4257,7 +4600,7 @@ type PreviewRequest struct {
 
 func (x *PreviewRequest) Reset() {
 	*x = PreviewRequest{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[49]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4269,7 +4612,7 @@ func (x *PreviewRequest) String() string {
 func (*PreviewRequest) ProtoMessage() {}
 
 func (x *PreviewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[49]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4282,7 +4625,7 @@ func (x *PreviewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreviewRequest.ProtoReflect.Descriptor instead.
 func (*PreviewRequest) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{49}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *PreviewRequest) GetFiles() []*PolicyFile {
@@ -4315,7 +4658,7 @@ type PreviewResponse struct {
 
 func (x *PreviewResponse) Reset() {
 	*x = PreviewResponse{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[50]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4327,7 +4670,7 @@ func (x *PreviewResponse) String() string {
 func (*PreviewResponse) ProtoMessage() {}
 
 func (x *PreviewResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[50]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4340,7 +4683,7 @@ func (x *PreviewResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreviewResponse.ProtoReflect.Descriptor instead.
 func (*PreviewResponse) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{50}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *PreviewResponse) GetProblems() []string {
@@ -4427,7 +4770,7 @@ type PreviewGrant struct {
 
 func (x *PreviewGrant) Reset() {
 	*x = PreviewGrant{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[51]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4439,7 +4782,7 @@ func (x *PreviewGrant) String() string {
 func (*PreviewGrant) ProtoMessage() {}
 
 func (x *PreviewGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[51]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4452,7 +4795,7 @@ func (x *PreviewGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreviewGrant.ProtoReflect.Descriptor instead.
 func (*PreviewGrant) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{51}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *PreviewGrant) GetGrantId() string {
@@ -4506,7 +4849,7 @@ type PreviewDecision struct {
 
 func (x *PreviewDecision) Reset() {
 	*x = PreviewDecision{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[52]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4518,7 +4861,7 @@ func (x *PreviewDecision) String() string {
 func (*PreviewDecision) ProtoMessage() {}
 
 func (x *PreviewDecision) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[52]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4531,7 +4874,7 @@ func (x *PreviewDecision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreviewDecision.ProtoReflect.Descriptor instead.
 func (*PreviewDecision) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{52}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *PreviewDecision) GetAt() *timestamppb.Timestamp {
@@ -4591,7 +4934,7 @@ type GetSignInRequest struct {
 
 func (x *GetSignInRequest) Reset() {
 	*x = GetSignInRequest{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[53]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4603,7 +4946,7 @@ func (x *GetSignInRequest) String() string {
 func (*GetSignInRequest) ProtoMessage() {}
 
 func (x *GetSignInRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[53]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4616,7 +4959,7 @@ func (x *GetSignInRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSignInRequest.ProtoReflect.Descriptor instead.
 func (*GetSignInRequest) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{53}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{57}
 }
 
 type GetSignInResponse struct {
@@ -4631,7 +4974,7 @@ type GetSignInResponse struct {
 
 func (x *GetSignInResponse) Reset() {
 	*x = GetSignInResponse{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[54]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4643,7 +4986,7 @@ func (x *GetSignInResponse) String() string {
 func (*GetSignInResponse) ProtoMessage() {}
 
 func (x *GetSignInResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[54]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4656,7 +4999,7 @@ func (x *GetSignInResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSignInResponse.ProtoReflect.Descriptor instead.
 func (*GetSignInResponse) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{54}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *GetSignInResponse) GetIssuer() string {
@@ -4692,7 +5035,7 @@ type RedeemCodeRequest struct {
 
 func (x *RedeemCodeRequest) Reset() {
 	*x = RedeemCodeRequest{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[55]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4704,7 +5047,7 @@ func (x *RedeemCodeRequest) String() string {
 func (*RedeemCodeRequest) ProtoMessage() {}
 
 func (x *RedeemCodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[55]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4717,7 +5060,7 @@ func (x *RedeemCodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RedeemCodeRequest.ProtoReflect.Descriptor instead.
 func (*RedeemCodeRequest) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{55}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *RedeemCodeRequest) GetCode() string {
@@ -4757,7 +5100,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[56]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4769,7 +5112,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[56]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4782,7 +5125,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{56}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *Session) GetToken() string {
@@ -4842,7 +5185,7 @@ type StartDeviceRequest struct {
 
 func (x *StartDeviceRequest) Reset() {
 	*x = StartDeviceRequest{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[57]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4854,7 +5197,7 @@ func (x *StartDeviceRequest) String() string {
 func (*StartDeviceRequest) ProtoMessage() {}
 
 func (x *StartDeviceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[57]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4867,7 +5210,7 @@ func (x *StartDeviceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartDeviceRequest.ProtoReflect.Descriptor instead.
 func (*StartDeviceRequest) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{57}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{61}
 }
 
 type StartDeviceResponse struct {
@@ -4886,7 +5229,7 @@ type StartDeviceResponse struct {
 
 func (x *StartDeviceResponse) Reset() {
 	*x = StartDeviceResponse{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[58]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4898,7 +5241,7 @@ func (x *StartDeviceResponse) String() string {
 func (*StartDeviceResponse) ProtoMessage() {}
 
 func (x *StartDeviceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[58]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4911,7 +5254,7 @@ func (x *StartDeviceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartDeviceResponse.ProtoReflect.Descriptor instead.
 func (*StartDeviceResponse) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{58}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *StartDeviceResponse) GetHandle() string {
@@ -4965,7 +5308,7 @@ type PollDeviceRequest struct {
 
 func (x *PollDeviceRequest) Reset() {
 	*x = PollDeviceRequest{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[59]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4977,7 +5320,7 @@ func (x *PollDeviceRequest) String() string {
 func (*PollDeviceRequest) ProtoMessage() {}
 
 func (x *PollDeviceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[59]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4990,7 +5333,7 @@ func (x *PollDeviceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PollDeviceRequest.ProtoReflect.Descriptor instead.
 func (*PollDeviceRequest) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{59}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *PollDeviceRequest) GetHandle() string {
@@ -5011,7 +5354,7 @@ type SignOutRequest struct {
 
 func (x *SignOutRequest) Reset() {
 	*x = SignOutRequest{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[60]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5023,7 +5366,7 @@ func (x *SignOutRequest) String() string {
 func (*SignOutRequest) ProtoMessage() {}
 
 func (x *SignOutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[60]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5036,7 +5379,7 @@ func (x *SignOutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignOutRequest.ProtoReflect.Descriptor instead.
 func (*SignOutRequest) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{60}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *SignOutRequest) GetPerson() string {
@@ -5062,7 +5405,7 @@ type SignOutResponse struct {
 
 func (x *SignOutResponse) Reset() {
 	*x = SignOutResponse{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[61]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5074,7 +5417,7 @@ func (x *SignOutResponse) String() string {
 func (*SignOutResponse) ProtoMessage() {}
 
 func (x *SignOutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[61]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5087,7 +5430,7 @@ func (x *SignOutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignOutResponse.ProtoReflect.Descriptor instead.
 func (*SignOutResponse) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{61}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *SignOutResponse) GetSessions() int32 {
@@ -5118,7 +5461,7 @@ type EndAccessRequest struct {
 
 func (x *EndAccessRequest) Reset() {
 	*x = EndAccessRequest{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[62]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5130,7 +5473,7 @@ func (x *EndAccessRequest) String() string {
 func (*EndAccessRequest) ProtoMessage() {}
 
 func (x *EndAccessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[62]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5143,7 +5486,7 @@ func (x *EndAccessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndAccessRequest.ProtoReflect.Descriptor instead.
 func (*EndAccessRequest) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{62}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *EndAccessRequest) GetAgent() string {
@@ -5233,7 +5576,7 @@ type EndAccessProgress struct {
 
 func (x *EndAccessProgress) Reset() {
 	*x = EndAccessProgress{}
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[63]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5245,7 +5588,7 @@ func (x *EndAccessProgress) String() string {
 func (*EndAccessProgress) ProtoMessage() {}
 
 func (x *EndAccessProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_mayfly_v1_mayfly_proto_msgTypes[63]
+	mi := &file_mayfly_v1_mayfly_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5258,7 +5601,7 @@ func (x *EndAccessProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndAccessProgress.ProtoReflect.Descriptor instead.
 func (*EndAccessProgress) Descriptor() ([]byte, []int) {
-	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{63}
+	return file_mayfly_v1_mayfly_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *EndAccessProgress) GetGrants() int32 {
@@ -5660,7 +6003,46 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\"T\n" +
 	"\x10EndStrayResponse\x12&\n" +
 	"\x05stray\x18\x01 \x01(\v2\x10.mayfly.v1.StrayR\x05stray\x12\x18\n" +
-	"\aremoved\x18\x02 \x01(\bR\aremoved\"\xfb\a\n" +
+	"\aremoved\x18\x02 \x01(\bR\aremoved\"p\n" +
+	"\rCutOffRequest\x12\x1a\n" +
+	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x12\n" +
+	"\x04role\x18\x02 \x01(\tR\x04role\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x17\n" +
+	"\adry_run\x18\x04 \x01(\bR\x06dryRun\"\xc2\x05\n" +
+	"\n" +
+	"RoleCutOff\x12\x1a\n" +
+	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x12\n" +
+	"\x04role\x18\x02 \x01(\tR\x04role\x12;\n" +
+	"\vmade_before\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"madeBefore\x125\n" +
+	"\bclear_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\aclearAt\x120\n" +
+	"\x05until\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x16\n" +
+	"\x06leases\x18\x06 \x01(\x05R\x06leases\x12\x14\n" +
+	"\x05alive\x18\a \x01(\x05R\x05alive\x12=\n" +
+	"\bby_agent\x18\b \x03(\v2\".mayfly.v1.RoleCutOff.ByAgentEntryR\abyAgent\x12:\n" +
+	"\aby_tool\x18\t \x03(\v2!.mayfly.v1.RoleCutOff.ByToolEntryR\x06byTool\x12\x16\n" +
+	"\x06others\x18\n" +
+	" \x01(\tR\x06others\x12\x1a\n" +
+	"\bprogress\x18\v \x01(\tR\bprogress\x12\x18\n" +
+	"\afailing\x18\f \x01(\bR\afailing\x12\x1d\n" +
+	"\n" +
+	"decided_by\x18\r \x01(\tR\tdecidedBy\x12\x16\n" +
+	"\x06reason\x18\x0e \x01(\tR\x06reason\x129\n" +
+	"\n" +
+	"decided_at\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\tdecidedAt\x1a:\n" +
+	"\fByAgentEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\x1a9\n" +
+	"\vByToolEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\"P\n" +
+	"\x12ListCutOffsRequest\x12\x1b\n" +
+	"\tpage_size\x18\x01 \x01(\x05R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x02 \x01(\tR\tpageToken\"o\n" +
+	"\x13ListCutOffsResponse\x120\n" +
+	"\bcut_offs\x18\x01 \x03(\v2\x15.mayfly.v1.RoleCutOffR\acutOffs\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xfb\a\n" +
 	"\aRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x12\n" +
@@ -5927,13 +6309,15 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\vStartDevice\x12\x1d.mayfly.v1.StartDeviceRequest\x1a\x1e.mayfly.v1.StartDeviceResponse\x12>\n" +
 	"\n" +
 	"PollDevice\x12\x1c.mayfly.v1.PollDeviceRequest\x1a\x12.mayfly.v1.Session\x12@\n" +
-	"\aSignOut\x12\x19.mayfly.v1.SignOutRequest\x1a\x1a.mayfly.v1.SignOutResponse2\xab\x02\n" +
+	"\aSignOut\x12\x19.mayfly.v1.SignOutRequest\x1a\x1a.mayfly.v1.SignOutResponse2\xb4\x03\n" +
 	"\x0fOperatorService\x12H\n" +
 	"\tEndAccess\x12\x1b.mayfly.v1.EndAccessRequest\x1a\x1c.mayfly.v1.EndAccessProgress0\x01\x12>\n" +
 	"\vForgetLease\x12\x1d.mayfly.v1.ForgetLeaseRequest\x1a\x10.mayfly.v1.Lease\x12I\n" +
 	"\n" +
 	"ListStrays\x12\x1c.mayfly.v1.ListStraysRequest\x1a\x1d.mayfly.v1.ListStraysResponse\x12C\n" +
-	"\bEndStray\x12\x1a.mayfly.v1.EndStrayRequest\x1a\x1b.mayfly.v1.EndStrayResponseBAZ?github.com/mayfly-security/mayfly/broker/api/mayfly/v1;mayflyv1b\x06proto3"
+	"\bEndStray\x12\x1a.mayfly.v1.EndStrayRequest\x1a\x1b.mayfly.v1.EndStrayResponse\x129\n" +
+	"\x06CutOff\x12\x18.mayfly.v1.CutOffRequest\x1a\x15.mayfly.v1.RoleCutOff\x12L\n" +
+	"\vListCutOffs\x12\x1d.mayfly.v1.ListCutOffsRequest\x1a\x1e.mayfly.v1.ListCutOffsResponseBAZ?github.com/mayfly-security/mayfly/broker/api/mayfly/v1;mayflyv1b\x06proto3"
 
 var (
 	file_mayfly_v1_mayfly_proto_rawDescOnce sync.Once
@@ -5947,7 +6331,7 @@ func file_mayfly_v1_mayfly_proto_rawDescGZIP() []byte {
 	return file_mayfly_v1_mayfly_proto_rawDescData
 }
 
-var file_mayfly_v1_mayfly_proto_msgTypes = make([]protoimpl.MessageInfo, 80)
+var file_mayfly_v1_mayfly_proto_msgTypes = make([]protoimpl.MessageInfo, 86)
 var file_mayfly_v1_mayfly_proto_goTypes = []any{
 	(*ErrorDetail)(nil),            // 0: mayfly.v1.ErrorDetail
 	(*WhoAmIRequest)(nil),          // 1: mayfly.v1.WhoAmIRequest
@@ -5985,193 +6369,210 @@ var file_mayfly_v1_mayfly_proto_goTypes = []any{
 	(*ListStraysResponse)(nil),     // 33: mayfly.v1.ListStraysResponse
 	(*EndStrayRequest)(nil),        // 34: mayfly.v1.EndStrayRequest
 	(*EndStrayResponse)(nil),       // 35: mayfly.v1.EndStrayResponse
-	(*Request)(nil),                // 36: mayfly.v1.Request
-	(*Approval)(nil),               // 37: mayfly.v1.Approval
-	(*CreateRequestRequest)(nil),   // 38: mayfly.v1.CreateRequestRequest
-	(*GetRequestRequest)(nil),      // 39: mayfly.v1.GetRequestRequest
-	(*ListRequestsRequest)(nil),    // 40: mayfly.v1.ListRequestsRequest
-	(*ListRequestsResponse)(nil),   // 41: mayfly.v1.ListRequestsResponse
-	(*WatchRequestRequest)(nil),    // 42: mayfly.v1.WatchRequestRequest
-	(*WithdrawRequestRequest)(nil), // 43: mayfly.v1.WithdrawRequestRequest
-	(*ApproveRequestRequest)(nil),  // 44: mayfly.v1.ApproveRequestRequest
-	(*DenyRequestRequest)(nil),     // 45: mayfly.v1.DenyRequestRequest
-	(*ExplainRequest)(nil),         // 46: mayfly.v1.ExplainRequest
-	(*ExplainResponse)(nil),        // 47: mayfly.v1.ExplainResponse
-	(*PolicyFile)(nil),             // 48: mayfly.v1.PolicyFile
-	(*PreviewRequest)(nil),         // 49: mayfly.v1.PreviewRequest
-	(*PreviewResponse)(nil),        // 50: mayfly.v1.PreviewResponse
-	(*PreviewGrant)(nil),           // 51: mayfly.v1.PreviewGrant
-	(*PreviewDecision)(nil),        // 52: mayfly.v1.PreviewDecision
-	(*GetSignInRequest)(nil),       // 53: mayfly.v1.GetSignInRequest
-	(*GetSignInResponse)(nil),      // 54: mayfly.v1.GetSignInResponse
-	(*RedeemCodeRequest)(nil),      // 55: mayfly.v1.RedeemCodeRequest
-	(*Session)(nil),                // 56: mayfly.v1.Session
-	(*StartDeviceRequest)(nil),     // 57: mayfly.v1.StartDeviceRequest
-	(*StartDeviceResponse)(nil),    // 58: mayfly.v1.StartDeviceResponse
-	(*PollDeviceRequest)(nil),      // 59: mayfly.v1.PollDeviceRequest
-	(*SignOutRequest)(nil),         // 60: mayfly.v1.SignOutRequest
-	(*SignOutResponse)(nil),        // 61: mayfly.v1.SignOutResponse
-	(*EndAccessRequest)(nil),       // 62: mayfly.v1.EndAccessRequest
-	(*EndAccessProgress)(nil),      // 63: mayfly.v1.EndAccessProgress
-	nil,                            // 64: mayfly.v1.WhoAmIResponse.LabelsEntry
-	nil,                            // 65: mayfly.v1.Tool.EnvEntry
-	nil,                            // 66: mayfly.v1.Tool.LabelsEntry
-	nil,                            // 67: mayfly.v1.IssueLeaseRequest.ParametersEntry
-	nil,                            // 68: mayfly.v1.IssueLeaseResponse.SecretEntry
-	nil,                            // 69: mayfly.v1.IssueLeaseResponse.EnvEntry
-	nil,                            // 70: mayfly.v1.Lease.ParametersEntry
-	nil,                            // 71: mayfly.v1.Grant.ParametersEntry
-	nil,                            // 72: mayfly.v1.CreateGrantRequest.ParametersEntry
-	nil,                            // 73: mayfly.v1.Event.DetailsEntry
-	nil,                            // 74: mayfly.v1.Request.ParametersEntry
-	nil,                            // 75: mayfly.v1.CreateRequestRequest.ParametersEntry
-	nil,                            // 76: mayfly.v1.ExplainRequest.ParametersEntry
-	nil,                            // 77: mayfly.v1.EndAccessProgress.ByAgentEntry
-	nil,                            // 78: mayfly.v1.EndAccessProgress.ByToolEntry
-	nil,                            // 79: mayfly.v1.EndAccessProgress.ByProviderEntry
-	(*timestamppb.Timestamp)(nil),  // 80: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),    // 81: google.protobuf.Duration
+	(*CutOffRequest)(nil),          // 36: mayfly.v1.CutOffRequest
+	(*RoleCutOff)(nil),             // 37: mayfly.v1.RoleCutOff
+	(*ListCutOffsRequest)(nil),     // 38: mayfly.v1.ListCutOffsRequest
+	(*ListCutOffsResponse)(nil),    // 39: mayfly.v1.ListCutOffsResponse
+	(*Request)(nil),                // 40: mayfly.v1.Request
+	(*Approval)(nil),               // 41: mayfly.v1.Approval
+	(*CreateRequestRequest)(nil),   // 42: mayfly.v1.CreateRequestRequest
+	(*GetRequestRequest)(nil),      // 43: mayfly.v1.GetRequestRequest
+	(*ListRequestsRequest)(nil),    // 44: mayfly.v1.ListRequestsRequest
+	(*ListRequestsResponse)(nil),   // 45: mayfly.v1.ListRequestsResponse
+	(*WatchRequestRequest)(nil),    // 46: mayfly.v1.WatchRequestRequest
+	(*WithdrawRequestRequest)(nil), // 47: mayfly.v1.WithdrawRequestRequest
+	(*ApproveRequestRequest)(nil),  // 48: mayfly.v1.ApproveRequestRequest
+	(*DenyRequestRequest)(nil),     // 49: mayfly.v1.DenyRequestRequest
+	(*ExplainRequest)(nil),         // 50: mayfly.v1.ExplainRequest
+	(*ExplainResponse)(nil),        // 51: mayfly.v1.ExplainResponse
+	(*PolicyFile)(nil),             // 52: mayfly.v1.PolicyFile
+	(*PreviewRequest)(nil),         // 53: mayfly.v1.PreviewRequest
+	(*PreviewResponse)(nil),        // 54: mayfly.v1.PreviewResponse
+	(*PreviewGrant)(nil),           // 55: mayfly.v1.PreviewGrant
+	(*PreviewDecision)(nil),        // 56: mayfly.v1.PreviewDecision
+	(*GetSignInRequest)(nil),       // 57: mayfly.v1.GetSignInRequest
+	(*GetSignInResponse)(nil),      // 58: mayfly.v1.GetSignInResponse
+	(*RedeemCodeRequest)(nil),      // 59: mayfly.v1.RedeemCodeRequest
+	(*Session)(nil),                // 60: mayfly.v1.Session
+	(*StartDeviceRequest)(nil),     // 61: mayfly.v1.StartDeviceRequest
+	(*StartDeviceResponse)(nil),    // 62: mayfly.v1.StartDeviceResponse
+	(*PollDeviceRequest)(nil),      // 63: mayfly.v1.PollDeviceRequest
+	(*SignOutRequest)(nil),         // 64: mayfly.v1.SignOutRequest
+	(*SignOutResponse)(nil),        // 65: mayfly.v1.SignOutResponse
+	(*EndAccessRequest)(nil),       // 66: mayfly.v1.EndAccessRequest
+	(*EndAccessProgress)(nil),      // 67: mayfly.v1.EndAccessProgress
+	nil,                            // 68: mayfly.v1.WhoAmIResponse.LabelsEntry
+	nil,                            // 69: mayfly.v1.Tool.EnvEntry
+	nil,                            // 70: mayfly.v1.Tool.LabelsEntry
+	nil,                            // 71: mayfly.v1.IssueLeaseRequest.ParametersEntry
+	nil,                            // 72: mayfly.v1.IssueLeaseResponse.SecretEntry
+	nil,                            // 73: mayfly.v1.IssueLeaseResponse.EnvEntry
+	nil,                            // 74: mayfly.v1.Lease.ParametersEntry
+	nil,                            // 75: mayfly.v1.Grant.ParametersEntry
+	nil,                            // 76: mayfly.v1.CreateGrantRequest.ParametersEntry
+	nil,                            // 77: mayfly.v1.Event.DetailsEntry
+	nil,                            // 78: mayfly.v1.RoleCutOff.ByAgentEntry
+	nil,                            // 79: mayfly.v1.RoleCutOff.ByToolEntry
+	nil,                            // 80: mayfly.v1.Request.ParametersEntry
+	nil,                            // 81: mayfly.v1.CreateRequestRequest.ParametersEntry
+	nil,                            // 82: mayfly.v1.ExplainRequest.ParametersEntry
+	nil,                            // 83: mayfly.v1.EndAccessProgress.ByAgentEntry
+	nil,                            // 84: mayfly.v1.EndAccessProgress.ByToolEntry
+	nil,                            // 85: mayfly.v1.EndAccessProgress.ByProviderEntry
+	(*timestamppb.Timestamp)(nil),  // 86: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),    // 87: google.protobuf.Duration
 }
 var file_mayfly_v1_mayfly_proto_depIdxs = []int32{
-	64,  // 0: mayfly.v1.WhoAmIResponse.labels:type_name -> mayfly.v1.WhoAmIResponse.LabelsEntry
-	80,  // 1: mayfly.v1.WhoAmIResponse.svid_expires_at:type_name -> google.protobuf.Timestamp
-	80,  // 2: mayfly.v1.WhoAmIResponse.auth_time:type_name -> google.protobuf.Timestamp
+	68,  // 0: mayfly.v1.WhoAmIResponse.labels:type_name -> mayfly.v1.WhoAmIResponse.LabelsEntry
+	86,  // 1: mayfly.v1.WhoAmIResponse.svid_expires_at:type_name -> google.protobuf.Timestamp
+	86,  // 2: mayfly.v1.WhoAmIResponse.auth_time:type_name -> google.protobuf.Timestamp
 	5,   // 3: mayfly.v1.ListToolsResponse.tools:type_name -> mayfly.v1.Tool
-	81,  // 4: mayfly.v1.Tool.max_ttl:type_name -> google.protobuf.Duration
+	87,  // 4: mayfly.v1.Tool.max_ttl:type_name -> google.protobuf.Duration
 	6,   // 5: mayfly.v1.Tool.parameters:type_name -> mayfly.v1.Parameter
-	65,  // 6: mayfly.v1.Tool.env:type_name -> mayfly.v1.Tool.EnvEntry
-	80,  // 7: mayfly.v1.Tool.granted_until:type_name -> google.protobuf.Timestamp
-	66,  // 8: mayfly.v1.Tool.labels:type_name -> mayfly.v1.Tool.LabelsEntry
-	67,  // 9: mayfly.v1.IssueLeaseRequest.parameters:type_name -> mayfly.v1.IssueLeaseRequest.ParametersEntry
-	81,  // 10: mayfly.v1.IssueLeaseRequest.ttl:type_name -> google.protobuf.Duration
+	69,  // 6: mayfly.v1.Tool.env:type_name -> mayfly.v1.Tool.EnvEntry
+	86,  // 7: mayfly.v1.Tool.granted_until:type_name -> google.protobuf.Timestamp
+	70,  // 8: mayfly.v1.Tool.labels:type_name -> mayfly.v1.Tool.LabelsEntry
+	71,  // 9: mayfly.v1.IssueLeaseRequest.parameters:type_name -> mayfly.v1.IssueLeaseRequest.ParametersEntry
+	87,  // 10: mayfly.v1.IssueLeaseRequest.ttl:type_name -> google.protobuf.Duration
 	9,   // 11: mayfly.v1.IssueLeaseResponse.lease:type_name -> mayfly.v1.Lease
-	68,  // 12: mayfly.v1.IssueLeaseResponse.secret:type_name -> mayfly.v1.IssueLeaseResponse.SecretEntry
-	69,  // 13: mayfly.v1.IssueLeaseResponse.env:type_name -> mayfly.v1.IssueLeaseResponse.EnvEntry
-	70,  // 14: mayfly.v1.Lease.parameters:type_name -> mayfly.v1.Lease.ParametersEntry
-	80,  // 15: mayfly.v1.Lease.created_at:type_name -> google.protobuf.Timestamp
-	80,  // 16: mayfly.v1.Lease.end:type_name -> google.protobuf.Timestamp
-	80,  // 17: mayfly.v1.Lease.dies_at:type_name -> google.protobuf.Timestamp
-	80,  // 18: mayfly.v1.Lease.ended_at:type_name -> google.protobuf.Timestamp
+	72,  // 12: mayfly.v1.IssueLeaseResponse.secret:type_name -> mayfly.v1.IssueLeaseResponse.SecretEntry
+	73,  // 13: mayfly.v1.IssueLeaseResponse.env:type_name -> mayfly.v1.IssueLeaseResponse.EnvEntry
+	74,  // 14: mayfly.v1.Lease.parameters:type_name -> mayfly.v1.Lease.ParametersEntry
+	86,  // 15: mayfly.v1.Lease.created_at:type_name -> google.protobuf.Timestamp
+	86,  // 16: mayfly.v1.Lease.end:type_name -> google.protobuf.Timestamp
+	86,  // 17: mayfly.v1.Lease.dies_at:type_name -> google.protobuf.Timestamp
+	86,  // 18: mayfly.v1.Lease.ended_at:type_name -> google.protobuf.Timestamp
 	9,   // 19: mayfly.v1.ListLeasesResponse.leases:type_name -> mayfly.v1.Lease
-	71,  // 20: mayfly.v1.Grant.parameters:type_name -> mayfly.v1.Grant.ParametersEntry
-	80,  // 21: mayfly.v1.Grant.not_before:type_name -> google.protobuf.Timestamp
-	80,  // 22: mayfly.v1.Grant.not_after:type_name -> google.protobuf.Timestamp
-	80,  // 23: mayfly.v1.Grant.created_at:type_name -> google.protobuf.Timestamp
-	80,  // 24: mayfly.v1.Grant.ended_at:type_name -> google.protobuf.Timestamp
-	72,  // 25: mayfly.v1.CreateGrantRequest.parameters:type_name -> mayfly.v1.CreateGrantRequest.ParametersEntry
-	80,  // 26: mayfly.v1.CreateGrantRequest.not_before:type_name -> google.protobuf.Timestamp
-	80,  // 27: mayfly.v1.CreateGrantRequest.not_after:type_name -> google.protobuf.Timestamp
-	81,  // 28: mayfly.v1.CreateGrantRequest.duration:type_name -> google.protobuf.Duration
+	75,  // 20: mayfly.v1.Grant.parameters:type_name -> mayfly.v1.Grant.ParametersEntry
+	86,  // 21: mayfly.v1.Grant.not_before:type_name -> google.protobuf.Timestamp
+	86,  // 22: mayfly.v1.Grant.not_after:type_name -> google.protobuf.Timestamp
+	86,  // 23: mayfly.v1.Grant.created_at:type_name -> google.protobuf.Timestamp
+	86,  // 24: mayfly.v1.Grant.ended_at:type_name -> google.protobuf.Timestamp
+	76,  // 25: mayfly.v1.CreateGrantRequest.parameters:type_name -> mayfly.v1.CreateGrantRequest.ParametersEntry
+	86,  // 26: mayfly.v1.CreateGrantRequest.not_before:type_name -> google.protobuf.Timestamp
+	86,  // 27: mayfly.v1.CreateGrantRequest.not_after:type_name -> google.protobuf.Timestamp
+	87,  // 28: mayfly.v1.CreateGrantRequest.duration:type_name -> google.protobuf.Duration
 	14,  // 29: mayfly.v1.WithdrawGrantResponse.grant:type_name -> mayfly.v1.Grant
 	14,  // 30: mayfly.v1.ListGrantsResponse.grants:type_name -> mayfly.v1.Grant
-	80,  // 31: mayfly.v1.Incident.opened_at:type_name -> google.protobuf.Timestamp
-	80,  // 32: mayfly.v1.Incident.ends_at:type_name -> google.protobuf.Timestamp
+	86,  // 31: mayfly.v1.Incident.opened_at:type_name -> google.protobuf.Timestamp
+	86,  // 32: mayfly.v1.Incident.ends_at:type_name -> google.protobuf.Timestamp
 	14,  // 33: mayfly.v1.Incident.grants:type_name -> mayfly.v1.Grant
-	80,  // 34: mayfly.v1.Incident.closed_at:type_name -> google.protobuf.Timestamp
-	81,  // 35: mayfly.v1.OpenIncidentRequest.duration:type_name -> google.protobuf.Duration
+	86,  // 34: mayfly.v1.Incident.closed_at:type_name -> google.protobuf.Timestamp
+	87,  // 35: mayfly.v1.OpenIncidentRequest.duration:type_name -> google.protobuf.Duration
 	20,  // 36: mayfly.v1.CloseIncidentResponse.incident:type_name -> mayfly.v1.Incident
 	20,  // 37: mayfly.v1.ListIncidentsResponse.incidents:type_name -> mayfly.v1.Incident
-	80,  // 38: mayfly.v1.Event.time:type_name -> google.protobuf.Timestamp
-	73,  // 39: mayfly.v1.Event.details:type_name -> mayfly.v1.Event.DetailsEntry
+	86,  // 38: mayfly.v1.Event.time:type_name -> google.protobuf.Timestamp
+	77,  // 39: mayfly.v1.Event.details:type_name -> mayfly.v1.Event.DetailsEntry
 	27,  // 40: mayfly.v1.ListEventsResponse.events:type_name -> mayfly.v1.Event
-	80,  // 41: mayfly.v1.Stray.dies_at:type_name -> google.protobuf.Timestamp
-	80,  // 42: mayfly.v1.Stray.found_at:type_name -> google.protobuf.Timestamp
+	86,  // 41: mayfly.v1.Stray.dies_at:type_name -> google.protobuf.Timestamp
+	86,  // 42: mayfly.v1.Stray.found_at:type_name -> google.protobuf.Timestamp
 	31,  // 43: mayfly.v1.ListStraysResponse.strays:type_name -> mayfly.v1.Stray
 	31,  // 44: mayfly.v1.EndStrayResponse.stray:type_name -> mayfly.v1.Stray
-	74,  // 45: mayfly.v1.Request.parameters:type_name -> mayfly.v1.Request.ParametersEntry
-	81,  // 46: mayfly.v1.Request.duration:type_name -> google.protobuf.Duration
-	80,  // 47: mayfly.v1.Request.created_at:type_name -> google.protobuf.Timestamp
-	80,  // 48: mayfly.v1.Request.expires_at:type_name -> google.protobuf.Timestamp
-	37,  // 49: mayfly.v1.Request.approvals:type_name -> mayfly.v1.Approval
-	80,  // 50: mayfly.v1.Request.decided_at:type_name -> google.protobuf.Timestamp
-	80,  // 51: mayfly.v1.Approval.at:type_name -> google.protobuf.Timestamp
-	81,  // 52: mayfly.v1.Approval.duration:type_name -> google.protobuf.Duration
-	80,  // 53: mayfly.v1.Approval.auth_time:type_name -> google.protobuf.Timestamp
-	75,  // 54: mayfly.v1.CreateRequestRequest.parameters:type_name -> mayfly.v1.CreateRequestRequest.ParametersEntry
-	81,  // 55: mayfly.v1.CreateRequestRequest.duration:type_name -> google.protobuf.Duration
-	36,  // 56: mayfly.v1.ListRequestsResponse.requests:type_name -> mayfly.v1.Request
-	81,  // 57: mayfly.v1.ApproveRequestRequest.duration:type_name -> google.protobuf.Duration
-	76,  // 58: mayfly.v1.ExplainRequest.parameters:type_name -> mayfly.v1.ExplainRequest.ParametersEntry
-	48,  // 59: mayfly.v1.PreviewRequest.files:type_name -> mayfly.v1.PolicyFile
-	51,  // 60: mayfly.v1.PreviewResponse.ends:type_name -> mayfly.v1.PreviewGrant
-	52,  // 61: mayfly.v1.PreviewResponse.turns:type_name -> mayfly.v1.PreviewDecision
-	80,  // 62: mayfly.v1.PreviewDecision.at:type_name -> google.protobuf.Timestamp
-	80,  // 63: mayfly.v1.Session.expires_at:type_name -> google.protobuf.Timestamp
-	80,  // 64: mayfly.v1.Session.auth_time:type_name -> google.protobuf.Timestamp
-	80,  // 65: mayfly.v1.StartDeviceResponse.expires_at:type_name -> google.protobuf.Timestamp
-	81,  // 66: mayfly.v1.StartDeviceResponse.interval:type_name -> google.protobuf.Duration
-	77,  // 67: mayfly.v1.EndAccessProgress.by_agent:type_name -> mayfly.v1.EndAccessProgress.ByAgentEntry
-	78,  // 68: mayfly.v1.EndAccessProgress.by_tool:type_name -> mayfly.v1.EndAccessProgress.ByToolEntry
-	79,  // 69: mayfly.v1.EndAccessProgress.by_provider:type_name -> mayfly.v1.EndAccessProgress.ByProviderEntry
-	1,   // 70: mayfly.v1.AccessService.WhoAmI:input_type -> mayfly.v1.WhoAmIRequest
-	3,   // 71: mayfly.v1.AccessService.ListTools:input_type -> mayfly.v1.ListToolsRequest
-	7,   // 72: mayfly.v1.AccessService.IssueLease:input_type -> mayfly.v1.IssueLeaseRequest
-	10,  // 73: mayfly.v1.AccessService.GetLease:input_type -> mayfly.v1.GetLeaseRequest
-	11,  // 74: mayfly.v1.AccessService.ListLeases:input_type -> mayfly.v1.ListLeasesRequest
-	13,  // 75: mayfly.v1.AccessService.RevokeLease:input_type -> mayfly.v1.RevokeLeaseRequest
-	15,  // 76: mayfly.v1.GrantService.CreateGrant:input_type -> mayfly.v1.CreateGrantRequest
-	16,  // 77: mayfly.v1.GrantService.WithdrawGrant:input_type -> mayfly.v1.WithdrawGrantRequest
-	18,  // 78: mayfly.v1.GrantService.ListGrants:input_type -> mayfly.v1.ListGrantsRequest
-	21,  // 79: mayfly.v1.IncidentService.OpenIncident:input_type -> mayfly.v1.OpenIncidentRequest
-	22,  // 80: mayfly.v1.IncidentService.CloseIncident:input_type -> mayfly.v1.CloseIncidentRequest
-	24,  // 81: mayfly.v1.IncidentService.GetIncident:input_type -> mayfly.v1.GetIncidentRequest
-	25,  // 82: mayfly.v1.IncidentService.ListIncidents:input_type -> mayfly.v1.ListIncidentsRequest
-	28,  // 83: mayfly.v1.AuditService.ListEvents:input_type -> mayfly.v1.ListEventsRequest
-	38,  // 84: mayfly.v1.RequestService.CreateRequest:input_type -> mayfly.v1.CreateRequestRequest
-	39,  // 85: mayfly.v1.RequestService.GetRequest:input_type -> mayfly.v1.GetRequestRequest
-	40,  // 86: mayfly.v1.RequestService.ListRequests:input_type -> mayfly.v1.ListRequestsRequest
-	42,  // 87: mayfly.v1.RequestService.WatchRequest:input_type -> mayfly.v1.WatchRequestRequest
-	43,  // 88: mayfly.v1.RequestService.WithdrawRequest:input_type -> mayfly.v1.WithdrawRequestRequest
-	44,  // 89: mayfly.v1.RequestService.ApproveRequest:input_type -> mayfly.v1.ApproveRequestRequest
-	45,  // 90: mayfly.v1.RequestService.DenyRequest:input_type -> mayfly.v1.DenyRequestRequest
-	46,  // 91: mayfly.v1.PolicyService.Explain:input_type -> mayfly.v1.ExplainRequest
-	49,  // 92: mayfly.v1.PolicyService.Preview:input_type -> mayfly.v1.PreviewRequest
-	53,  // 93: mayfly.v1.SignInService.GetSignIn:input_type -> mayfly.v1.GetSignInRequest
-	55,  // 94: mayfly.v1.SignInService.RedeemCode:input_type -> mayfly.v1.RedeemCodeRequest
-	57,  // 95: mayfly.v1.SignInService.StartDevice:input_type -> mayfly.v1.StartDeviceRequest
-	59,  // 96: mayfly.v1.SignInService.PollDevice:input_type -> mayfly.v1.PollDeviceRequest
-	60,  // 97: mayfly.v1.SignInService.SignOut:input_type -> mayfly.v1.SignOutRequest
-	62,  // 98: mayfly.v1.OperatorService.EndAccess:input_type -> mayfly.v1.EndAccessRequest
-	30,  // 99: mayfly.v1.OperatorService.ForgetLease:input_type -> mayfly.v1.ForgetLeaseRequest
-	32,  // 100: mayfly.v1.OperatorService.ListStrays:input_type -> mayfly.v1.ListStraysRequest
-	34,  // 101: mayfly.v1.OperatorService.EndStray:input_type -> mayfly.v1.EndStrayRequest
-	2,   // 102: mayfly.v1.AccessService.WhoAmI:output_type -> mayfly.v1.WhoAmIResponse
-	4,   // 103: mayfly.v1.AccessService.ListTools:output_type -> mayfly.v1.ListToolsResponse
-	8,   // 104: mayfly.v1.AccessService.IssueLease:output_type -> mayfly.v1.IssueLeaseResponse
-	9,   // 105: mayfly.v1.AccessService.GetLease:output_type -> mayfly.v1.Lease
-	12,  // 106: mayfly.v1.AccessService.ListLeases:output_type -> mayfly.v1.ListLeasesResponse
-	9,   // 107: mayfly.v1.AccessService.RevokeLease:output_type -> mayfly.v1.Lease
-	14,  // 108: mayfly.v1.GrantService.CreateGrant:output_type -> mayfly.v1.Grant
-	17,  // 109: mayfly.v1.GrantService.WithdrawGrant:output_type -> mayfly.v1.WithdrawGrantResponse
-	19,  // 110: mayfly.v1.GrantService.ListGrants:output_type -> mayfly.v1.ListGrantsResponse
-	20,  // 111: mayfly.v1.IncidentService.OpenIncident:output_type -> mayfly.v1.Incident
-	23,  // 112: mayfly.v1.IncidentService.CloseIncident:output_type -> mayfly.v1.CloseIncidentResponse
-	20,  // 113: mayfly.v1.IncidentService.GetIncident:output_type -> mayfly.v1.Incident
-	26,  // 114: mayfly.v1.IncidentService.ListIncidents:output_type -> mayfly.v1.ListIncidentsResponse
-	29,  // 115: mayfly.v1.AuditService.ListEvents:output_type -> mayfly.v1.ListEventsResponse
-	36,  // 116: mayfly.v1.RequestService.CreateRequest:output_type -> mayfly.v1.Request
-	36,  // 117: mayfly.v1.RequestService.GetRequest:output_type -> mayfly.v1.Request
-	41,  // 118: mayfly.v1.RequestService.ListRequests:output_type -> mayfly.v1.ListRequestsResponse
-	36,  // 119: mayfly.v1.RequestService.WatchRequest:output_type -> mayfly.v1.Request
-	36,  // 120: mayfly.v1.RequestService.WithdrawRequest:output_type -> mayfly.v1.Request
-	36,  // 121: mayfly.v1.RequestService.ApproveRequest:output_type -> mayfly.v1.Request
-	36,  // 122: mayfly.v1.RequestService.DenyRequest:output_type -> mayfly.v1.Request
-	47,  // 123: mayfly.v1.PolicyService.Explain:output_type -> mayfly.v1.ExplainResponse
-	50,  // 124: mayfly.v1.PolicyService.Preview:output_type -> mayfly.v1.PreviewResponse
-	54,  // 125: mayfly.v1.SignInService.GetSignIn:output_type -> mayfly.v1.GetSignInResponse
-	56,  // 126: mayfly.v1.SignInService.RedeemCode:output_type -> mayfly.v1.Session
-	58,  // 127: mayfly.v1.SignInService.StartDevice:output_type -> mayfly.v1.StartDeviceResponse
-	56,  // 128: mayfly.v1.SignInService.PollDevice:output_type -> mayfly.v1.Session
-	61,  // 129: mayfly.v1.SignInService.SignOut:output_type -> mayfly.v1.SignOutResponse
-	63,  // 130: mayfly.v1.OperatorService.EndAccess:output_type -> mayfly.v1.EndAccessProgress
-	9,   // 131: mayfly.v1.OperatorService.ForgetLease:output_type -> mayfly.v1.Lease
-	33,  // 132: mayfly.v1.OperatorService.ListStrays:output_type -> mayfly.v1.ListStraysResponse
-	35,  // 133: mayfly.v1.OperatorService.EndStray:output_type -> mayfly.v1.EndStrayResponse
-	102, // [102:134] is the sub-list for method output_type
-	70,  // [70:102] is the sub-list for method input_type
-	70,  // [70:70] is the sub-list for extension type_name
-	70,  // [70:70] is the sub-list for extension extendee
-	0,   // [0:70] is the sub-list for field type_name
+	86,  // 45: mayfly.v1.RoleCutOff.made_before:type_name -> google.protobuf.Timestamp
+	86,  // 46: mayfly.v1.RoleCutOff.clear_at:type_name -> google.protobuf.Timestamp
+	86,  // 47: mayfly.v1.RoleCutOff.until:type_name -> google.protobuf.Timestamp
+	78,  // 48: mayfly.v1.RoleCutOff.by_agent:type_name -> mayfly.v1.RoleCutOff.ByAgentEntry
+	79,  // 49: mayfly.v1.RoleCutOff.by_tool:type_name -> mayfly.v1.RoleCutOff.ByToolEntry
+	86,  // 50: mayfly.v1.RoleCutOff.decided_at:type_name -> google.protobuf.Timestamp
+	37,  // 51: mayfly.v1.ListCutOffsResponse.cut_offs:type_name -> mayfly.v1.RoleCutOff
+	80,  // 52: mayfly.v1.Request.parameters:type_name -> mayfly.v1.Request.ParametersEntry
+	87,  // 53: mayfly.v1.Request.duration:type_name -> google.protobuf.Duration
+	86,  // 54: mayfly.v1.Request.created_at:type_name -> google.protobuf.Timestamp
+	86,  // 55: mayfly.v1.Request.expires_at:type_name -> google.protobuf.Timestamp
+	41,  // 56: mayfly.v1.Request.approvals:type_name -> mayfly.v1.Approval
+	86,  // 57: mayfly.v1.Request.decided_at:type_name -> google.protobuf.Timestamp
+	86,  // 58: mayfly.v1.Approval.at:type_name -> google.protobuf.Timestamp
+	87,  // 59: mayfly.v1.Approval.duration:type_name -> google.protobuf.Duration
+	86,  // 60: mayfly.v1.Approval.auth_time:type_name -> google.protobuf.Timestamp
+	81,  // 61: mayfly.v1.CreateRequestRequest.parameters:type_name -> mayfly.v1.CreateRequestRequest.ParametersEntry
+	87,  // 62: mayfly.v1.CreateRequestRequest.duration:type_name -> google.protobuf.Duration
+	40,  // 63: mayfly.v1.ListRequestsResponse.requests:type_name -> mayfly.v1.Request
+	87,  // 64: mayfly.v1.ApproveRequestRequest.duration:type_name -> google.protobuf.Duration
+	82,  // 65: mayfly.v1.ExplainRequest.parameters:type_name -> mayfly.v1.ExplainRequest.ParametersEntry
+	52,  // 66: mayfly.v1.PreviewRequest.files:type_name -> mayfly.v1.PolicyFile
+	55,  // 67: mayfly.v1.PreviewResponse.ends:type_name -> mayfly.v1.PreviewGrant
+	56,  // 68: mayfly.v1.PreviewResponse.turns:type_name -> mayfly.v1.PreviewDecision
+	86,  // 69: mayfly.v1.PreviewDecision.at:type_name -> google.protobuf.Timestamp
+	86,  // 70: mayfly.v1.Session.expires_at:type_name -> google.protobuf.Timestamp
+	86,  // 71: mayfly.v1.Session.auth_time:type_name -> google.protobuf.Timestamp
+	86,  // 72: mayfly.v1.StartDeviceResponse.expires_at:type_name -> google.protobuf.Timestamp
+	87,  // 73: mayfly.v1.StartDeviceResponse.interval:type_name -> google.protobuf.Duration
+	83,  // 74: mayfly.v1.EndAccessProgress.by_agent:type_name -> mayfly.v1.EndAccessProgress.ByAgentEntry
+	84,  // 75: mayfly.v1.EndAccessProgress.by_tool:type_name -> mayfly.v1.EndAccessProgress.ByToolEntry
+	85,  // 76: mayfly.v1.EndAccessProgress.by_provider:type_name -> mayfly.v1.EndAccessProgress.ByProviderEntry
+	1,   // 77: mayfly.v1.AccessService.WhoAmI:input_type -> mayfly.v1.WhoAmIRequest
+	3,   // 78: mayfly.v1.AccessService.ListTools:input_type -> mayfly.v1.ListToolsRequest
+	7,   // 79: mayfly.v1.AccessService.IssueLease:input_type -> mayfly.v1.IssueLeaseRequest
+	10,  // 80: mayfly.v1.AccessService.GetLease:input_type -> mayfly.v1.GetLeaseRequest
+	11,  // 81: mayfly.v1.AccessService.ListLeases:input_type -> mayfly.v1.ListLeasesRequest
+	13,  // 82: mayfly.v1.AccessService.RevokeLease:input_type -> mayfly.v1.RevokeLeaseRequest
+	15,  // 83: mayfly.v1.GrantService.CreateGrant:input_type -> mayfly.v1.CreateGrantRequest
+	16,  // 84: mayfly.v1.GrantService.WithdrawGrant:input_type -> mayfly.v1.WithdrawGrantRequest
+	18,  // 85: mayfly.v1.GrantService.ListGrants:input_type -> mayfly.v1.ListGrantsRequest
+	21,  // 86: mayfly.v1.IncidentService.OpenIncident:input_type -> mayfly.v1.OpenIncidentRequest
+	22,  // 87: mayfly.v1.IncidentService.CloseIncident:input_type -> mayfly.v1.CloseIncidentRequest
+	24,  // 88: mayfly.v1.IncidentService.GetIncident:input_type -> mayfly.v1.GetIncidentRequest
+	25,  // 89: mayfly.v1.IncidentService.ListIncidents:input_type -> mayfly.v1.ListIncidentsRequest
+	28,  // 90: mayfly.v1.AuditService.ListEvents:input_type -> mayfly.v1.ListEventsRequest
+	42,  // 91: mayfly.v1.RequestService.CreateRequest:input_type -> mayfly.v1.CreateRequestRequest
+	43,  // 92: mayfly.v1.RequestService.GetRequest:input_type -> mayfly.v1.GetRequestRequest
+	44,  // 93: mayfly.v1.RequestService.ListRequests:input_type -> mayfly.v1.ListRequestsRequest
+	46,  // 94: mayfly.v1.RequestService.WatchRequest:input_type -> mayfly.v1.WatchRequestRequest
+	47,  // 95: mayfly.v1.RequestService.WithdrawRequest:input_type -> mayfly.v1.WithdrawRequestRequest
+	48,  // 96: mayfly.v1.RequestService.ApproveRequest:input_type -> mayfly.v1.ApproveRequestRequest
+	49,  // 97: mayfly.v1.RequestService.DenyRequest:input_type -> mayfly.v1.DenyRequestRequest
+	50,  // 98: mayfly.v1.PolicyService.Explain:input_type -> mayfly.v1.ExplainRequest
+	53,  // 99: mayfly.v1.PolicyService.Preview:input_type -> mayfly.v1.PreviewRequest
+	57,  // 100: mayfly.v1.SignInService.GetSignIn:input_type -> mayfly.v1.GetSignInRequest
+	59,  // 101: mayfly.v1.SignInService.RedeemCode:input_type -> mayfly.v1.RedeemCodeRequest
+	61,  // 102: mayfly.v1.SignInService.StartDevice:input_type -> mayfly.v1.StartDeviceRequest
+	63,  // 103: mayfly.v1.SignInService.PollDevice:input_type -> mayfly.v1.PollDeviceRequest
+	64,  // 104: mayfly.v1.SignInService.SignOut:input_type -> mayfly.v1.SignOutRequest
+	66,  // 105: mayfly.v1.OperatorService.EndAccess:input_type -> mayfly.v1.EndAccessRequest
+	30,  // 106: mayfly.v1.OperatorService.ForgetLease:input_type -> mayfly.v1.ForgetLeaseRequest
+	32,  // 107: mayfly.v1.OperatorService.ListStrays:input_type -> mayfly.v1.ListStraysRequest
+	34,  // 108: mayfly.v1.OperatorService.EndStray:input_type -> mayfly.v1.EndStrayRequest
+	36,  // 109: mayfly.v1.OperatorService.CutOff:input_type -> mayfly.v1.CutOffRequest
+	38,  // 110: mayfly.v1.OperatorService.ListCutOffs:input_type -> mayfly.v1.ListCutOffsRequest
+	2,   // 111: mayfly.v1.AccessService.WhoAmI:output_type -> mayfly.v1.WhoAmIResponse
+	4,   // 112: mayfly.v1.AccessService.ListTools:output_type -> mayfly.v1.ListToolsResponse
+	8,   // 113: mayfly.v1.AccessService.IssueLease:output_type -> mayfly.v1.IssueLeaseResponse
+	9,   // 114: mayfly.v1.AccessService.GetLease:output_type -> mayfly.v1.Lease
+	12,  // 115: mayfly.v1.AccessService.ListLeases:output_type -> mayfly.v1.ListLeasesResponse
+	9,   // 116: mayfly.v1.AccessService.RevokeLease:output_type -> mayfly.v1.Lease
+	14,  // 117: mayfly.v1.GrantService.CreateGrant:output_type -> mayfly.v1.Grant
+	17,  // 118: mayfly.v1.GrantService.WithdrawGrant:output_type -> mayfly.v1.WithdrawGrantResponse
+	19,  // 119: mayfly.v1.GrantService.ListGrants:output_type -> mayfly.v1.ListGrantsResponse
+	20,  // 120: mayfly.v1.IncidentService.OpenIncident:output_type -> mayfly.v1.Incident
+	23,  // 121: mayfly.v1.IncidentService.CloseIncident:output_type -> mayfly.v1.CloseIncidentResponse
+	20,  // 122: mayfly.v1.IncidentService.GetIncident:output_type -> mayfly.v1.Incident
+	26,  // 123: mayfly.v1.IncidentService.ListIncidents:output_type -> mayfly.v1.ListIncidentsResponse
+	29,  // 124: mayfly.v1.AuditService.ListEvents:output_type -> mayfly.v1.ListEventsResponse
+	40,  // 125: mayfly.v1.RequestService.CreateRequest:output_type -> mayfly.v1.Request
+	40,  // 126: mayfly.v1.RequestService.GetRequest:output_type -> mayfly.v1.Request
+	45,  // 127: mayfly.v1.RequestService.ListRequests:output_type -> mayfly.v1.ListRequestsResponse
+	40,  // 128: mayfly.v1.RequestService.WatchRequest:output_type -> mayfly.v1.Request
+	40,  // 129: mayfly.v1.RequestService.WithdrawRequest:output_type -> mayfly.v1.Request
+	40,  // 130: mayfly.v1.RequestService.ApproveRequest:output_type -> mayfly.v1.Request
+	40,  // 131: mayfly.v1.RequestService.DenyRequest:output_type -> mayfly.v1.Request
+	51,  // 132: mayfly.v1.PolicyService.Explain:output_type -> mayfly.v1.ExplainResponse
+	54,  // 133: mayfly.v1.PolicyService.Preview:output_type -> mayfly.v1.PreviewResponse
+	58,  // 134: mayfly.v1.SignInService.GetSignIn:output_type -> mayfly.v1.GetSignInResponse
+	60,  // 135: mayfly.v1.SignInService.RedeemCode:output_type -> mayfly.v1.Session
+	62,  // 136: mayfly.v1.SignInService.StartDevice:output_type -> mayfly.v1.StartDeviceResponse
+	60,  // 137: mayfly.v1.SignInService.PollDevice:output_type -> mayfly.v1.Session
+	65,  // 138: mayfly.v1.SignInService.SignOut:output_type -> mayfly.v1.SignOutResponse
+	67,  // 139: mayfly.v1.OperatorService.EndAccess:output_type -> mayfly.v1.EndAccessProgress
+	9,   // 140: mayfly.v1.OperatorService.ForgetLease:output_type -> mayfly.v1.Lease
+	33,  // 141: mayfly.v1.OperatorService.ListStrays:output_type -> mayfly.v1.ListStraysResponse
+	35,  // 142: mayfly.v1.OperatorService.EndStray:output_type -> mayfly.v1.EndStrayResponse
+	37,  // 143: mayfly.v1.OperatorService.CutOff:output_type -> mayfly.v1.RoleCutOff
+	39,  // 144: mayfly.v1.OperatorService.ListCutOffs:output_type -> mayfly.v1.ListCutOffsResponse
+	111, // [111:145] is the sub-list for method output_type
+	77,  // [77:111] is the sub-list for method input_type
+	77,  // [77:77] is the sub-list for extension type_name
+	77,  // [77:77] is the sub-list for extension extendee
+	0,   // [0:77] is the sub-list for field type_name
 }
 
 func init() { file_mayfly_v1_mayfly_proto_init() }
@@ -6186,7 +6587,7 @@ func file_mayfly_v1_mayfly_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mayfly_v1_mayfly_proto_rawDesc), len(file_mayfly_v1_mayfly_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   80,
+			NumMessages:   86,
 			NumExtensions: 0,
 			NumServices:   8,
 		},

@@ -140,6 +140,11 @@ const (
 	// OperatorServiceEndStrayProcedure is the fully-qualified name of the OperatorService's EndStray
 	// RPC.
 	OperatorServiceEndStrayProcedure = "/mayfly.v1.OperatorService/EndStray"
+	// OperatorServiceCutOffProcedure is the fully-qualified name of the OperatorService's CutOff RPC.
+	OperatorServiceCutOffProcedure = "/mayfly.v1.OperatorService/CutOff"
+	// OperatorServiceListCutOffsProcedure is the fully-qualified name of the OperatorService's
+	// ListCutOffs RPC.
+	OperatorServiceListCutOffsProcedure = "/mayfly.v1.OperatorService/ListCutOffs"
 )
 
 // AccessServiceClient is a client for the mayfly.v1.AccessService service.
@@ -1269,6 +1274,14 @@ type OperatorServiceClient interface {
 	// EndStray has a stray ended and removed at its provider, and waits a moment
 	// for it. It is tried for as long as it takes, whether the caller waits or not.
 	EndStray(context.Context, *connect.Request[v1.EndStrayRequest]) (*connect.Response[v1.EndStrayResponse], error)
+	// CutOff ends every session of a role of a provider that was made up to now,
+	// whoever has it: leases, and what others made. For an emergency. With dry_run
+	// it only says what it would hit. It waits a moment; what was begun goes on
+	// without the caller. Doing it again also ends what was made meanwhile.
+	CutOff(context.Context, *connect.Request[v1.CutOffRequest]) (*connect.Response[v1.RoleCutOff], error)
+	// ListCutOffs lists the roles that are cut off, until whatever was made
+	// before is dead by itself.
+	ListCutOffs(context.Context, *connect.Request[v1.ListCutOffsRequest]) (*connect.Response[v1.ListCutOffsResponse], error)
 }
 
 // NewOperatorServiceClient constructs a client for the mayfly.v1.OperatorService service. By
@@ -1306,6 +1319,18 @@ func NewOperatorServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			connect.WithSchema(operatorServiceMethods.ByName("EndStray")),
 			connect.WithClientOptions(opts...),
 		),
+		cutOff: connect.NewClient[v1.CutOffRequest, v1.RoleCutOff](
+			httpClient,
+			baseURL+OperatorServiceCutOffProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("CutOff")),
+			connect.WithClientOptions(opts...),
+		),
+		listCutOffs: connect.NewClient[v1.ListCutOffsRequest, v1.ListCutOffsResponse](
+			httpClient,
+			baseURL+OperatorServiceListCutOffsProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("ListCutOffs")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -1315,6 +1340,8 @@ type operatorServiceClient struct {
 	forgetLease *connect.Client[v1.ForgetLeaseRequest, v1.Lease]
 	listStrays  *connect.Client[v1.ListStraysRequest, v1.ListStraysResponse]
 	endStray    *connect.Client[v1.EndStrayRequest, v1.EndStrayResponse]
+	cutOff      *connect.Client[v1.CutOffRequest, v1.RoleCutOff]
+	listCutOffs *connect.Client[v1.ListCutOffsRequest, v1.ListCutOffsResponse]
 }
 
 // EndAccess calls mayfly.v1.OperatorService.EndAccess.
@@ -1337,6 +1364,16 @@ func (c *operatorServiceClient) EndStray(ctx context.Context, req *connect.Reque
 	return c.endStray.CallUnary(ctx, req)
 }
 
+// CutOff calls mayfly.v1.OperatorService.CutOff.
+func (c *operatorServiceClient) CutOff(ctx context.Context, req *connect.Request[v1.CutOffRequest]) (*connect.Response[v1.RoleCutOff], error) {
+	return c.cutOff.CallUnary(ctx, req)
+}
+
+// ListCutOffs calls mayfly.v1.OperatorService.ListCutOffs.
+func (c *operatorServiceClient) ListCutOffs(ctx context.Context, req *connect.Request[v1.ListCutOffsRequest]) (*connect.Response[v1.ListCutOffsResponse], error) {
+	return c.listCutOffs.CallUnary(ctx, req)
+}
+
 // OperatorServiceHandler is an implementation of the mayfly.v1.OperatorService service.
 type OperatorServiceHandler interface {
 	// EndAccess is the kill switch: it withdraws every grant and request, and
@@ -1354,6 +1391,14 @@ type OperatorServiceHandler interface {
 	// EndStray has a stray ended and removed at its provider, and waits a moment
 	// for it. It is tried for as long as it takes, whether the caller waits or not.
 	EndStray(context.Context, *connect.Request[v1.EndStrayRequest]) (*connect.Response[v1.EndStrayResponse], error)
+	// CutOff ends every session of a role of a provider that was made up to now,
+	// whoever has it: leases, and what others made. For an emergency. With dry_run
+	// it only says what it would hit. It waits a moment; what was begun goes on
+	// without the caller. Doing it again also ends what was made meanwhile.
+	CutOff(context.Context, *connect.Request[v1.CutOffRequest]) (*connect.Response[v1.RoleCutOff], error)
+	// ListCutOffs lists the roles that are cut off, until whatever was made
+	// before is dead by itself.
+	ListCutOffs(context.Context, *connect.Request[v1.ListCutOffsRequest]) (*connect.Response[v1.ListCutOffsResponse], error)
 }
 
 // NewOperatorServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -1387,6 +1432,18 @@ func NewOperatorServiceHandler(svc OperatorServiceHandler, opts ...connect.Handl
 		connect.WithSchema(operatorServiceMethods.ByName("EndStray")),
 		connect.WithHandlerOptions(opts...),
 	)
+	operatorServiceCutOffHandler := connect.NewUnaryHandler(
+		OperatorServiceCutOffProcedure,
+		svc.CutOff,
+		connect.WithSchema(operatorServiceMethods.ByName("CutOff")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operatorServiceListCutOffsHandler := connect.NewUnaryHandler(
+		OperatorServiceListCutOffsProcedure,
+		svc.ListCutOffs,
+		connect.WithSchema(operatorServiceMethods.ByName("ListCutOffs")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/mayfly.v1.OperatorService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case OperatorServiceEndAccessProcedure:
@@ -1397,6 +1454,10 @@ func NewOperatorServiceHandler(svc OperatorServiceHandler, opts ...connect.Handl
 			operatorServiceListStraysHandler.ServeHTTP(w, r)
 		case OperatorServiceEndStrayProcedure:
 			operatorServiceEndStrayHandler.ServeHTTP(w, r)
+		case OperatorServiceCutOffProcedure:
+			operatorServiceCutOffHandler.ServeHTTP(w, r)
+		case OperatorServiceListCutOffsProcedure:
+			operatorServiceListCutOffsHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1420,4 +1481,12 @@ func (UnimplementedOperatorServiceHandler) ListStrays(context.Context, *connect.
 
 func (UnimplementedOperatorServiceHandler) EndStray(context.Context, *connect.Request[v1.EndStrayRequest]) (*connect.Response[v1.EndStrayResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.OperatorService.EndStray is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) CutOff(context.Context, *connect.Request[v1.CutOffRequest]) (*connect.Response[v1.RoleCutOff], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.OperatorService.CutOff is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) ListCutOffs(context.Context, *connect.Request[v1.ListCutOffsRequest]) (*connect.Response[v1.ListCutOffsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("mayfly.v1.OperatorService.ListCutOffs is not implemented"))
 }
