@@ -70,8 +70,9 @@ type Config struct {
 	// Known tells of all leases of the provider whose credentials may be alive,
 	// as the store has them; with begun of those alone whose ending has begun,
 	// which costs as much as these are many. It is for a provider with
-	// Traits.Stands, which renders from it what must stand at the system; nil
-	// only where nothing is ended, as in a live check.
+	// Traits.Stands, which renders from it what must stand at the system, and
+	// for one that gives something to one lease at a time. Nil only where nothing
+	// is made or ended, as in a live check.
 	Known func(ctx context.Context, begun bool) ([]Known, error)
 	// Cuts tells of all cut-offs of the provider that must stand, as the store
 	// has them. It is for a provider that implements CutOff; nil means none.

@@ -177,7 +177,9 @@ func TestPace(t *testing.T) {
 // TestPaceOfOpeners: a bot opens and closes no more often than the catalog says.
 func TestPaceOfOpeners(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		r := newRig(t, func(r *rig) { r.yaml = strings.Replace(r.yaml, "max_open: 1000\n    max_per_hour: 1000000", "max_open: 1000\n    max_per_hour: 2", 1) })
+		r := newRig(t, func(r *rig) {
+			r.yaml = strings.Replace(r.yaml, "max_open: 1000\n    max_per_hour: 1000000", "max_open: 1000\n    max_per_hour: 2", 1)
+		})
 		for range 2 {
 			in := r.open(time.Hour, "db.read")
 			if _, _, err := r.engine.CloseIncident(bg, as(pager), in.ID, ""); err != nil {

@@ -21,7 +21,7 @@ type patient struct {
 }
 
 func (d *patient) Open(ctx context.Context, config providers.Config) (providers.Provider, error) {
-	config.Known = func(context.Context) ([]providers.Known, error) { return nil, nil }
+	config.Known = func(context.Context, bool) ([]providers.Known, error) { return nil, nil }
 	p, err := d.Driver.Open(ctx, config)
 	return patientProvider{p, d}, err
 }

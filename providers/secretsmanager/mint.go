@@ -135,7 +135,7 @@ func (p *provider) rotatable(ctx context.Context, name string, req providers.Min
 
 // alone refuses a lease beside another of the secret that has not ended.
 func (p *provider) alone(ctx context.Context, arn string, req providers.MintRequest) error {
-	all, err := p.known(ctx)
+	all, err := p.known(ctx, false)
 	if err != nil {
 		return fmt.Errorf("%w: looking for other leases: %w", providers.ErrNothingMade, err)
 	}

@@ -103,7 +103,7 @@ type provider struct {
 	config  config
 	clients *clients
 	now     func() time.Time
-	known   func(context.Context) ([]providers.Known, error) // the leases that have not ended
+	known   func(ctx context.Context, begun bool) ([]providers.Known, error) // the leases that have not ended
 
 	mu    sync.Mutex
 	asked map[string]time.Time // when a rotation was last asked for, by its request token

@@ -56,7 +56,7 @@ func (w *world) config() json.RawMessage {
 func (w *world) open() *provider {
 	p, err := Driver{}.Open(w.t.Context(), providers.Config{Name: "secrets", Installation: "m0000000000000000000000000", Raw: w.config(),
 		Log: slog.New(slog.NewTextHandler(&w.logged, nil)), Now: func() time.Time { return w.now },
-		Known: func(context.Context) ([]providers.Known, error) { return w.known, nil }})
+		Known: func(context.Context, bool) ([]providers.Known, error) { return w.known, nil }})
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -420,7 +420,7 @@ func TestOneAtATime(t *testing.T) {
 	}
 	// A store that cannot be asked gives no lease.
 	away := errors.New("the store is away")
-	p.known = func(context.Context) ([]providers.Known, error) { return nil, away }
+	p.known = func(context.Context, bool) ([]providers.Known, error) { return nil, away }
 	if m := w.mint(p, rotating, nil); !errors.Is(m.err, away) || !errors.Is(m.err, providers.ErrNothingMade) || !m.minted.Secret.IsZero() {
 		t.Errorf("%v", m.err)
 	}
@@ -549,7 +549,7 @@ func TestWebIdentity(t *testing.T) {
 	raw := fmt.Appendf(nil, `{"region":%q,"account":%q,"endpoint_url":%q,"sts_endpoint_url":%q,"credentials":{"method":"web_identity","role_arn":"arn:aws:iam::123456789012:role/mayfly-broker"}}`,
 		fakesecrets.Region, fakesecrets.Account, w.url, w.url)
 	config := providers.Config{Name: "secrets", Raw: raw, Log: slog.New(slog.DiscardHandler), Now: time.Now,
-		Known: func(context.Context) ([]providers.Known, error) { return nil, nil }}
+		Known: func(context.Context, bool) ([]providers.Known, error) { return nil, nil }}
 	p, err := Driver{Login: login{}}.Open(t.Context(), config)
 	if err != nil {
 		t.Fatal(err)
