@@ -331,7 +331,7 @@ func TestTemplatesAgree(t *testing.T) {
 		s := p.GoString()
 		return strings.Contains(s, ".Policies[") || strings.Contains(s, ".Inline[") || strings.HasSuffix(s, ".Trust")
 	}, cmp.Comparer(func(a, b string) bool { return sameDocument(t, a, b) }))
-	if diff := cmp.Diff(iam.account, got, document); diff != "" {
+	if diff := cmp.Diff(iam.made(), got, document); diff != "" {
 		t.Errorf("Terraform's account (-) and CloudFormation's (+):\n%s", diff)
 	}
 	if len(got.Roles) != 2 || len(got.Policies) != 2 || len(got.Providers) != 1 {

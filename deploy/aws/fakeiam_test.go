@@ -25,6 +25,13 @@ func newFakeIAM(t *testing.T) *fakeIAM {
 	return &fakeIAM{t: t, account: account{Providers: map[string]provider{}, Policies: map[string]string{}, Roles: map[string]role{}}}
 }
 
+// made is what there is by now.
+func (f *fakeIAM) made() account {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.account
+}
+
 // ServeHTTP implements http.Handler: AWS's query protocol.
 func (f *fakeIAM) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	body, _ := io.ReadAll(io.LimitReader(r.Body, 1<<20))

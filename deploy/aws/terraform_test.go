@@ -177,11 +177,11 @@ func TestTerraformApply(t *testing.T) {
 	}
 	unchanged("after apply")
 	iam.mu.Lock()
-	iam.Roles[crmARN].Inline["mayfly-0"] = `{"Version":"2012-10-17","Statement":[{"Effect":"Deny","Action":"*","Resource":"*","Condition":{"StringLike":{"aws:userid":["*:l1"]}}}]}`
+	iam.Roles[crmARN].Inline["mayfly-deny-here-0"] = `{"Version":"2012-10-17","Statement":[{"Effect":"Deny","Action":"*","Resource":"*","Condition":{"StringLike":{"aws:userid":["*:l1"]}}}]}`
 	iam.mu.Unlock()
 	unchanged("with a deny list")
 	tf.must("destroy", "-no-color", "-input=false", "-auto-approve", "-refresh=false") // the list came after Terraform looked
-	if len(iam.Roles)+len(iam.Policies)+len(iam.Providers) > 0 {
-		t.Errorf("left: %v", iam.account)
+	if left := iam.made(); len(left.Roles)+len(left.Policies)+len(left.Providers) > 0 {
+		t.Errorf("left: %v", left)
 	}
 }
