@@ -27,6 +27,15 @@ const (
 	crmARN      = "arn:aws:iam::" + accountID + ":role/mayfly/crm"
 )
 
+// secrets are those that a template is given.
+type secrets struct{ read, rotated []string }
+
+var (
+	both  = secrets{read: []string{secret, rotated}, rotated: []string{rotated}}
+	plain = secrets{read: []string{secret}, rotated: []string{}}
+	none  = secrets{read: []string{}, rotated: []string{}}
+)
+
 // account is what a template makes in IAM, by ARN.
 type account struct {
 	Providers map[string]provider

@@ -231,7 +231,7 @@ func (s *stack) ref(name string) any {
 }
 
 // rendered is the account that CloudFormation would make of the template.
-func rendered(t *testing.T, issuer string, secrets, rotatedSecrets []any) account {
+func rendered(t *testing.T, issuer string, g secrets) account {
 	t.Helper()
 	file, err := parser.ParseFile("cloudformation.yaml", 0)
 	if err != nil {
@@ -248,7 +248,7 @@ func rendered(t *testing.T, issuer string, secrets, rotatedSecrets []any) accoun
 		"CrmPermissions": "arn:aws:iam::" + accountID + ":policy/mayfly/crm",
 	}
 	s.attributes = map[string]string{"Broker.Arn": brokerARN, "Crm.Arn": crmARN}
-	given := map[string]any{"Issuer": issuer, "BrokerID": brokerID, "Bucket": bucket, "Secrets": secrets, "RotatedSecrets": rotatedSecrets}
+	given := map[string]any{"Issuer": issuer, "BrokerID": brokerID, "Bucket": bucket, "Secrets": commaDelimited(g.read), "RotatedSecrets": commaDelimited(g.rotated)}
 	for name, n := range s.entries(top["Parameters"]) {
 		if v, ok := given[name]; ok {
 			s.values[name] = v
@@ -322,27 +322,38 @@ func texts(v any) (all []string) {
 	return all
 }
 
+// commaDelimited is a parameter of type CommaDelimitedList: one that is given
+// nothing has one entry, which is empty.
+func commaDelimited(values []string) (all []any) {
+	for _, v := range strings.Split(strings.Join(values, ","), ",") {
+		all = append(all, v)
+	}
+	return all
+}
+
 // TestTemplatesAgree: CloudFormation and Terraform make the same account.
 func TestTemplatesAgree(t *testing.T) {
-	_, iam := applied(t)
-	got := rendered(t, issuer, []any{secret, rotated}, []any{rotated})
 	// A document is compared by what it says: texts under these keys are JSON.
 	document := cmp.FilterPath(func(p cmp.Path) bool {
 		s := p.GoString()
 		return strings.Contains(s, ".Policies[") || strings.Contains(s, ".Inline[") || strings.HasSuffix(s, ".Trust")
 	}, cmp.Comparer(func(a, b string) bool { return sameDocument(t, a, b) }))
-	if diff := cmp.Diff(iam.made(), got, document); diff != "" {
-		t.Errorf("Terraform's account (-) and CloudFormation's (+):\n%s", diff)
-	}
-	if len(got.Roles) != 2 || len(got.Policies) != 2 || len(got.Providers) != 1 {
-		t.Errorf("an account of %d roles, %d policies and %d OIDC providers", len(got.Roles), len(got.Policies), len(got.Providers))
-	}
-}
-
-// TestNoSecrets: without secrets nothing is said of Secrets Manager.
-func TestNoSecrets(t *testing.T) {
-	text := rendered(t, issuer, []any{""}, []any{""}).Roles[brokerARN].Inline["leases"]
-	if strings.Contains(text, "secretsmanager") || strings.Contains(text, "null") {
-		t.Error(text)
+	for name, g := range map[string]secrets{"secrets, one rotated": both, "secrets, none rotated": plain, "no secrets": none} {
+		t.Run(name, func(t *testing.T) {
+			_, iam := applied(t, g)
+			got := rendered(t, issuer, g)
+			if diff := cmp.Diff(iam.made(), got, document); diff != "" {
+				t.Errorf("Terraform's account (-) and CloudFormation's (+):\n%s", diff)
+			}
+			if len(got.Roles) != 2 || len(got.Policies) != 2 || len(got.Providers) != 1 {
+				t.Errorf("an account of %d roles, %d policies and %d OIDC providers", len(got.Roles), len(got.Policies), len(got.Providers))
+			}
+			leases := got.Roles[brokerARN].Inline["leases"]
+			for action, want := range map[string]bool{"secretsmanager:GetSecretValue": len(g.read) > 0, "secretsmanager:RotateSecret": len(g.rotated) > 0} {
+				if strings.Contains(leases, action) != want {
+					t.Errorf("%s is in it: %t\n%s", action, !want, leases)
+				}
+			}
+		})
 	}
 }

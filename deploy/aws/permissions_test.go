@@ -230,7 +230,7 @@ func trials() (all []trial) {
 // TestPermissions: an independent simulator of IAM comes, with the templates'
 // documents, to what is promised of them.
 func TestPermissions(t *testing.T) {
-	a, all := rendered(t, known, []any{secret, rotated}, []any{rotated}), trials()
+	a, all := rendered(t, known, both), trials()
 	var questions []simulation
 	for _, c := range all {
 		questions = append(questions, c.question(t, a))
@@ -268,7 +268,7 @@ func TestPermissionsAreNeeded(t *testing.T) {
 		what    string
 		account account
 	}
-	whole := rendered(t, known, []any{secret, rotated}, []any{rotated})
+	whole := rendered(t, known, both)
 	var mutations []mutation
 	// each makes the mutations of one document, and put puts one in its place.
 	each := func(name, text string, put func(a account, text string)) {

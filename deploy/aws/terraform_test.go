@@ -25,8 +25,8 @@ type terraform struct {
 	env         []string
 }
 
-// newTerraform sets up Terraform against an IAM at url.
-func newTerraform(t *testing.T, url string) *terraform {
+// newTerraform sets up Terraform against an IAM at url, with those secrets.
+func newTerraform(t *testing.T, url string, g secrets) *terraform {
 	t.Helper()
 	bin, err := filepath.Abs("../../bin/testbed")
 	if err != nil {
@@ -64,7 +64,7 @@ provider "aws" {
 }
 `,
 		"terraform.tfvars.json": jsonOf(t, map[string]any{"issuer": issuer, "broker_id": brokerID, "bucket": bucket, "thumbprints": []string{thumbprint},
-			"secrets": []string{secret, rotated}, "rotated_secrets": []string{rotated}}),
+			"secrets": g.read, "rotated_secrets": g.rotated}),
 	}
 	for name, text := range files {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
@@ -112,12 +112,12 @@ func (tf *terraform) must(args ...string) string {
 }
 
 // applied is the account that Terraform makes of the template.
-func applied(t *testing.T) (*terraform, *fakeIAM) {
+func applied(t *testing.T, g secrets) (*terraform, *fakeIAM) {
 	t.Helper()
 	iam := newFakeIAM(t)
 	s := httptest.NewServer(iam)
 	t.Cleanup(s.Close)
-	tf := newTerraform(t, s.URL)
+	tf := newTerraform(t, s.URL, g)
 	tf.must("apply", "-no-color", "-input=false", "-auto-approve")
 	return tf, iam
 }
@@ -125,7 +125,7 @@ func applied(t *testing.T) (*terraform, *fakeIAM) {
 // TestTerraformValidate: Terraform takes the template, its form is Terraform's,
 // and a template that is wrong is refused.
 func TestTerraformValidate(t *testing.T) {
-	tf := newTerraform(t, "http://127.0.0.1:1")
+	tf := newTerraform(t, "http://127.0.0.1:1", both)
 	tf.must("fmt", "-check", "-diff", "main.tf")
 	var got struct {
 		Valid       bool
@@ -168,7 +168,7 @@ func TestTerraformValidate(t *testing.T) {
 // TestTerraformApply: what Terraform made stays as it is, also when the broker
 // has written its deny list, and goes with it.
 func TestTerraformApply(t *testing.T) {
-	tf, iam := applied(t)
+	tf, iam := applied(t, both)
 	unchanged := func(what string) {
 		t.Helper()
 		if code, said := tf.run("plan", "-no-color", "-input=false", "-detailed-exitcode"); code != 0 {

@@ -1,3 +1,5 @@
+// The pseudo-version is release 3.40.0 of the AWS provider: later releases have a
+// module path or a major version that Go does not take, or were not to be had.
 module github.com/mayfly-security/mayfly/deploy/testbed/terraform-aws
 
 go 1.26

@@ -1,3 +1,4 @@
+// Terraform 1.5.7 is the last release under the MPL.
 module github.com/mayfly-security/mayfly/deploy/testbed/terraform
 
 go 1.26
