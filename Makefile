@@ -38,7 +38,7 @@ torture: need-postgres $(TESTBED)/vault ## Kill the broker under load, and compa
 	$(BIN)/torture/torture --mayflyd $(BIN)/torture/mayflyd --vault $(TESTBED)/vault $(ARGS)
 
 .PHONY: test
-test: need-cc need-postgres $(TESTBED)/vault $(TESTBED)/oidc $(TESTBED)/minio $(TESTBED)/awsjs need-aws testbed-iamsim ## Run every test, with the race detector; builds Vault and MinIO once (minutes)
+test: need-cc need-postgres $(TESTBED)/vault $(TESTBED)/oidc $(TESTBED)/minio $(TESTBED)/awsjs need-aws testbed-iamsim testbed-terraform testbed-cfn ## Run every test, with the race detector; builds Vault, MinIO and Terraform with its AWS provider once (minutes)
 	$(GO) test -race -parallel 8 -timeout 15m $(TEST_ARGS) ./...
 	$(GO) test -timeout 10m $(TEST_ARGS) -run '^TestStorm$$' ./providers/awssts # whole: too slow with the race detector
 
@@ -64,13 +64,15 @@ need-aws:
 
 # The servers that tests, demonstrations and the torture use. Each is pinned in
 # a module of its own, and built again when that changes.
-.PHONY: testbed testbed-vault testbed-minio testbed-etcd testbed-oidc testbed-awsjs testbed-iamsim
-testbed: testbed-vault testbed-minio testbed-etcd testbed-oidc testbed-awsjs testbed-iamsim ## Build the real servers that tests use: Vault, MinIO, etcd, an OpenID provider; and AWS's SDK for JavaScript
+.PHONY: testbed testbed-vault testbed-minio testbed-etcd testbed-oidc testbed-awsjs testbed-iamsim testbed-terraform testbed-cfn
+testbed: testbed-vault testbed-minio testbed-etcd testbed-oidc testbed-awsjs testbed-iamsim testbed-terraform testbed-cfn ## Build the real servers that tests use: Vault, MinIO, etcd, an OpenID provider; AWS's SDK for JavaScript; and what judges the templates for AWS
 testbed-vault: $(TESTBED)/vault
 testbed-minio: $(TESTBED)/minio
 testbed-etcd: $(TESTBED)/etcd
 testbed-oidc: $(TESTBED)/oidc
 testbed-awsjs: $(TESTBED)/awsjs
+testbed-terraform: $(TESTBED)/terraform $(TESTBED)/terraform-provider-aws
+testbed-cfn: $(TESTBED)/cfn
 
 $(TESTBED)/vault: deploy/testbed/vault/main.go deploy/testbed/vault/go.mod deploy/testbed/vault/go.sum
 	@GO='$(GO)' deploy/testbed/build vault . $@
@@ -85,6 +87,14 @@ deploy/testbed/iamsim/node_modules/.package-lock.json: deploy/testbed/iamsim/pac
 
 $(TESTBED)/etcd: deploy/testbed/etcd/go.mod deploy/testbed/etcd/go.sum
 	@GO='$(GO)' deploy/testbed/build etcd go.etcd.io/etcd/server/v3 $@
+# For the templates of deploy/aws: the last Terraform under the MPL, and the
+# newest AWS provider that there is as a Go module. See docs/aws.md.
+$(TESTBED)/terraform: deploy/testbed/terraform/go.mod deploy/testbed/terraform/go.sum
+	@GO='$(GO)' deploy/testbed/build terraform github.com/hashicorp/terraform $@
+$(TESTBED)/terraform-provider-aws: deploy/testbed/terraform-aws/go.mod deploy/testbed/terraform-aws/go.sum
+	@GO='$(GO)' deploy/testbed/build terraform-aws github.com/terraform-providers/terraform-provider-aws $@
+$(TESTBED)/cfn: $(addprefix deploy/testbed/cfn/,build package.json package-lock.json .npmrc validate.mjs) | need-node
+	@deploy/testbed/cfn/build $@
 $(TESTBED)/oidc: $(addprefix deploy/testbed/oidc/,build package.json package-lock.json .npmrc server.mjs) | need-node
 	@deploy/testbed/oidc/build $@
 $(TESTBED)/awsjs: $(addprefix deploy/testbed/awsjs/,build package.json package-lock.json .npmrc read.mjs) | need-node

@@ -3,7 +3,7 @@
 # See docs/aws.md.
 terraform {
   required_providers {
-    aws = { source = "hashicorp/aws", version = ">= 5.0" }
+    aws = { source = "hashicorp/aws", version = ">= 5.81" } # the first that leaves the issuer's thumbprints to AWS
   }
 }
 
@@ -23,9 +23,27 @@ variable "audience" {
   default = "sts.amazonaws.com"
 }
 
+variable "thumbprints" {
+  description = "SHA-1 fingerprints of the CA of the issuer's certificate, to tell AWS which; where this is null, AWS looks by itself"
+  type        = list(string)
+  default     = null
+}
+
 variable "bucket" {
   description = "The bucket of the example's tool"
   type        = string
+}
+
+variable "secrets" {
+  description = "The ARNs of the secrets that tools of the driver secretsmanager read"
+  type        = list(string)
+  default     = []
+}
+
+variable "rotated_secrets" {
+  description = "Those of them that a lease's end rotates (rotate: true)"
+  type        = list(string)
+  default     = []
 }
 
 data "aws_caller_identity" "this" {}
@@ -37,21 +55,24 @@ locals {
 }
 
 resource "aws_iam_openid_connect_provider" "spire" {
-  url            = "https://${var.issuer}"
-  client_id_list = [var.audience]
+  url             = "https://${var.issuer}"
+  client_id_list  = [var.audience]
+  thumbprint_list = var.thumbprints
 }
 
 # What the sessions of tools can do at most, whatever anybody writes into their
 # roles: the broker may write policies of roles with this boundary only. Add
-# what tools are for; leave out IAM and STS.
+# what tools are for; leave out IAM and STS, and what gives others access, such
+# as policies of buckets.
 resource "aws_iam_policy" "boundary" {
   name = "mayfly-boundary"
   path = "/mayfly/"
   policy = jsonencode({
     Version = "2012-10-17"
     Statement = [
-      { Effect = "Allow", Action = ["s3:*", "sts:DecodeAuthorizationMessage"], Resource = "*" },
-      { Effect = "Deny", Action = ["iam:*", "sts:AssumeRole*", "sts:GetFederationToken", "organizations:*", "account:*"], Resource = "*" },
+      { Effect = "Allow", Action = ["s3:GetObject", "s3:ListBucket"], Resource = [local.bucket, "${local.bucket}/*"] },
+      { Effect = "Allow", Action = "sts:DecodeAuthorizationMessage", Resource = "*" },
+      { Effect = "Deny", Action = ["iam:*", "sts:Assume*", "sts:GetFederationToken", "organizations:*", "account:*"], Resource = "*" },
     ]
   })
 }
@@ -75,7 +96,7 @@ resource "aws_iam_role_policy" "broker" {
   role = aws_iam_role.broker.id
   policy = jsonencode({
     Version = "2012-10-17"
-    Statement = [
+    Statement = concat([
       { Effect = "Allow", Action = ["sts:AssumeRole", "sts:TagSession", "sts:SetSourceIdentity"], Resource = local.tool_roles },
       { Effect = "Allow", Action = ["iam:ListRolePolicies", "iam:GetRolePolicy"], Resource = local.tool_roles },
       # For "mayflyd check --live" alone.
@@ -86,7 +107,13 @@ resource "aws_iam_role_policy" "broker" {
         Resource  = local.tool_roles
         Condition = { StringEquals = { "iam:PermissionsBoundary" = aws_iam_policy.boundary.arn } }
       },
-    ]
+      ],
+      # IAM takes no statement without a resource.
+      [for s in [
+        { Effect = "Allow", Action = "secretsmanager:GetSecretValue", Resource = var.secrets },
+        { Effect = "Allow", Action = ["secretsmanager:DescribeSecret", "secretsmanager:RotateSecret"], Resource = var.rotated_secrets },
+      ] : s if length(s.Resource) > 0]
+    )
   })
 }
 
@@ -117,8 +144,10 @@ resource "aws_iam_role" "crm" {
       Action    = ["sts:AssumeRole", "sts:TagSession", "sts:SetSourceIdentity"]
     }]
   })
-  # The deny list is the broker's to write.
-  lifecycle { ignore_changes = [inline_policy] }
+  # The deny list is the broker's to write: inline policies are not for Terraform
+  # to manage, by inline_policy or aws_iam_role_policies_exclusive. A role that
+  # is destroyed takes its list with it.
+  force_detach_policies = true
 }
 
 resource "aws_iam_role_policy_attachment" "crm" {
