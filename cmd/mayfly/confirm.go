@@ -57,8 +57,3 @@ func (p *program) interactive() bool {
 	f, ok := p.stdin.(*os.File)
 	return ok && isTerminal(f)
 }
-
-func isTerminal(f *os.File) bool {
-	info, err := f.Stat()
-	return err == nil && info.Mode()&os.ModeCharDevice != 0
-}
