@@ -49,8 +49,8 @@ again also ends what was made meanwhile. --dry-run only shows.
 
 It exits with 7 if at the end of --wait it was not seen to be in force, or a lease
 that it hit is not known to be dead.`,
-		Example: "  mayfly aws cut-off arn:aws:iam::123456789012:role/mayfly/crm --provider aws-prod --dry-run\n" +
-			"  mayfly aws cut-off arn:aws:iam::123456789012:role/mayfly/crm --provider aws-prod --reason \"SEC-9: keys in a public log\"",
+		Example: "  mayfly aws cut-off arn:aws:iam::123456789012:role/mayfly/crm --provider aws --dry-run\n" +
+			"  mayfly aws cut-off arn:aws:iam::123456789012:role/mayfly/crm --provider aws --reason \"SEC-9: keys in a public log\"",
 		Args: exactly("ROLE"), ValidArgsFunction: p.completeArgs(p.cutOffRoles),
 		DisableFlagsInUseLine: true,
 	}
@@ -114,7 +114,11 @@ func (p *program) awsCutOff(ctx context.Context, c *client.Client, role string, 
 		}
 	}
 	err = p.show(viewCutOff(cut), func(out *page) {
-		out.line("%s is cut off: %s.", cut.Role, cutOffText(cut))
+		is := "is cut off"
+		if cut.Progress != broker.ProgressVerified {
+			is = "is NOT known to be cut off yet"
+		}
+		out.line("%s %s: %s.", cut.Role, is, cutOffText(cut))
 		if clear := cut.ClearAt.Sub(p.now()); clear > 0 {
 			out.line("New leases of the role work %s.", when(cut.ClearAt, p.now()))
 		} else {

@@ -41,6 +41,32 @@ func checkCatalog(t *testing.T, old, with string) (string, int, error) {
 	return out.String(), line, err
 }
 
+// TestCheckExamples: every catalog of the examples is good.
+func TestCheckExamples(t *testing.T) {
+	catalogs, err := filepath.Glob("../../deploy/examples/catalog/*.yaml")
+	if err != nil || len(catalogs) < 4 {
+		t.Fatalf("%q, %v", catalogs, err)
+	}
+	for _, catalog := range catalogs {
+		catalog, err := filepath.Abs(catalog)
+		if err != nil {
+			t.Fatal(err)
+		}
+		config := filepath.Join(t.TempDir(), "mayflyd.yaml")
+		if err := os.WriteFile(config, fmt.Appendf(nil, "store: mayfly.db\ncatalog: [%q]\nlisten: 127.0.0.1:0\n", catalog), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var out bytes.Buffer
+		root := rootCommand()
+		root.SetArgs([]string{"check", "--config", config})
+		root.SetOut(&out)
+		root.SetErr(&out)
+		if err := root.ExecuteContext(t.Context()); err != nil || !strings.Contains(out.String(), " is good: ") {
+			t.Errorf("%s: %v\n%s", catalog, err, out.String())
+		}
+	}
+}
+
 // TestCheckAWS: the example is good, and the check says what its tool can do in
 // the end.
 func TestCheckAWS(t *testing.T) {
