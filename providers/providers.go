@@ -288,7 +288,8 @@ type Inventory interface {
 // Warner is implemented by a Driver that can say of a valid tool, without
 // asking anybody, what it can do in the end and what is to be known of it.
 type Warner interface {
-	// Warnings returns what there is to say. They name no tool, and none is bad.
+	// Warnings returns what there is to say. They name no tool, and none is bad;
+	// one with a Fix is a warning, and one without says what the tool can do.
 	Warnings(config json.RawMessage, tool broker.Tool) []Finding
 }
 

@@ -10,7 +10,6 @@ import (
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/broker/audit"
-	"github.com/mayfly-security/mayfly/broker/failpoint"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/store"
 )
@@ -109,7 +108,6 @@ func (e *Engine) carryOn(ctx context.Context, id string) (wait time.Duration, do
 		return 0, false, errors.Join(err, e.cutOffCame(ctx, id, rec, providers.Death{Err: err}))
 	}
 	defer p.release()
-	failpoint.At("lease.cutoff.begin")
 	// The leases are told beside it: what is written ends the sessions, and does
 	// not wait for the store; what tells of them does not wait for the provider.
 	told := make(chan error, 1)
@@ -118,7 +116,6 @@ func (e *Engine) carryOn(ctx context.Context, id string) (wait time.Duration, do
 	if rec.Progress != broker.ProgressVerified {
 		death = e.askCutOff(ctx, p, able, rec)
 	}
-	failpoint.At("lease.cutoff.answered")
 	err = errors.Join(death.Err, <-told, e.cutOffCame(ctx, id, rec, death))
 	return death.RetryAt.Sub(e.clock.now()), false, err
 }
@@ -154,7 +151,6 @@ func (e *Engine) endHit(ctx context.Context, id string, able providers.CutOff, r
 			return err
 		}
 	}
-	failpoint.At("lease.cutoff.told")
 	return e.update(ctx, e.clock.now(), func(t store.Txn) error {
 		is, ok, err := get[cutOffRecord](t, keyCutOff(id))
 		if err != nil || !ok || is.Decision != rec.Decision {

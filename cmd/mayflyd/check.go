@@ -94,10 +94,11 @@ func warn(out io.Writer, snapshot *catalog.Snapshot) {
 			continue
 		}
 		for _, f := range warner.Warnings(p.Config, t) {
-			fmt.Fprintf(out, "note: tool %s: %s\n", t.Name, shown(f.Message))
-			if f.Fix != "" {
-				fmt.Fprintf(out, "  do: %s\n", shown(f.Fix))
+			if f.Fix == "" {
+				fmt.Fprintf(out, "note: tool %s: %s\n", t.Name, shown(f.Message))
+				continue
 			}
+			fmt.Fprintf(out, "warning: tool %s: %s\n  do: %s\n", t.Name, shown(f.Message), shown(f.Fix))
 		}
 	}
 }

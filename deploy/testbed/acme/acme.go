@@ -123,6 +123,8 @@ func (w *World) writeCatalog(c Config) error {
 		"/etc/mayfly/crm-sweep.password":        password,
 		"host=db.acme.test port=5432":           "host=" + w.Postgres.Host + " port=" + strconv.Itoa(w.Postgres.Port),
 		"sslmode=verify-full":                   "sslmode=disable", // it is on loopback
+		// One agent stands for many.
+		"    environment: production\n": "    environment: production\n    max_leases: 100000\n    max_per_hour: 1000000\n",
 	} {
 		if !strings.Contains(text, was) {
 			return fmt.Errorf("the sample catalog does not say %q", was)

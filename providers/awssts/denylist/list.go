@@ -242,7 +242,12 @@ func (l *List) Next(must Set, fresh string, tidy bool, now time.Time) (Step, err
 	return Step{}, nil
 }
 
-// active is the policy that is written; empty if there is none that can be.
+// active is the policy that is written; empty if there is none that can be. It
+// is the one in which most stands: where room is short, each entry that comes to
+// it from another waits until it is in force.
+//
+// A policy of a process that is gone is as good as one of our own once none of
+// its writes can land any more.
 func (l *List) active(names []string) string {
 	active := ""
 	for _, name := range names {
@@ -250,9 +255,8 @@ func (l *List) active(names []string) string {
 		if len(p.Late) > 0 || p.Opaque != 0 {
 			continue
 		}
-		// A policy of a process that is gone is as good as one of our own once
-		// none of its writes can land any more.
-		if active == "" || p.Own && !l.Policies[active].Own {
+		if active == "" || len(p.Stands) > len(l.Policies[active].Stands) ||
+			len(p.Stands) == len(l.Policies[active].Stands) && p.Own && !l.Policies[active].Own {
 			active = name
 		}
 	}

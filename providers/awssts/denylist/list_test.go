@@ -150,3 +150,53 @@ func TestNewFirst(t *testing.T) {
 		t.Errorf("%d are not sure", len(missing))
 	}
 }
+
+// TestTogetherSoon: a list that is nearly full, most of it in a policy of a
+// process that is gone, comes together within an hour, and not entry by entry.
+func TestTogetherSoon(t *testing.T) {
+	now := time.Unix(1_800_000_000, 0)
+	must := leases(287)
+	l := &List{Others: 500, Policies: map[string]*Policy{"gone": {}, "before": {}, "own": {Own: true}}}
+	for i, e := range must.Sorted() {
+		name := "gone"
+		switch {
+		case i < 7:
+			name = "own"
+		case i < 11:
+			name = "before"
+		}
+		p := l.Policies[name]
+		p.stand(p.Stands.with(e), now.Add(-time.Hour))
+	}
+	for range 12 {
+		for range 10 {
+			step, err := l.Next(must, "new", true, now)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if step.Policy == "" {
+				break
+			}
+			l.Wrote(step, now)
+			if n := l.Used(); n > Quota {
+				t.Fatalf("%d characters", n)
+			}
+			if left := must.Minus(l.Sure()); len(left) > 0 {
+				t.Fatalf("%v stands nowhere", left.Sorted())
+			}
+		}
+		now = now.Add(Spread)
+	}
+	if len(l.Policies) != 1 {
+		for name, p := range l.Policies {
+			t.Errorf("%s is left with %d entries", name, len(p.Stands))
+		}
+	}
+}
+
+// with is the set and one entry more.
+func (s Set) with(e Entry) Set {
+	all := Set{e: struct{}{}}
+	all.Add(s)
+	return all
+}
