@@ -110,9 +110,11 @@ func calls() map[string][]trial {
 			{who: theBroker, action: "sts:TagSession", resource: crmARN, context: map[string]string{"aws:RequestTag/mayfly-tool": "crm"}},
 			{who: theBroker, action: "sts:SetSourceIdentity", resource: crmARN, context: map[string]string{"sts:SourceIdentity": "a1"}},
 		},
+		"sts.GetCallerIdentity":          nil, // AWS answers it to everybody, in spite of every deny
 		"sts.DecodeAuthorizationMessage": {{who: theTool, action: "sts:DecodeAuthorizationMessage", resource: "*"}},
 		"iam.ListRolePolicies":           {{who: theBroker, action: "iam:ListRolePolicies", resource: crmARN}},
 		"iam.GetRolePolicy":              {{who: theBroker, action: "iam:GetRolePolicy", resource: crmARN}},
+		"iam.GetRole":                    {{who: theBroker, action: "iam:GetRole", resource: crmARN}}, // for a live check alone
 		"iam.PutRolePolicy":              {{who: theBroker, action: "iam:PutRolePolicy", resource: crmARN, context: bound}},
 		"iam.DeleteRolePolicy":           {{who: theBroker, action: "iam:DeleteRolePolicy", resource: crmARN, context: bound}},
 		"secretsmanager.GetSecretValue": {
@@ -163,7 +165,7 @@ func trials() (all []trial) {
 		for _, action := range []string{"sts:AssumeRole", "sts:TagSession", "sts:SetSourceIdentity"} {
 			all = append(all, trial{who: theBroker, action: action, resource: resource, trust: everybody})
 		}
-		for _, action := range []string{"iam:PutRolePolicy", "iam:DeleteRolePolicy", "iam:GetRolePolicy", "iam:ListRolePolicies"} {
+		for _, action := range []string{"iam:PutRolePolicy", "iam:DeleteRolePolicy", "iam:GetRolePolicy", "iam:ListRolePolicies", "iam:GetRole"} {
 			c := trial{who: theBroker, action: action, resource: resource}
 			if action == "iam:PutRolePolicy" || action == "iam:DeleteRolePolicy" {
 				c.context = boundaryIs(boundaryARN)
@@ -178,7 +180,7 @@ func trials() (all []trial) {
 	for _, action := range []string{"iam:DeleteRolePermissionsBoundary", "iam:PutRolePermissionsBoundary", "iam:AttachRolePolicy", "iam:DetachRolePolicy", "iam:CreateRole"} {
 		all = append(all, trial{who: theBroker, action: action, resource: crmARN, context: boundaryIs(boundaryARN)})
 	}
-	for _, action := range []string{"iam:UpdateAssumeRolePolicy", "iam:UpdateRole", "iam:DeleteRole", "iam:PassRole", "iam:TagRole", "iam:GetRole"} {
+	for _, action := range []string{"iam:UpdateAssumeRolePolicy", "iam:UpdateRole", "iam:DeleteRole", "iam:PassRole", "iam:TagRole"} {
 		all = append(all, trial{who: theBroker, action: action, resource: crmARN})
 	}
 	for _, action := range []string{"iam:CreatePolicy", "iam:CreatePolicyVersion", "iam:SetDefaultPolicyVersion", "iam:DeletePolicy", "iam:DeletePolicyVersion"} {
