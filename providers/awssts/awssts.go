@@ -163,6 +163,6 @@ func (p *provider) Close() error {
 		p.stop()
 	}
 	p.running.Wait()
-	p.clients.close()
+	p.clients.Close()
 	return nil
 }

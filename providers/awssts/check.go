@@ -16,6 +16,8 @@ import (
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
+	"github.com/mayfly-security/mayfly/providers/internal/awsaccess"
+	"github.com/mayfly-security/mayfly/providers/internal/awsclient"
 )
 
 var _ providers.LiveChecker = (*Driver)(nil)
@@ -55,7 +57,7 @@ func (d *Driver) CheckLive(ctx context.Context, config providers.Config, tools [
 	if ch.clients, err = openClients(ctx, c, d.login); err != nil {
 		return nil, fmt.Errorf("opening AWS: %w", err)
 	}
-	defer ch.clients.close()
+	defer ch.clients.Close()
 	if c.Compatible() {
 		return ch.findings, ch.compatible(ctx)
 	}
@@ -97,7 +99,7 @@ type scoped struct {
 
 // checked is one role with the tools whose leases are its sessions.
 type checked struct {
-	role  awsscope.Role
+	role  awsaccess.Role
 	tools []scoped
 }
 
@@ -133,8 +135,8 @@ func (c *check) note(tool, fix, format string, args ...any) {
 // unanswered reports that AWS has said neither yes nor no, so that there is
 // nothing to find.
 func unanswered(err error) bool {
-	switch kindOf(err) {
-	case away, throttled, failed, late, cut:
+	switch awsclient.KindOf(err) {
+	case awsclient.Away, awsclient.Throttled, awsclient.Failed, awsclient.Late, awsclient.Cut:
 		return true
 	}
 	return false
@@ -142,7 +144,7 @@ func unanswered(err error) bool {
 
 // said is what AWS itself says, in brackets.
 func said(err error) string {
-	if f := asFault(err); f != nil {
+	if f := awsclient.AsFault(err); f != nil {
 		return "(" + f.Error() + ")"
 	}
 	return "(" + err.Error() + ")"
@@ -152,15 +154,15 @@ func said(err error) string {
 // in, with a finding.
 func (c *check) login(ctx context.Context) (ok bool, err error) {
 	out, err := c.clients.sts.GetCallerIdentity(ctx, &sts.GetCallerIdentityInput{})
-	if err = faultOf(ctx, "asking AWS who the broker is", err); err != nil {
-		if unanswered(err) || kindOf(err) == region {
+	if err = awsclient.FaultOf(ctx, "asking AWS who the broker is", err); err != nil {
+		if unanswered(err) || awsclient.KindOf(err) == awsclient.Region {
 			return false, err
 		}
 		return false, c.noLogin(err)
 	}
 	c.caller = aws.ToString(out.Arn)
 	chained := strings.Contains(c.caller, ":assumed-role/")
-	if c.config.Credentials.Method == awsscope.MethodDefault {
+	if c.config.Credentials.Method == awsaccess.MethodDefault {
 		c.note("", "", "looked as %s: with method default these are the credentials of who runs the check, which need not be the broker's", c.caller)
 	} else {
 		c.note("", "", "looked as %s", c.caller)
@@ -175,7 +177,7 @@ func (c *check) login(ctx context.Context) (ok bool, err error) {
 	switch {
 	case strings.HasSuffix(c.caller, ":root"):
 		c.bad("", fixSetup, "the broker's credentials are those of the account's root user")
-	case chained && !c.config.Credentials.Chained:
+	case chained && !c.config.Chained:
 		c.bad("", "leave chained out, and set max_session and max_ttl to 1h at most", "credentials.chained is false, and the broker's credentials are a role's: AWS gives them sessions of at most 1h")
 	case !chained:
 		c.note("", "prefer web_identity, or a role", "the broker's credentials are static keys, of a user: whoever has them is the broker until they are changed")
@@ -185,10 +187,10 @@ func (c *check) login(ctx context.Context) (ok bool, err error) {
 
 // noLogin tells why the broker cannot log in.
 func (c *check) noLogin(err error) error {
-	f := asFault(err)
+	f := awsclient.AsFault(err)
 	text := f.Error()
 	fix := "see that the credentials of method " + c.config.Credentials.Method + " are there and are valid"
-	if c.config.Credentials.Method == awsscope.MethodWebIdentity {
+	if c.config.Credentials.Method == awsaccess.MethodWebIdentity {
 		fix = "compare the broker's role with deploy/aws"
 		switch {
 		case strings.Contains(text, "InvalidIdentityToken"):
@@ -250,7 +252,7 @@ func (c *check) session(ctx context.Context, t scoped, r *checked, a *ask) (pack
 		}
 	}
 	out, err := c.clients.sts.AssumeRole(ctx, in)
-	if err = faultOf(ctx, "making a session for the check", err); err != nil {
+	if err = awsclient.FaultOf(ctx, "making a session for the check", err); err != nil {
 		return 0, err
 	}
 	//lint:ignore SA1019 what takes its place tells of the token's size, and not of what a tool's statements take

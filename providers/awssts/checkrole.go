@@ -18,6 +18,8 @@ import (
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
 	"github.com/mayfly-security/mayfly/providers/awssts/denylist"
+	"github.com/mayfly-security/mayfly/providers/internal/awsaccess"
+	"github.com/mayfly-security/mayfly/providers/internal/awsclient"
 )
 
 // fewLeases is how many leases of one role a check takes for too few: a tenth of
@@ -69,12 +71,12 @@ func (c *check) role(ctx context.Context, r *checked) error {
 func (c *check) about(ctx context.Context, r *checked) (lives time.Duration, there bool, err error) {
 	lives = r.longest()
 	out, err := c.clients.iam.GetRole(ctx, &iam.GetRoleInput{RoleName: &r.role.Name})
-	err = faultOf(ctx, "reading role "+r.role.Name, err)
+	err = awsclient.FaultOf(ctx, "reading role "+r.role.Name, err)
 	switch {
-	case kindOf(err) == missing:
+	case awsclient.KindOf(err) == awsclient.Missing:
 		c.bad("", fixSetup, "%s is not there", r)
 		return 0, false, nil
-	case kindOf(err) == denied:
+	case awsclient.KindOf(err) == awsclient.Denied:
 		c.note("", fmt.Sprintf(fixRead, r.role.Name), "%s: its path, boundary, longest session and trust policy were not compared: the broker may not read them", r)
 		return lives, true, nil
 	case err != nil:
@@ -177,7 +179,7 @@ func (c *check) isCaller(principal string) bool {
 	if principal == c.caller || principal == c.config.Credentials.RoleARN {
 		return true
 	}
-	role, err := awsscope.ParseRole(principal)
+	role, err := awsaccess.ParseRole(principal)
 	parts := strings.Split(c.caller, ":")
 	return err == nil && len(parts) == 6 && parts[4] == role.Account && strings.HasPrefix(parts[5], "assumed-role/"+role.Name+"/")
 }
@@ -189,12 +191,12 @@ func (c *check) quota(ctx context.Context, r *checked) (ok bool, err error) {
 	pages := iam.NewListRolePoliciesPaginator(c.clients.iam, &iam.ListRolePoliciesInput{RoleName: &r.role.Name})
 	for pages.HasMorePages() {
 		page, err := pages.NextPage(ctx)
-		err = faultOf(ctx, "listing the policies of role "+r.role.Name, err)
+		err = awsclient.FaultOf(ctx, "listing the policies of role "+r.role.Name, err)
 		switch {
-		case kindOf(err) == missing:
+		case awsclient.KindOf(err) == awsclient.Missing:
 			c.bad("", fixSetup, "%s is not there", r)
 			return false, nil
-		case kindOf(err) == denied:
+		case awsclient.KindOf(err) == awsclient.Denied:
 			c.bad("", fixList, "%s: the broker may not list its policies %s", r, said(err))
 			return false, nil
 		case err != nil:
@@ -205,11 +207,11 @@ func (c *check) quota(ctx context.Context, r *checked) (ok bool, err error) {
 	var foreign []string
 	for _, name := range append(names, c.name) { // the last is not there, and shows whether one may be read
 		out, err := c.clients.iam.GetRolePolicy(ctx, &iam.GetRolePolicyInput{RoleName: &r.role.Name, PolicyName: &name})
-		err = faultOf(ctx, "reading the policies of role "+r.role.Name, err)
+		err = awsclient.FaultOf(ctx, "reading the policies of role "+r.role.Name, err)
 		switch {
-		case kindOf(err) == missing:
+		case awsclient.KindOf(err) == awsclient.Missing:
 			continue
-		case kindOf(err) == denied:
+		case awsclient.KindOf(err) == awsclient.Denied:
 			c.bad("", fixList, "%s: the broker may not read its policies %s", r, said(err))
 			return false, nil
 		case err != nil:
@@ -251,22 +253,22 @@ func (c *check) quota(ctx context.Context, r *checked) (ok bool, err error) {
 // refusal is told as one, and that there was none is told to nobody as a proof.
 func (c *check) writes(ctx context.Context, r *checked) error {
 	_, err := c.clients.iam.DeleteRolePolicy(ctx, &iam.DeleteRolePolicyInput{RoleName: &r.role.Name, PolicyName: &c.name})
-	err = faultOf(ctx, "deleting a policy of role "+r.role.Name, err)
+	err = awsclient.FaultOf(ctx, "deleting a policy of role "+r.role.Name, err)
 	if unanswered(err) {
 		return err
 	}
-	if kindOf(err) == denied {
+	if awsclient.KindOf(err) == awsclient.Denied {
 		c.bad("", fixWrite, "%s: the broker may not delete its policies, so that its deny list is never cleared %s", r, said(err))
 	}
 	_, err = c.clients.iam.PutRolePolicy(ctx, &iam.PutRolePolicyInput{RoleName: &r.role.Name, PolicyName: &c.name, PolicyDocument: aws.String("{}")})
-	err = faultOf(ctx, "writing a policy of role "+r.role.Name, err)
-	switch kindOf(err) {
-	case none: // not seen of AWS; what it would have taken says nothing, and goes
+	err = awsclient.FaultOf(ctx, "writing a policy of role "+r.role.Name, err)
+	switch awsclient.KindOf(err) {
+	case awsclient.None: // not seen of AWS; what it would have taken says nothing, and goes
 		_, err = c.clients.iam.DeleteRolePolicy(ctx, &iam.DeleteRolePolicyInput{RoleName: &r.role.Name, PolicyName: &c.name})
-		return faultOf(ctx, "deleting the check's policy of role "+r.role.Name, err)
-	case denied:
+		return awsclient.FaultOf(ctx, "deleting the check's policy of role "+r.role.Name, err)
+	case awsclient.Denied:
 		c.bad("", fixWrite, "%s: the broker may not write its policies, so that no lease of it can be ended early %s", r, said(err))
-	case malformed:
+	case awsclient.Malformed:
 	default:
 		if unanswered(err) {
 			return err
@@ -286,18 +288,18 @@ func (c *check) sessions(ctx context.Context, r *checked, lives time.Duration) (
 		}
 		own := max(min(t.tool.MaxTTL, lives), awsscope.SessionMin)
 		packed, err := c.session(ctx, t, r, &ask{tags: true, source: true, lives: own})
-		switch kindOf(err) {
-		case none:
+		switch awsclient.KindOf(err) {
+		case awsclient.None:
 			ok = true
 			if packed >= 80 {
 				c.note(t.tool.Name, "shorten its statements, or bound its parameters", "policy and tags of its sessions take up to %d %% of what AWS takes", packed)
 			}
-		case denied:
+		case awsclient.Denied:
 			return false, c.whatIsDenied(ctx, t, r, err)
-		case tooLarge:
+		case awsclient.TooLarge:
 			ok = true
 			c.bad(t.tool.Name, "shorten its statements, or bound its parameters", "policy and tags of its sessions are larger than AWS takes %s", said(err))
-		case malformed:
+		case awsclient.Malformed:
 			ok = true
 			c.bad(t.tool.Name, "correct its statements", "AWS cannot read its session policy %s", said(err))
 		default:
@@ -321,7 +323,7 @@ func (c *check) whatIsDenied(ctx context.Context, t scoped, r *checked, cause er
 		if unanswered(err) {
 			return err
 		}
-		if kindOf(err) == denied {
+		if awsclient.KindOf(err) == awsclient.Denied {
 			lacks = append(lacks, try.action)
 			if try.action == "sts:AssumeRole" {
 				break // without it nothing else can be seen
@@ -340,15 +342,14 @@ func (c *check) probes(ctx context.Context, r *checked) error {
 	out, err := c.clients.sts.AssumeRole(ctx, &sts.AssumeRoleInput{
 		RoleArn: &r.role.ARN, RoleSessionName: &c.name, Policy: aws.String(probePolicy), DurationSeconds: aws.Int32(int32(ceilSeconds(awsscope.SessionMin))),
 	})
-	if err = faultOf(ctx, "making a probe's session", err); err != nil {
+	if err = awsclient.FaultOf(ctx, "making a probe's session", err); err != nil {
 		if unanswered(err) {
 			return err
 		}
 		c.bad("", fixTrust, "%s: no session can be made for a probe, which has no tags and no source identity, so that no early end is verified %s", r, said(err))
 		return nil
 	}
-	k := out.Credentials
-	b := &probe{client: c.clients.as(aws.Credentials{AccessKeyID: aws.ToString(k.AccessKeyId), SecretAccessKey: aws.ToString(k.SecretAccessKey), SessionToken: aws.ToString(k.SessionToken)})}
+	b := &probe{client: c.clients.as(out.Credentials)}
 	if b.ask(ctx) != allowed {
 		c.bad("", fixProbe, "%s: a probe may not ask sts:DecodeAuthorizationMessage: leases that are ended early stay written, and are never verified before their end", r)
 	}

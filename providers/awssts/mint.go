@@ -14,6 +14,7 @@ import (
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
+	"github.com/mayfly-security/mayfly/providers/internal/awsclient"
 )
 
 const (
@@ -92,8 +93,8 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 	}
 	out, err := p.clients.sts.AssumeRole(ctx, in, p.revokable(req.Lease))
 	now := p.now()
-	if err := faultOf(ctx, "assuming the role for lease "+h.Session, err); err != nil {
-		if asFault(err).refused() {
+	if err := awsclient.FaultOf(ctx, "assuming the role for lease "+h.Session, err); err != nil {
+		if awsclient.AsFault(err).Refused() {
 			p.vacate(h)
 			return providers.Minted{}, p.nothingMade(req.Tool.Name, err)
 		}

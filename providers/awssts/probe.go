@@ -13,6 +13,7 @@ import (
 
 	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
 	"github.com/mayfly-security/mayfly/providers/awssts/denylist"
+	"github.com/mayfly-security/mayfly/providers/internal/awsclient"
 )
 
 // probe is a session of the broker's own that is denied by the same writing as
@@ -54,11 +55,11 @@ const (
 
 func (b *probe) ask(ctx context.Context) verdict {
 	_, err := b.client.DecodeAuthorizationMessage(ctx, &sts.DecodeAuthorizationMessageInput{EncodedMessage: aws.String("mayfly")})
-	err = faultOf(ctx, "asking STS with a probe", err)
-	switch f := asFault(err); {
-	case err == nil, strings.HasPrefix(f.code, "InvalidAuthorizationMessage"):
+	err = awsclient.FaultOf(ctx, "asking STS with a probe", err)
+	switch f := awsclient.AsFault(err); {
+	case err == nil, strings.HasPrefix(f.Code, "InvalidAuthorizationMessage"):
 		return allowed
-	case f.kind == denied && strings.Contains(f.err.Error(), deniedByRole):
+	case f.Kind == awsclient.Denied && strings.Contains(f.Err.Error(), deniedByRole):
 		return explicitly
 	}
 	return unclear
@@ -96,11 +97,10 @@ func (p *provider) arm(ctx context.Context, w *writer, step *denylist.Step, must
 	})
 	if err != nil || out.Credentials == nil {
 		w.rests = p.now().Add(probeRest)
-		p.log.Warn("the deny list cannot be verified", "role", w.role.ARN, "error", faultOf(ctx, "assuming the role for a probe", err))
+		p.log.Warn("the deny list cannot be verified", "role", w.role.ARN, "error", awsclient.FaultOf(ctx, "assuming the role for a probe", err))
 		return false
 	}
-	k := out.Credentials
-	b.client = p.clients.as(aws.Credentials{AccessKeyID: aws.ToString(k.AccessKeyId), SecretAccessKey: aws.ToString(k.SecretAccessKey), SessionToken: aws.ToString(k.SessionToken)})
+	b.client = p.clients.as(out.Credentials)
 	b.expires = p.now().Add(awsscope.SessionMin - time.Minute)
 	if b.ask(ctx) != allowed {
 		w.rests = p.now().Add(probeRest)

@@ -22,6 +22,8 @@ import (
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
 	"github.com/mayfly-security/mayfly/providers/awssts/denylist"
+	"github.com/mayfly-security/mayfly/providers/internal/awsaccess"
+	"github.com/mayfly-security/mayfly/providers/internal/awsclient"
 )
 
 const (
@@ -57,7 +59,7 @@ func newWriters() *writers {
 
 // writer writes the deny list of one role. There is one in the process.
 type writer struct {
-	role   awsscope.Role
+	role   awsaccess.Role
 	prefix string // of the names of our policies of the role
 	turn   chan struct{}
 
@@ -85,9 +87,9 @@ func (p *provider) writerLocked(arn string) *writer {
 	key := p.name + "|" + arn
 	w := p.writers.all[key]
 	if w == nil {
-		role, err := awsscope.ParseRole(arn)
+		role, err := awsaccess.ParseRole(arn)
 		if err != nil {
-			role = awsscope.Role{ARN: arn, Name: arn[strings.LastIndexByte(arn, '/')+1:]}
+			role = awsaccess.Role{ARN: arn, Name: arn[strings.LastIndexByte(arn, '/')+1:]}
 		}
 		sum := sha256.Sum256([]byte(p.name))
 		w = &writer{
@@ -312,10 +314,10 @@ func (p *provider) do(ctx context.Context, w *writer, step denylist.Step) error 
 	} else {
 		_, err = p.clients.iam.PutRolePolicy(ctx, &iam.PutRolePolicyInput{RoleName: &w.role.Name, PolicyName: &step.Policy, PolicyDocument: aws.String(denylist.Render(step.Set))})
 	}
-	err = faultOf(ctx, what, err)
+	err = awsclient.FaultOf(ctx, what, err)
 	now := p.now()
-	switch f := asFault(err); {
-	case err == nil, len(step.Set) == 0 && f.kind == missing:
+	switch f := awsclient.AsFault(err); {
+	case err == nil, len(step.Set) == 0 && f.Kind == awsclient.Missing:
 		w.list.Wrote(step, now)
 		w.wrote[step.Policy] = now
 		switch {
@@ -326,11 +328,11 @@ func (p *provider) do(ctx context.Context, w *writer, step denylist.Step) error 
 			w.probe = nil // there was no room for it
 		}
 		return nil
-	case f.kind == full:
+	case f.Kind == awsclient.Full:
 		w.seen = false // there is more than we knew
 		w.probe = nil
 		return fmt.Errorf("the quota of role %s is used up by what others wrote: %w", w.role.Name, err)
-	case f.refused():
+	case f.Refused():
 		w.probe = nil
 		return err
 	}
@@ -349,7 +351,7 @@ func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID
 	for {
 		out, err := p.clients.iam.ListRolePolicies(ctx, &iam.ListRolePoliciesInput{RoleName: &w.role.Name, Marker: marker})
 		if err != nil {
-			return faultOf(ctx, what, err)
+			return awsclient.FaultOf(ctx, what, err)
 		}
 		for _, name := range out.PolicyNames {
 			names[name] = true
@@ -370,9 +372,9 @@ func (p *provider) see(ctx context.Context, w *writer, leases map[broker.LeaseID
 		text, there := "", names[name]
 		if there {
 			out, err := p.clients.iam.GetRolePolicy(ctx, &iam.GetRolePolicyInput{RoleName: &w.role.Name, PolicyName: &name})
-			err = faultOf(ctx, what, err)
+			err = awsclient.FaultOf(ctx, what, err)
 			switch {
-			case kindOf(err) == missing:
+			case awsclient.KindOf(err) == awsclient.Missing:
 				there = false
 			case err != nil:
 				return err
