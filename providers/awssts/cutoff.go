@@ -214,7 +214,6 @@ func (p *provider) CutOff(ctx context.Context, cut providers.Cut) providers.Deat
 	}
 	w.doubt()
 	sure := w.list.Sure()
-	now := p.now()
 	e, verified := reaching(w.proven, cut)
 	switch {
 	case !reaches(sure, cut):
@@ -227,12 +226,5 @@ func (p *provider) CutOff(ctx context.Context, cut providers.Cut) providers.Deat
 			"the role's policy denies them, as STS in %s was seen to do at %s; a service that has not taken the policy over yet may accept one until it has",
 			p.config.Region, awsscope.Instant(w.proven[e]))}
 	}
-	d := providers.Death{Progress: broker.ProgressWritten, RetryAt: cut.Until}
-	switch {
-	case w.probe != nil && w.probe.covers != nil: // what it does not tell of, the next one does
-		d.RetryAt = earliest(d.RetryAt, w.probe.next)
-	case p.config.Early.Verify == awsscope.VerifyProbe:
-		d.RetryAt = earliest(d.RetryAt, latest(now.Add(probeSlow), w.rests))
-	}
-	return d
+	return p.written(w, cut.Until)
 }

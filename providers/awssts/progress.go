@@ -3,6 +3,7 @@ package awssts
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
@@ -44,13 +45,18 @@ func (p *provider) judge(w *writer, k denylist.Known, sure denylist.Set, failed 
 			"the session is denied by its role's policy, as STS in %s was seen to do at %s; a service that has not taken the policy over yet may accept it until %s",
 			p.config.Region, awsscope.Instant(w.proven[e]), awsscope.Instant(k.Until))}
 	}
-	now := p.now()
-	d := providers.Death{Progress: broker.ProgressWritten, RetryAt: k.Until}
+	return p.written(w, k.Until)
+}
+
+// written is what stands in the list and was not seen to be in force yet. It is
+// looked at again at until, or sooner where a probe may tell.
+func (p *provider) written(w *writer, until time.Time) providers.Death {
+	d := providers.Death{Progress: broker.ProgressWritten, RetryAt: until}
 	switch {
 	case w.probe != nil && w.probe.covers != nil: // what it does not tell of, the next one does
 		d.RetryAt = earliest(d.RetryAt, w.probe.next)
 	case p.config.Early.Verify == awsscope.VerifyProbe:
-		d.RetryAt = earliest(d.RetryAt, latest(now.Add(probeSlow), w.rests))
+		d.RetryAt = earliest(d.RetryAt, latest(p.now().Add(probeSlow), w.rests))
 	}
 	return d
 }
