@@ -10,6 +10,7 @@ import (
 	awsmiddleware "github.com/aws/aws-sdk-go-v2/aws/middleware"
 	"github.com/aws/aws-sdk-go-v2/service/sts"
 	"github.com/aws/aws-sdk-go-v2/service/sts/types"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
@@ -24,6 +25,10 @@ const (
 	// planSkew is the same before AWS's clock was seen.
 	planSkew = time.Minute
 )
+
+// noRole is asked for at a compatible server: the SDK requires one, and it has no
+// meaning there.
+const noRole = "arn:aws:iam::000000000000:role/none"
 
 // Plan implements providers.Planner: role and session name are fixed before AWS
 // is asked. It refuses what could not be ended early later.
@@ -81,15 +86,10 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 		DurationSeconds: aws.Int32(int32(p.life(req) / time.Second)),
 	}
 	if p.config.Compatible() {
-		in.RoleArn = aws.String("arn:aws:iam::000000000000:role/none") // required by the SDK, and of no meaning there
+		in.RoleArn = aws.String(noRole)
 	} else {
 		in.RoleArn, in.SourceIdentity = &h.Role, &h.Agent
-		for _, t := range awsscope.Tags(req.Agent, req.Incident, req.Tool.Name) {
-			in.Tags = append(in.Tags, types.Tag{Key: aws.String(t.Key), Value: aws.String(t.Value)})
-		}
-		for _, arn := range s.PolicyARNs {
-			in.PolicyArns = append(in.PolicyArns, types.PolicyDescriptorType{Arn: aws.String(arn)})
-		}
+		in.Tags, in.PolicyArns = sessionTags(req.Agent, req.Incident, req.Tool.Name), policies(s)
 	}
 	out, err := p.clients.sts.AssumeRole(ctx, in, p.revokable(req.Lease))
 	now := p.now()
@@ -101,6 +101,22 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 		return providers.Minted{}, fmt.Errorf("the outcome is not known: %w", err)
 	}
 	return p.take(req, s, h, out, now)
+}
+
+// sessionTags are a session's tags as the SDK has them.
+func sessionTags(agent spiffeid.ID, incident broker.IncidentID, tool string) (all []types.Tag) {
+	for _, t := range awsscope.Tags(agent, incident, tool) {
+		all = append(all, types.Tag{Key: aws.String(t.Key), Value: aws.String(t.Value)})
+	}
+	return all
+}
+
+// policies are the managed policies of a scope as the SDK has them.
+func policies(s awsscope.Scope) (all []types.PolicyDescriptorType) {
+	for _, arn := range s.PolicyARNs {
+		all = append(all, types.PolicyDescriptorType{Arn: aws.String(arn)})
+	}
+	return all
 }
 
 // life is for how long AWS is asked to let the session live: whole seconds.

@@ -28,9 +28,14 @@ type writers struct {
 }
 
 func newWriters() *writers {
-	var b [4]byte
-	_, _ = rand.Read(b[:]) // never fails
-	return &writers{all: map[string]*writer{}, of: map[string][]*writer{}, run: hex.EncodeToString(b[:])}
+	return &writers{all: map[string]*writer{}, of: map[string][]*writer{}, run: random(4)}
+}
+
+// random is that many bytes in hex, for a name that nothing else has.
+func random(bytes int) string {
+	b := make([]byte, bytes)
+	_, _ = rand.Read(b) // never fails
+	return hex.EncodeToString(b)
 }
 
 // writer writes the deny list of one role. There is one in the process.
