@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/internal/awsaccess"
 )
@@ -163,7 +164,7 @@ func (c *Config) checkCredentials(chained *bool) error {
 	switch method {
 	case awsaccess.MethodWebIdentity:
 		if chained != nil && !*chained {
-			return providers.FieldErrorf("credentials.chained", "is false, and what AssumeRoleWithWebIdentity gives is a role's: AWS gives it sessions of at most %s", short(ChainedMax))
+			return providers.FieldErrorf("credentials.chained", "is false, and what AssumeRoleWithWebIdentity gives is a role's: AWS gives it sessions of at most %s", broker.Span(ChainedMax))
 		}
 		c.Chained = true
 	case awsaccess.MethodDefault:
@@ -189,12 +190,12 @@ func (c *Config) checkSession(text string) error {
 	if text != "" {
 		d, err := time.ParseDuration(text)
 		if err != nil || d < SessionMin || d > SessionMax || d%time.Second != 0 {
-			return providers.FieldErrorf("max_session", "is %q; it is the MaxSessionDuration of the tools' roles, from %s to %s", text, short(SessionMin), short(SessionMax))
+			return providers.FieldErrorf("max_session", "is %q; it is the MaxSessionDuration of the tools' roles, from %s to %s", text, broker.Span(SessionMin), broker.Span(SessionMax))
 		}
 		c.MaxSession = d
 	}
 	if c.Chained && c.MaxSession > ChainedMax {
-		return providers.FieldErrorf("max_session", "is %s, and the broker's credentials (%s) are a role's: AWS gives them sessions of at most %s, whatever the role's own maximum is", short(c.MaxSession), c.Credentials.Method, short(ChainedMax))
+		return providers.FieldErrorf("max_session", "is %s, and the broker's credentials (%s) are a role's: AWS gives them sessions of at most %s, whatever the role's own maximum is", broker.Span(c.MaxSession), c.Credentials.Method, broker.Span(ChainedMax))
 	}
 	return nil
 }
@@ -217,7 +218,7 @@ func (c *Config) checkEarly(settle string) error {
 		if settle != "" {
 			d, err := time.ParseDuration(settle)
 			if err != nil || d < 0 || d > maxSettle {
-				return providers.FieldErrorf("early_revoke.settle", "is %q; it is how long a deny has been seen before it counts as in force, up to %s", settle, short(maxSettle))
+				return providers.FieldErrorf("early_revoke.settle", "is %q; it is how long a deny has been seen before it counts as in force, up to %s", settle, broker.Span(maxSettle))
 			}
 			e.Settle = d
 		}
@@ -246,16 +247,4 @@ func partitionOf(region string) string {
 		}
 	}
 	return "aws"
-}
-
-// short writes a duration as people write it: 1h, not 1h0m0s.
-func short(d time.Duration) string {
-	s := d.String()
-	if strings.HasSuffix(s, "m0s") {
-		s = strings.TrimSuffix(s, "0s")
-	}
-	if strings.HasSuffix(s, "h0m") {
-		s = strings.TrimSuffix(s, "0m")
-	}
-	return s
 }

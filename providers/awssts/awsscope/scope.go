@@ -96,7 +96,7 @@ func ParseScope(c Config, tool broker.Tool) (Scope, error) {
 		if c.Chained && c.MaxSession == ChainedMax {
 			why = "what AWS gives to the broker's credentials, which are a role's (role chaining)"
 		}
-		return Scope{}, providers.FieldErrorf("", "max_ttl of the tool is %s, and a session lives at most %s: %s", short(tool.MaxTTL), short(c.MaxSession), why)
+		return Scope{}, providers.FieldErrorf("", "max_ttl of the tool is %s, and a session lives at most %s: %s", broker.Span(tool.MaxTTL), broker.Span(c.MaxSession), why)
 	}
 	return s, s.fits(tool)
 }
