@@ -33,16 +33,26 @@ const noRole = "arn:aws:iam::000000000000:role/none"
 // Plan implements providers.Planner: role and session name are fixed before AWS
 // is asked. It refuses what could not be ended early later.
 func (p *provider) Plan(req providers.MintRequest) (providers.Handle, error) {
-	s, err := awsscope.ParseScope(p.config, req.Tool)
+	s, err := p.scope(req.Tool)
 	if err != nil {
-		return nil, broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
-			"the scope of tool %s cannot be read", req.Tool.Name).Because(err)
+		return nil, err
 	}
 	h, err := p.plan(s, req)
 	if err != nil {
 		return nil, err
 	}
 	return h.encode()
+}
+
+// scope is what the tool may do. The catalog has read it before, and refused what
+// cannot be read.
+func (p *provider) scope(tool broker.Tool) (awsscope.Scope, error) {
+	s, err := awsscope.ParseScope(p.config, tool)
+	if err != nil {
+		return s, broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
+			"the scope of tool %s cannot be read", tool.Name).Because(err)
+	}
+	return s, nil
 }
 
 func (p *provider) plan(s awsscope.Scope, req providers.MintRequest) (handle, error) {
@@ -64,18 +74,17 @@ func end(req providers.MintRequest) time.Time { return req.End.Truncate(time.Sec
 
 // Mint implements providers.Provider: one AssumeRole, sent once.
 func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record func(providers.Handle) error) (providers.Minted, error) {
-	s, err := awsscope.ParseScope(p.config, req.Tool)
+	s, err := p.scope(req.Tool)
 	if err != nil {
-		return providers.Minted{}, p.refuse(broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
-			"the scope of tool %s cannot be read", req.Tool.Name).Because(err))
+		return providers.Minted{}, providers.Refused(err)
 	}
 	h, err := p.plan(s, req)
 	if err != nil {
-		return providers.Minted{}, p.refuse(err)
+		return providers.Minted{}, providers.Refused(err)
 	}
 	policy, err := s.Policy(req.Params, end(req))
 	if err != nil {
-		return providers.Minted{}, p.refuse(err)
+		return providers.Minted{}, providers.Refused(err)
 	}
 	p.acquaint(ctx, h.Role)
 	if err := p.reserve(h.Role, req); err != nil {
@@ -172,11 +181,6 @@ func behind(out *sts.AssumeRoleOutput, now time.Time) time.Duration {
 	}
 	// It is told in whole seconds, of which skew has room for one.
 	return max(now.Sub(server)-time.Second, 0)
-}
-
-// refuse is an error of Mint before anything was asked.
-func (p *provider) refuse(err error) error {
-	return fmt.Errorf("%w: %w: %w", providers.ErrNothingMade, providers.ErrRefused, err)
 }
 
 func ceilSeconds(d time.Duration) int64 { return int64((d + time.Second - 1) / time.Second) }

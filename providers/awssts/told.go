@@ -50,11 +50,10 @@ func (p *provider) told(k awsclient.Kind, tool string) *broker.Error {
 // nothingMade is an error of Mint where nothing was made.
 func (p *provider) nothingMade(tool string, cause error) error {
 	k := awsclient.KindOf(cause)
-	err := fmt.Errorf("%w: %w", providers.ErrNothingMade, p.told(k, tool).Because(cause))
+	told := p.told(k, tool).Because(cause)
 	switch k {
 	case awsclient.Away, awsclient.Throttled, awsclient.Login:
-	default:
-		err = fmt.Errorf("%w: %w", err, providers.ErrRefused)
+		return fmt.Errorf("%w: %w", providers.ErrNothingMade, told)
 	}
-	return err
+	return providers.Refused(told)
 }

@@ -49,12 +49,12 @@ func (p *provider) decodeHandle(raw providers.Handle) (handle, error) {
 func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record func(providers.Handle) error) (providers.Minted, error) {
 	s, err := parseScope(p.config, req.Tool)
 	if err != nil {
-		return providers.Minted{}, p.refuse(broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
+		return providers.Minted{}, providers.Refused(broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
 			"the scope of tool %s cannot be read", req.Tool.Name).Because(err))
 	}
 	name, err := s.name(req.Params)
 	if err != nil {
-		return providers.Minted{}, p.refuse(err)
+		return providers.Minted{}, providers.Refused(err)
 	}
 	if s.rotate {
 		if err := p.rotatable(ctx, name, req); err != nil {
@@ -71,7 +71,7 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 	}
 	minted := providers.Minted{Secret: broker.NewSecret(fields), Static: true, Survives: s.survives()}
 	if minted.Handle, err = json.Marshal(h); err != nil {
-		return providers.Minted{}, p.refuse(err)
+		return providers.Minted{}, providers.Refused(err)
 	}
 	if _, err := p.decodeHandle(minted.Handle); err != nil { // what could not be ended later is not given
 		return providers.Minted{}, p.wrong(req.Tool.Name, err)
@@ -165,14 +165,9 @@ func same(asked, arn, name string) bool {
 	return ok && (suffix == "" || len(suffix) == 7 && suffix[0] == '-')
 }
 
-// refuse is an error of Mint before anything was asked.
-func (p *provider) refuse(err error) error {
-	return fmt.Errorf("%w: %w: %w", providers.ErrNothingMade, providers.ErrRefused, err)
-}
-
 // wrong is that the secret is not as the tool says.
 func (p *provider) wrong(tool string, cause error) error {
-	return p.refuse(broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
+	return providers.Refused(broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
 		"the secret of tool %s (provider %s) is not as the catalog says", tool, p.name).Because(cause))
 }
 
@@ -200,9 +195,8 @@ func (p *provider) nothingRead(cause error, tool string) error {
 	default:
 		told = broker.Refusef(broker.ReasonProvider, later, "AWS Secrets Manager (provider %s) failed", p.name)
 	}
-	err := fmt.Errorf("%w: %w", providers.ErrNothingMade, told.Because(cause))
 	if refused {
-		err = fmt.Errorf("%w: %w", err, providers.ErrRefused)
+		return providers.Refused(told.Because(cause))
 	}
-	return err
+	return fmt.Errorf("%w: %w", providers.ErrNothingMade, told.Because(cause))
 }
