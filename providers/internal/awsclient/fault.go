@@ -92,7 +92,7 @@ func AsFault(err error) *Fault {
 	return nil
 }
 
-// KindOf is the kind of an error. One that is no Fault is none of AWS's.
+// KindOf is the kind of an error: Bad of one that is no Fault, None of nil.
 func KindOf(err error) Kind {
 	if f := AsFault(err); f != nil {
 		return f.Kind
