@@ -44,9 +44,7 @@ func TestRestoreFolded(t *testing.T) {
 		w.driver = New(nil)
 		p = w.open()
 		for w.clock.Now().Before(all[0].req.End) {
-			if err := p.reconcile(t.Context()); err != nil {
-				t.Fatal(err)
-			}
+			w.reconcile(p)
 			for i, l := range all {
 				if w.fake.Works(l.key) {
 					t.Fatalf("%s: lease %d is alive again at %s of an hour", cause, i, w.clock.Now().Sub(l.req.Now))
@@ -70,9 +68,7 @@ func TestRestoreUnmarked(t *testing.T) {
 	w.driver = New(nil)
 	p = w.open()
 	for w.clock.Now().Before(a.req.End) {
-		if err := p.reconcile(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		w.reconcile(p)
 		if !w.stands(a) || w.fake.Works(a.key) {
 			t.Fatalf("it is alive again after %s", w.clock.Now().Sub(a.req.Now))
 		}
@@ -99,9 +95,7 @@ func TestDeadLeave(t *testing.T) {
 			t.Fatal(d.Err)
 		}
 		w.clock.Advance(visible)
-		if err := p.reconcile(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		w.reconcile(p)
 		if w.stands(a) {
 			t.Fatalf("a lease that is dead by itself stands at %s", w.clock.Now())
 		}
@@ -123,9 +117,7 @@ func TestProvenAgain(t *testing.T) {
 	for name := range w.fake.Policies("crm0") {
 		w.fake.SetPolicy("crm0", name, "")
 	}
-	if err := p.reconcile(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.reconcile(p)
 	if d := p.Revoke(t.Context(), []providers.Ending{a.ending})[0]; d.Err != nil || d.Progress != broker.ProgressWritten {
 		t.Errorf("it was written a moment ago, and nobody has asked a probe since: %+v", d)
 	}
