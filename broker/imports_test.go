@@ -50,14 +50,18 @@ var levels = []struct {
 }
 
 // within names what may import what of its own level: a part of a package may
-// be a folder of it.
+// be a folder of it, and what several drivers of one system share is in
+// providers/internal, where the compiler keeps all others out. It is no
+// implementation, and knows none.
 var within = map[string][]string{
 	"broker/catalog":                       {"broker/catalog/strictyaml"},
 	"broker/api/mayfly/v1/mayflyv1connect": {"broker/api/mayfly/v1"},
 	"attestation/attestationtest":          {"attestation/devtrust"}, // the suite's callers come from a real trust domain
 	"providers/vault":                      {"providers/vault/vaultscope"},
-	"providers/awssts":                     {"providers/awssts/awsscope", "providers/awssts/denylist"},
-	"providers/secretsmanager":             {"providers/secretsmanager/fakesecrets"}, // its tests
+	"providers/awssts":                     {"providers/awssts/awsscope", "providers/awssts/denylist", "providers/internal/awsaccess", "providers/internal/awsclient"},
+	"providers/awssts/awsscope":            {"providers/internal/awsaccess"},
+	"providers/secretsmanager":             {"providers/internal/awsaccess", "providers/internal/awsclient"},
+	"providers/internal/awsclient":         {"providers/internal/awsaccess"},
 	"deploy/torture":                       {"deploy/torture/ledger", "deploy/torture/proxy", "deploy/testbed"},
 }
 
@@ -71,9 +75,12 @@ var only = map[string][]string{
 	"cmd/mayfly": {"broker", "broker/api/...", "broker/client", "broker/policy", "broker/audit/...",
 		"broker/catalog/...", "providers", "providers/vault/vaultscope"},
 	"providers/vault/vaultscope": {"broker", "providers"},
-	"providers/awssts/awsscope":  {"broker", "providers"},
+	"providers/awssts/awsscope":  {"broker", "providers", "providers/internal/awsaccess"},
 	"providers/awssts/denylist":  {"broker"},
 	"providers/awssts/fakeaws":   {}, // a fake of AWS, which knows nothing of us
+
+	"providers/internal/awsaccess": {"broker", "providers"},
+	"providers/internal/awsclient": {"broker", "attestation", "providers", "providers/internal/awsaccess"},
 
 	"providers/secretsmanager/fakesecrets": {}, // another
 }
@@ -166,7 +173,7 @@ func TestClientLinks(t *testing.T) {
 				func(prefix string) bool { return strings.HasPrefix(d, prefix) }) {
 				t.Errorf("%s links %s", from, d)
 			}
-			if from == "providers/vault/vaultscope" && slices.Contains([]string{"net/http", "crypto/tls", "os/exec"}, d) {
+			if slices.Contains([]string{"providers/vault/vaultscope", "providers/awssts/awsscope", "providers/awssts/denylist", "providers/internal/awsaccess"}, from) && slices.Contains([]string{"net/http", "crypto/tls", "os/exec"}, d) {
 				t.Errorf("%s links %s, and is to be pure", from, d)
 			}
 		}
@@ -201,6 +208,13 @@ func TestWrong(t *testing.T) {
 		{"broker/catalog", "providers/vault/vaultscope"},
 		{"providers/token", "providers/vault/vaultscope"},
 		{"providers/vault/vaultscope", "attestation"},
+		{"providers/vault", "providers/internal/awsclient"},
+		{"providers/secretsmanager", "providers/awssts"},
+		{"providers/secretsmanager", "providers/awssts/awsscope"},
+		{"providers/internal/awsclient", "providers/awssts"},
+		{"providers/internal/awsaccess", "providers/internal/awsclient"},
+		{"broker/catalog", "providers/internal/awsaccess"},
+		{"cmd/mayfly", "providers/internal/awsaccess"},
 		{"cmd/mayflyd", "providers/providertest"},
 		{"cmd/mayfly", "broker/client/clienttest"},
 		{"broker/util", "broker"},
@@ -213,6 +227,7 @@ func TestWrong(t *testing.T) {
 	for _, c := range []struct{ from, to string }{
 		{"broker/server", "broker/lease"}, {"broker/server", "attestation"}, {"broker/client", "broker/api/mayfly/v1"},
 		{"cmd/mayflyd", "store/bolt"}, {"cmd/mayflyd", "attestation/devidp"}, {"cmd/mayflyd", "deploy/examples"}, {"cmd/mayfly", "broker/client"}, {"broker/catalog", "broker/policy"},
+		{"providers/secretsmanager", "providers/internal/awsclient"}, {"providers/awssts", "providers/internal/awsclient"},
 	} {
 		if problem := wrong(c.from, c.to); problem != "" {
 			t.Error(problem)

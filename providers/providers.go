@@ -9,6 +9,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"time"
 
@@ -33,6 +34,12 @@ var (
 	// go with ErrNothingMade, and with a Death.
 	ErrAway = errors.New("the provider is away")
 )
+
+// Refused is an error of Mint that is certain to have made nothing, where trying
+// again is of no use until somebody changes something.
+func Refused(err error) error {
+	return fmt.Errorf("%w: %w: %w", ErrNothingMade, ErrRefused, err)
+}
 
 // Driver is one kind of provider: "token", "vault". Its methods may be called
 // from many goroutines.

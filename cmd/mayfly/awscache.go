@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -21,8 +20,6 @@ import (
 )
 
 const (
-	// maxKept bounds what is read of a kept lease, in bytes.
-	maxKept = 64 << 10
 	// lockPause is the pause between two tries for a lock that somebody has.
 	lockPause = 20 * time.Millisecond
 	// awsKeptPause is how long a renewal that failed is not tried again while the
@@ -175,23 +172,17 @@ func (c awsCache) lockPath() string { return strings.TrimSuffix(c.path, keptEnd)
 // load reads the kept lease; the zero lease if there is none that can be used.
 // A file that others could have read or written is refused.
 func (c awsCache) load() (kept, error) {
-	f, err := openOwn(c.path)
+	data, info, err := readOwn(c.path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return kept{}, nil
 	case err != nil:
 		return kept{}, fmt.Errorf("reading the kept lease: %w", err)
-	}
-	defer f.Close() // it was only read
-	info, err := f.Stat()
-	if err != nil {
-		return kept{}, fmt.Errorf("reading the kept lease: %w", err)
-	}
-	if !info.Mode().IsRegular() || info.Mode().Perm()&0o077 != 0 || !ownedByUs(info) {
+	case !oursAlone(info):
 		return kept{}, usagef("%s is not yours alone (mode %04o), so that others may have its credential: revoke its lease and remove it", c.path, info.Mode().Perm())
 	}
 	var k keptLease
-	if json.NewDecoder(io.LimitReader(f, maxKept)).Decode(&k) != nil || k.Key != c.key {
+	if json.Unmarshal(data, &k) != nil || k.Key != c.key {
 		return kept{}, nil // not one that we wrote for this; it is written anew
 	}
 	return kept{awsLease{ID: k.Lease, Made: k.Made, End: k.End, Secret: broker.NewSecret(k.Secret)}, k.Looked, k.Again}, nil
@@ -252,11 +243,10 @@ func (c awsCache) pruneOne(now time.Time) {
 
 // ended reports whether the file has a lease that has ended, or is not there.
 func (c awsCache) ended(now time.Time) bool {
-	f, err := openOwn(c.path)
+	data, _, err := readOwn(c.path)
 	if err != nil {
 		return errors.Is(err, fs.ErrNotExist)
 	}
-	defer f.Close() // it was only read
 	var k keptLease
-	return json.NewDecoder(io.LimitReader(f, maxKept)).Decode(&k) == nil && now.After(k.End)
+	return json.Unmarshal(data, &k) == nil && now.After(k.End)
 }

@@ -124,22 +124,12 @@ func (p *program) placeOf(e *awsEndpoint) (string, error) {
 // removeFiles leaves nothing behind, and alone what is not its own: another
 // endpoint may have come to the place that the caller chose.
 func (e *awsEndpoint) removeFiles() {
-	if text, err := readOwn(e.file); err == nil && subtle.ConstantTimeCompare(text, []byte(e.token)) == 1 {
+	if text, _, err := readOwn(e.file); err == nil && subtle.ConstantTimeCompare(text, []byte(e.token)) == 1 {
 		_ = os.Remove(e.file) // with the endpoint the token opens nothing any more
 	}
 	if e.dir != "" {
 		_ = os.RemoveAll(e.dir) // as above
 	}
-}
-
-// readOwn reads a small file, and follows no link in its place.
-func readOwn(path string) ([]byte, error) {
-	f, err := openOwn(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close() // it was only read
-	return io.ReadAll(io.LimitReader(f, maxKept))
 }
 
 func (e *awsEndpoint) uri() string { return "http://" + e.ln.Addr().String() + containerPath }

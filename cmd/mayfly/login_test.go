@@ -186,7 +186,7 @@ func TestSessionFile(t *testing.T) {
 	}
 
 	// Neither is what is none, or another's.
-	for _, doc := range []any{nil, map[string]string{}, session{Addr: addr}, session{Addr: "https://evil.test", Token: "x"}, strings.Repeat("x", 2*maxSession)} {
+	for _, doc := range []any{nil, map[string]string{}, session{Addr: addr}, session{Addr: "https://evil.test", Token: "x"}, strings.Repeat("x", 2*maxOwn)} {
 		b, err := json.Marshal(doc)
 		if err != nil {
 			t.Fatal(err)

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -25,9 +24,6 @@ type session struct {
 	ExpiresAt time.Time `json:"expiresAt"`
 	Token     string    `json:"token"`
 }
-
-// maxSession bounds what is read of a session's file, in bytes.
-const maxSession = 64 << 10
 
 // sessionPath is the file of the session at one broker.
 func (p *program) sessionPath(addr string) (string, error) {
@@ -56,24 +52,18 @@ func (p *program) loadSession(addr string) (session, error) {
 	if err != nil {
 		return session{}, err
 	}
-	f, err := openOwn(path)
+	data, info, err := readOwn(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return session{}, broker.Refusef(broker.ReasonUnauthenticated, "sign in with `mayfly login`", "you are not signed in at %s", clean(addr))
 	case err != nil:
 		return session{}, fmt.Errorf("reading the session: %w", err)
-	}
-	defer f.Close() // it was only read
-	info, err := f.Stat()
-	if err != nil {
-		return session{}, fmt.Errorf("reading the session: %w", err)
-	}
-	if !info.Mode().IsRegular() || info.Mode().Perm()&0o077 != 0 || !ownedByUs(info) {
+	case !oursAlone(info):
 		return session{}, &exitError{exitIdentity, fmt.Errorf(
 			"%s is not yours alone (mode %04o), so that others may have your session: remove it, and sign in again with `mayfly login`", path, info.Mode().Perm())}
 	}
 	var s session
-	if err := json.NewDecoder(io.LimitReader(f, maxSession)).Decode(&s); err != nil || s.Token == "" || s.Addr != sessionAddr(addr) {
+	if err := json.Unmarshal(data, &s); err != nil || s.Token == "" || s.Addr != sessionAddr(addr) {
 		return session{}, &exitError{exitIdentity, fmt.Errorf("%s is no session at %s: remove it, and sign in again with `mayfly login`", path, clean(addr))}
 	}
 	return s, nil

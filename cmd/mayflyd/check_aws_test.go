@@ -11,11 +11,11 @@ import (
 	"testing"
 )
 
-// checkCatalog runs `mayflyd check` on the example catalog for AWS with one text
-// replaced by another.
-func checkCatalog(t *testing.T, old, with string) (string, int, error) {
+// checkCatalog runs `mayflyd check` on an example of a catalog with one text
+// replaced by another, and also tells in which line that stands.
+func checkCatalog(t *testing.T, example, old, with string) (string, int, error) {
 	t.Helper()
-	text, err := os.ReadFile("../../deploy/examples/catalog/aws.yaml")
+	text, err := os.ReadFile("../../deploy/examples/catalog/" + example)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,7 +70,7 @@ func TestCheckExamples(t *testing.T) {
 // TestCheckAWS: the example is good, and the check says what its tool can do in
 // the end.
 func TestCheckAWS(t *testing.T) {
-	out, _, err := checkCatalog(t, "", "")
+	out, _, err := checkCatalog(t, "aws.yaml", "", "")
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
@@ -79,7 +79,7 @@ func TestCheckAWS(t *testing.T) {
 			t.Errorf("it does not say %q:\n%s", want, out)
 		}
 	}
-	out, _, err = checkCatalog(t, "Action: s3:GetObject", `Action: ["s3:*"]`)
+	out, _, err = checkCatalog(t, "aws.yaml", "Action: s3:GetObject", `Action: ["s3:*"]`)
 	if err != nil || !strings.Contains(out, "wildcard s3:*") || !strings.Contains(out, "s3:putbucketpolicy") {
 		t.Errorf("%v\n%s", err, out)
 	}
@@ -103,7 +103,7 @@ func TestCheckAWSLimits(t *testing.T) {
 		{"mode: deny_list", "mode: hope", "say what is to happen"},
 		{"Resource: arn:aws:s3:::acme-crm/${params.customer}/*", "Resource: " + fmt.Sprintf("arn:aws:s3:::%01999d", 0), "AWS takes 2048"},
 	} {
-		out, line, err := checkCatalog(t, test.old, test.with)
+		out, line, err := checkCatalog(t, "aws.yaml", test.old, test.with)
 		if err == nil {
 			t.Errorf("%s: it is good", test.with)
 			continue

@@ -1,9 +1,6 @@
 package main
 
 import (
-	"bytes"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -11,10 +8,6 @@ import (
 // TestCheckSecretsManager: the example is good, the check tells that its secrets
 // are static, and what is wrong with one is told with file and line.
 func TestCheckSecretsManager(t *testing.T) {
-	text, err := os.ReadFile("../../deploy/examples/catalog/secretsmanager.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
 	for _, test := range []struct {
 		old, with string
 		says      []string
@@ -26,22 +19,7 @@ func TestCheckSecretsManager(t *testing.T) {
 		{"secretsmanager:eu-central-1", "secretsmanager:us-east-1", []string{"catalog.yaml:42", "region us-east-1"}, true},
 		{"rotate: true", "rotate: true\n      version_stage: AWSPREVIOUS", []string{"catalog.yaml:", "not AWSCURRENT"}, true},
 	} {
-		dir := t.TempDir()
-		for name, content := range map[string]string{
-			"catalog.yaml": strings.Replace(string(text), test.old, test.with, 1),
-			"mayflyd.yaml": "store: mayfly.db\ncatalog: [catalog.yaml]\nlisten: 127.0.0.1:0\n",
-		} {
-			if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
-				t.Fatal(err)
-			}
-		}
-		var out bytes.Buffer
-		root := rootCommand()
-		root.SetArgs([]string{"check", "--config", filepath.Join(dir, "mayflyd.yaml")})
-		root.SetOut(&out)
-		root.SetErr(&out)
-		err = root.ExecuteContext(t.Context())
-		all := out.String()
+		all, _, err := checkCatalog(t, "secretsmanager.yaml", test.old, test.with)
 		if err != nil {
 			all += err.Error()
 		}

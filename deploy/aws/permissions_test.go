@@ -110,10 +110,12 @@ func calls() map[string][]trial {
 			{who: theBroker, action: "sts:TagSession", resource: crmARN, context: map[string]string{"aws:RequestTag/mayfly-tool": "crm"}},
 			{who: theBroker, action: "sts:SetSourceIdentity", resource: crmARN, context: map[string]string{"sts:SourceIdentity": "a1"}},
 		},
+		"sts.GetCallerIdentity":          nil, // AWS answers it to everybody, in spite of every deny
 		"sts.DecodeAuthorizationMessage": {{who: theTool, action: "sts:DecodeAuthorizationMessage", resource: "*"}},
 		"iam.GetRole":                    {{who: theBroker, action: "iam:GetRole", resource: crmARN}},
 		"iam.ListRolePolicies":           {{who: theBroker, action: "iam:ListRolePolicies", resource: crmARN}},
 		"iam.GetRolePolicy":              {{who: theBroker, action: "iam:GetRolePolicy", resource: crmARN}},
+		"iam.GetRole":                    {{who: theBroker, action: "iam:GetRole", resource: crmARN}}, // for a live check alone
 		"iam.PutRolePolicy":              {{who: theBroker, action: "iam:PutRolePolicy", resource: crmARN, context: bound}},
 		"iam.DeleteRolePolicy":           {{who: theBroker, action: "iam:DeleteRolePolicy", resource: crmARN, context: bound}},
 		"secretsmanager.GetSecretValue": {
@@ -164,7 +166,7 @@ func trials() (all []trial) {
 		for _, action := range []string{"sts:AssumeRole", "sts:TagSession", "sts:SetSourceIdentity"} {
 			all = append(all, trial{who: theBroker, action: action, resource: resource, trust: everybody})
 		}
-		for _, action := range []string{"iam:PutRolePolicy", "iam:DeleteRolePolicy", "iam:GetRolePolicy", "iam:ListRolePolicies"} {
+		for _, action := range []string{"iam:PutRolePolicy", "iam:DeleteRolePolicy", "iam:GetRolePolicy", "iam:ListRolePolicies", "iam:GetRole"} {
 			c := trial{who: theBroker, action: action, resource: resource}
 			if action == "iam:PutRolePolicy" || action == "iam:DeleteRolePolicy" {
 				c.context = boundaryIs(boundaryARN)
@@ -357,7 +359,7 @@ func TestPermissionsAreNeeded(t *testing.T) {
 // that they make, is what is judged.
 func TestEveryCallIsJudged(t *testing.T) {
 	made := map[string]bool{}
-	for _, dir := range []string{"../../providers/awssts", "../../providers/secretsmanager"} {
+	for _, dir := range []string{"../../providers/awssts", "../../providers/secretsmanager", "../../providers/internal/awsclient"} {
 		files, err := filepath.Glob(filepath.Join(dir, "*.go"))
 		if err != nil || len(files) == 0 {
 			t.Fatalf("no files in %s: %v", dir, err)

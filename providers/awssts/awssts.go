@@ -5,8 +5,10 @@
 // session policy denies everything after that instant. What ends it earlier is
 // an entry of a list, an inline policy of the role, that denies the session by
 // its name. The list is rendered whole from the broker's store, and stands until
-// the session has died by itself; see package denylist, and role.go for how it
-// is written and what is known of it.
+// the session has died by itself; see package denylist. A writer (writer.go)
+// writes the list of one role: what must be in it (must.go), how that gets there
+// (write.go), what others put there (see.go, keep.go, reconcile.go), whether it is
+// in force (probe.go), and what is said of an ending by then (progress.go).
 package awssts
 
 import (
@@ -163,6 +165,6 @@ func (p *provider) Close() error {
 		p.stop()
 	}
 	p.running.Wait()
-	p.clients.close()
+	p.clients.Close()
 	return nil
 }

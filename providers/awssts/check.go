@@ -2,20 +2,17 @@ package awssts
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/aws/aws-sdk-go-v2/aws"
-	"github.com/aws/aws-sdk-go-v2/service/sts"
-
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
+	"github.com/mayfly-security/mayfly/providers/internal/awsaccess"
+	"github.com/mayfly-security/mayfly/providers/internal/awsclient"
 )
 
 var _ providers.LiveChecker = (*Driver)(nil)
@@ -41,9 +38,7 @@ func (d *Driver) CheckLive(ctx context.Context, config providers.Config, tools [
 	if err != nil {
 		return nil, err
 	}
-	var id [6]byte
-	_, _ = rand.Read(id[:]) // never fails
-	ch := &check{config: c, name: "mayfly-check-" + hex.EncodeToString(id[:]), roles: map[string]*checked{}}
+	ch := &check{config: c, name: "mayfly-check-" + random(6), roles: map[string]*checked{}}
 	for _, t := range tools {
 		s, err := awsscope.ParseScope(c, t)
 		if err != nil {
@@ -55,7 +50,7 @@ func (d *Driver) CheckLive(ctx context.Context, config providers.Config, tools [
 	if ch.clients, err = openClients(ctx, c, d.login); err != nil {
 		return nil, fmt.Errorf("opening AWS: %w", err)
 	}
-	defer ch.clients.close()
+	defer ch.clients.Close()
 	if c.Compatible() {
 		return ch.findings, ch.compatible(ctx)
 	}
@@ -97,7 +92,7 @@ type scoped struct {
 
 // checked is one role with the tools whose leases are its sessions.
 type checked struct {
-	role  awsscope.Role
+	role  awsaccess.Role
 	tools []scoped
 }
 
@@ -133,8 +128,8 @@ func (c *check) note(tool, fix, format string, args ...any) {
 // unanswered reports that AWS has said neither yes nor no, so that there is
 // nothing to find.
 func unanswered(err error) bool {
-	switch kindOf(err) {
-	case away, throttled, failed, late, cut:
+	switch awsclient.KindOf(err) {
+	case awsclient.Away, awsclient.Throttled, awsclient.Failed, awsclient.Late, awsclient.Cut:
 		return true
 	}
 	return false
@@ -142,117 +137,8 @@ func unanswered(err error) bool {
 
 // said is what AWS itself says, in brackets.
 func said(err error) string {
-	if f := asFault(err); f != nil {
+	if f := awsclient.AsFault(err); f != nil {
 		return "(" + f.Error() + ")"
 	}
 	return "(" + err.Error() + ")"
-}
-
-// login tells as whom the check looks. ok is false where the broker cannot log
-// in, with a finding.
-func (c *check) login(ctx context.Context) (ok bool, err error) {
-	out, err := c.clients.sts.GetCallerIdentity(ctx, &sts.GetCallerIdentityInput{})
-	if err = faultOf(ctx, "asking AWS who the broker is", err); err != nil {
-		if unanswered(err) || kindOf(err) == region {
-			return false, err
-		}
-		return false, c.noLogin(err)
-	}
-	c.caller = aws.ToString(out.Arn)
-	chained := strings.Contains(c.caller, ":assumed-role/")
-	if c.config.Credentials.Method == awsscope.MethodDefault {
-		c.note("", "", "looked as %s: with method default these are the credentials of who runs the check, which need not be the broker's", c.caller)
-	} else {
-		c.note("", "", "looked as %s", c.caller)
-	}
-	if account := aws.ToString(out.Account); account != c.config.Account {
-		if c.config.Early.Mode == awsscope.EarlyDenyList {
-			c.bad("", "give the broker a role in account "+c.config.Account, "the broker is of account %s, and the tools' roles are in account %s: IAM writes policies of its caller's own account alone, so that no deny list can be written", account, c.config.Account)
-			return false, nil
-		}
-		c.note("", "", "the broker is of account %s, and the tools' roles are in account %s", account, c.config.Account)
-	}
-	switch {
-	case strings.HasSuffix(c.caller, ":root"):
-		c.bad("", fixSetup, "the broker's credentials are those of the account's root user")
-	case chained && !c.config.Credentials.Chained:
-		c.bad("", "leave chained out, and set max_session and max_ttl to 1h at most", "credentials.chained is false, and the broker's credentials are a role's: AWS gives them sessions of at most 1h")
-	case !chained:
-		c.note("", "prefer web_identity, or a role", "the broker's credentials are static keys, of a user: whoever has them is the broker until they are changed")
-	}
-	return true, nil
-}
-
-// noLogin tells why the broker cannot log in.
-func (c *check) noLogin(err error) error {
-	f := asFault(err)
-	text := f.Error()
-	fix := "see that the credentials of method " + c.config.Credentials.Method + " are there and are valid"
-	if c.config.Credentials.Method == awsscope.MethodWebIdentity {
-		fix = "compare the broker's role with deploy/aws"
-		switch {
-		case strings.Contains(text, "InvalidIdentityToken"):
-			fix = fmt.Sprintf("see that IAM has an OIDC provider for the issuer of the broker's JWT-SVIDs, with the audience %s, and that the issuer's discovery document has the keys that sign them", c.config.Credentials.Audience)
-		case strings.Contains(text, "IDPCommunicationError"):
-			fix = "AWS must reach the issuer's discovery document, over the internet and with a certificate that it trusts"
-		case strings.Contains(text, "AccessDenied"):
-			fix = fmt.Sprintf("the trust policy of %s must allow sts:AssumeRoleWithWebIdentity to the broker's SPIFFE ID (sub) and the audience %s (aud)", c.config.Credentials.RoleARN, c.config.Credentials.Audience)
-		case !strings.Contains(text, "api error"):
-			return err // nobody at AWS was asked, or answered
-		}
-	}
-	c.bad("", fix, "the broker cannot log in %s", said(err))
-	return nil
-}
-
-// compatible sees that a server that is not AWS makes sessions of the tools'.
-func (c *check) compatible(ctx context.Context) error {
-	c.note("", "", "the provider is a server that is not AWS: looked whether it makes sessions, and at nothing else")
-	for _, t := range c.tools {
-		if _, err := c.session(ctx, t, nil, nil); err != nil {
-			if unanswered(err) {
-				return err
-			}
-			c.bad(t.tool.Name, "", "no session can be made %s", said(err))
-		}
-	}
-	return nil
-}
-
-// ask is how a session is asked for beside its policy.
-type ask struct {
-	tags, source bool
-	lives        time.Duration
-}
-
-// session makes a session of a tool's that is over before it begins, and returns
-// how much of what AWS takes its policy and tags take, in percent.
-func (c *check) session(ctx context.Context, t scoped, r *checked, a *ask) (packed int, err error) {
-	policy, err := t.scope.Largest(time.Unix(0, 0))
-	if err != nil {
-		return 0, err
-	}
-	in := &sts.AssumeRoleInput{
-		RoleArn: aws.String("arn:aws:iam::000000000000:role/none"), RoleSessionName: &c.name, Policy: &policy,
-		DurationSeconds: aws.Int32(int32(ceilSeconds(awsscope.SessionMin))),
-	}
-	if r != nil {
-		in.RoleArn = &r.role.ARN
-		in.DurationSeconds = aws.Int32(int32(ceilSeconds(max(a.lives, awsscope.SessionMin))))
-		for _, arn := range t.scope.PolicyARNs {
-			in.PolicyArns = append(in.PolicyArns, descriptor(arn))
-		}
-		if a.tags {
-			in.Tags = sessionTags(checkAgent, checkIncident, t.tool.Name)
-		}
-		if a.source {
-			in.SourceIdentity = aws.String(awsscope.SourceIdentity(checkAgent))
-		}
-	}
-	out, err := c.clients.sts.AssumeRole(ctx, in)
-	if err = faultOf(ctx, "making a session for the check", err); err != nil {
-		return 0, err
-	}
-	//lint:ignore SA1019 what takes its place tells of the token's size, and not of what a tool's statements take
-	return int(aws.ToInt32(out.PackedPolicySize)), nil
 }

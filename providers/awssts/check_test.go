@@ -16,6 +16,7 @@ import (
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/awssts/fakeaws"
+	"github.com/mayfly-security/mayfly/providers/internal/awsclient"
 )
 
 const trust = `{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Principal":{"AWS":%s},"Action":["sts:AssumeRole","sts:TagSession","sts:SetSourceIdentity"]}]}`
@@ -337,7 +338,7 @@ func TestCheckLiveCompatible(t *testing.T) {
 		t.Errorf("%v\n%s%s", err, bad, told(all, false))
 	}
 	w.server.Close()
-	if _, err := w.check(raw, tools); kindOf(err) != away {
+	if _, err := w.check(raw, tools); awsclient.KindOf(err) != awsclient.Away {
 		t.Errorf("nobody is there, and the error is %v", err)
 	}
 }

@@ -15,6 +15,8 @@ import (
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
 	"github.com/mayfly-security/mayfly/providers/awssts/denylist"
+	"github.com/mayfly-security/mayfly/providers/internal/awsaccess"
+	"github.com/mayfly-security/mayfly/providers/internal/awsclient"
 )
 
 const (
@@ -47,14 +49,14 @@ func (p *provider) RoleOf(e providers.Ending) string {
 }
 
 // cuttable is the role of that ARN, if this provider writes its deny list.
-func (p *provider) cuttable(arn string) (awsscope.Role, error) {
+func (p *provider) cuttable(arn string) (awsaccess.Role, error) {
 	if p.config.Early.Mode != awsscope.EarlyDenyList {
-		return awsscope.Role{}, broker.Refusef(broker.ReasonConflict, "set early_revoke of the provider to deny_list, or deny the role's older sessions at AWS by hand",
+		return awsaccess.Role{}, broker.Refusef(broker.ReasonConflict, "set early_revoke of the provider to deny_list, or deny the role's older sessions at AWS by hand",
 			"provider %s writes no deny lists (early_revoke: %s), and can cut no role off", p.name, p.config.Early.Mode)
 	}
-	r, err := awsscope.ParseRole(arn)
+	r, err := awsaccess.ParseRole(arn)
 	if err != nil || r.Account != p.config.Account || !strings.HasPrefix(r.Path, p.config.RolePath) {
-		return awsscope.Role{}, broker.Refusef(broker.ReasonInvalidArgument, "name a role of the provider's tools by its ARN, as the catalog does",
+		return awsaccess.Role{}, broker.Refusef(broker.ReasonInvalidArgument, "name a role of the provider's tools by its ARN, as the catalog does",
 			"%q is no role whose deny list provider %s writes", broker.Clean(broker.Shorten(arn, 200)), p.name)
 	}
 	return r, nil
@@ -72,7 +74,7 @@ func (p *provider) PlanCutOff(ctx context.Context, role string) (providers.Cut, 
 	server, err := p.ask(ctx, r)
 	now := p.now()
 	switch {
-	case kindOf(err) == missing:
+	case awsclient.KindOf(err) == awsclient.Missing:
 		return providers.Cut{}, broker.Refusef(broker.ReasonNotFound, "compare the name with the role in AWS; a role that was deleted has no sessions that work",
 			"AWS has no role %s (provider %s)", r.Name, p.name).Because(err)
 	case err != nil:
@@ -91,11 +93,11 @@ func (p *provider) PlanCutOff(ctx context.Context, role string) (providers.Cut, 
 }
 
 // ask is AWS's time, by IAM, which is also asked whether there is such a role.
-func (p *provider) ask(ctx context.Context, r awsscope.Role) (time.Time, error) {
+func (p *provider) ask(ctx context.Context, r awsaccess.Role) (time.Time, error) {
 	ctx, cancel := context.WithTimeout(ctx, askLimit)
 	defer cancel()
 	out, err := p.clients.iam.ListRolePolicies(ctx, &iam.ListRolePoliciesInput{RoleName: &r.Name, MaxItems: aws.Int32(1)})
-	if err := faultOf(ctx, "asking IAM for its time", err); err != nil {
+	if err := awsclient.FaultOf(ctx, "asking IAM for its time", err); err != nil {
 		return time.Time{}, err
 	}
 	server, ok := awsmiddleware.GetServerTime(out.ResultMetadata)
@@ -212,7 +214,6 @@ func (p *provider) CutOff(ctx context.Context, cut providers.Cut) providers.Deat
 	}
 	w.doubt()
 	sure := w.list.Sure()
-	now := p.now()
 	e, verified := reaching(w.proven, cut)
 	switch {
 	case !reaches(sure, cut):
@@ -225,12 +226,5 @@ func (p *provider) CutOff(ctx context.Context, cut providers.Cut) providers.Deat
 			"the role's policy denies them, as STS in %s was seen to do at %s; a service that has not taken the policy over yet may accept one until it has",
 			p.config.Region, awsscope.Instant(w.proven[e]))}
 	}
-	d := providers.Death{Progress: broker.ProgressWritten, RetryAt: cut.Until}
-	switch {
-	case w.probe != nil && w.probe.covers != nil: // what it does not tell of, the next one does
-		d.RetryAt = earliest(d.RetryAt, w.probe.next)
-	case p.config.Early.Verify == awsscope.VerifyProbe:
-		d.RetryAt = earliest(d.RetryAt, latest(now.Add(probeSlow), w.rests))
-	}
-	return d
+	return p.written(w, cut.Until)
 }

@@ -114,14 +114,10 @@ func TestRestart(t *testing.T) {
 	}
 	// Once no write of the old process can land any more there is one policy again.
 	w.clock.Advance(landing)
-	if err := p.reconcile(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.reconcile(p)
 	w.clock.Advance(landing)
 	for range 3 {
-		if err := p.reconcile(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		w.reconcile(p)
 		w.clock.Advance(2 * visible)
 	}
 	if left := w.fake.Policies("crm0"); len(left) != 0 {
@@ -138,9 +134,7 @@ func TestVerifiedStands(t *testing.T) {
 	w.revoke(p, a, broker.CauseRevoked)
 	w.confirm(p, a)
 	for range 20 {
-		if err := p.reconcile(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		w.reconcile(p)
 		if w.clock.Now().Before(a.minted.DiesAt) && (!w.stands(a) || w.fake.Works(a.key)) {
 			t.Fatalf("it does not stand at %s, and dies at %s", w.clock.Now(), a.minted.DiesAt)
 		}
@@ -166,9 +160,7 @@ func TestSomebodyElse(t *testing.T) {
 		if !w.fake.Works(a.key) {
 			t.Fatal("the test has taken nothing away")
 		}
-		if err := p.reconcile(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		w.reconcile(p)
 		if w.fake.Works(a.key) || !w.fake.Works(b.key) {
 			t.Errorf("%s: the list was not repaired", what)
 		}
@@ -176,9 +168,7 @@ func TestSomebodyElse(t *testing.T) {
 	}
 	// A policy of the role's own only takes room.
 	w.fake.SetPolicy("crm0", "permissions", strings.Repeat(" x", 9000))
-	if err := p.reconcile(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	w.reconcile(p)
 	for range 100 {
 		if _, err := w.try(p, time.Minute, ""); err != nil {
 			if !strings.Contains(err.Error(), "deny lists") {
@@ -203,9 +193,7 @@ func TestRestore(t *testing.T) {
 	p = w.open()
 	w.revoke(p, b, broker.CauseRevoked)
 	for w.clock.Now().Before(a.req.End) {
-		if err := p.reconcile(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		w.reconcile(p)
 		if !w.stands(a) || w.fake.Works(a.key) || w.fake.Works(b.key) {
 			t.Fatal("a session that the store forgot is alive again")
 		}
@@ -213,9 +201,7 @@ func TestRestore(t *testing.T) {
 	}
 	w.clock.Advance(keepForeign)
 	for range 3 {
-		if err := p.reconcile(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		w.reconcile(p)
 		w.clock.Advance(landing + time.Second)
 	}
 	if left := w.fake.Policies("crm0"); len(left) != 0 {
@@ -349,9 +335,7 @@ func TestStaleWriter(t *testing.T) {
 			if w.fake.Works(a.key) || w.fake.Works(b.key) {
 				t.Error("a session came back to life")
 			}
-			if err := p.reconcile(t.Context()); err != nil {
-				t.Fatal(err)
-			}
+			w.reconcile(p)
 			if w.fake.Works(a.key) || w.fake.Works(b.key) {
 				t.Error("a session came back to life with the next comparison")
 			}

@@ -2,8 +2,6 @@ package awssts
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"sync"
 	"time"
 
@@ -139,48 +137,4 @@ func (p *provider) endByList(ctx context.Context, role string, leases []at, deat
 	for _, l := range begun {
 		deaths[l.i] = p.judge(w, l.h.known(), sure, failed)
 	}
-}
-
-// begun are those whose ending has begun. After a restart only the store knows.
-func (p *provider) begun(ctx context.Context, w *writer, leases []at) ([]at, error) {
-	in := func(has func(broker.LeaseID) bool) (some []at) {
-		for _, l := range leases {
-			if has(broker.LeaseID(l.h.Session)) {
-				some = append(some, l)
-			}
-		}
-		return some
-	}
-	p.writers.mu.Lock()
-	begun := in(func(id broker.LeaseID) bool { _, ok := w.begun[id]; return ok })
-	p.writers.mu.Unlock()
-	if len(begun) == len(leases) {
-		return begun, nil
-	}
-	known, err := p.must(ctx, w)
-	return in(func(id broker.LeaseID) bool { return known[id].Begun }), err
-}
-
-// judge is how far the ending of one lease has come.
-func (p *provider) judge(w *writer, k denylist.Known, sure denylist.Set, failed error) providers.Death {
-	if !covers(sure, k) {
-		if failed == nil {
-			failed = errors.New("the deny list was not written")
-		}
-		return providers.Death{Err: failed}
-	}
-	if e, ok := denying(w.proven, k); ok {
-		return providers.Death{Progress: broker.ProgressVerified, Left: fmt.Sprintf(
-			"the session is denied by its role's policy, as STS in %s was seen to do at %s; a service that has not taken the policy over yet may accept it until %s",
-			p.config.Region, awsscope.Instant(w.proven[e]), awsscope.Instant(k.Until))}
-	}
-	now := p.now()
-	d := providers.Death{Progress: broker.ProgressWritten, RetryAt: k.Until}
-	switch {
-	case w.probe != nil && w.probe.covers != nil: // what it does not tell of, the next one does
-		d.RetryAt = earliest(d.RetryAt, w.probe.next)
-	case p.config.Early.Verify == awsscope.VerifyProbe:
-		d.RetryAt = earliest(d.RetryAt, latest(now.Add(probeSlow), w.rests))
-	}
-	return d
 }

@@ -251,6 +251,14 @@ func (w *world) revoke(p *provider, l *lease, cause broker.Cause) providers.Deat
 	return p.Revoke(w.t.Context(), []providers.Ending{l.ending})[0]
 }
 
+// reconcile compares the lists with what is in IAM, as is done every minute.
+func (w *world) reconcile(p *provider) {
+	w.t.Helper()
+	if err := p.reconcile(w.t.Context()); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
 func (w *world) begin(l *lease, cause broker.Cause) {
 	w.store.put(providers.Known{Ending: l.ending, Incident: l.req.Incident, Begun: true, Cause: cause})
 }

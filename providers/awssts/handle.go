@@ -5,8 +5,8 @@ import (
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
-	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
 	"github.com/mayfly-security/mayfly/providers/awssts/denylist"
+	"github.com/mayfly-security/mayfly/providers/internal/awsaccess"
 )
 
 const (
@@ -37,7 +37,7 @@ func decodeHandle(raw providers.Handle) (handle, error) {
 		return h, providers.NoHandle(handleFor)
 	}
 	if h.Role != "" {
-		if _, err := awsscope.ParseRole(h.Role); err != nil {
+		if _, err := awsaccess.ParseRole(h.Role); err != nil {
 			return h, providers.NoHandle(handleFor)
 		}
 	}

@@ -4,8 +4,13 @@ import (
 	"time"
 
 	"github.com/mayfly-security/mayfly/broker"
+	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
 	"github.com/mayfly-security/mayfly/providers/awssts/denylist"
 )
+
+// keepForeign is how long an entry stays that the store knows nothing of:
+// after a restore from a backup the store may have forgotten a session.
+const keepForeign = awsscope.SessionMax + time.Minute
 
 // keep remembers entries that stand in IAM although neither the store nor this
 // process knows what for: a store that came back from a backup has forgotten
@@ -51,26 +56,4 @@ func explained(e denylist.Entry, leases map[broker.LeaseID]denylist.Known) bool 
 		}
 	}
 	return false
-}
-
-// doubt forgets what was proven of entries that may not stand any more: when
-// they are written again, that proves nothing.
-func (w *writer) doubt() {
-	sure := w.list.Sure()
-	for e := range w.proven {
-		if !sure.Has(e) {
-			delete(w.proven, e)
-		}
-	}
-}
-
-// unproven are those that must stand and were not seen to be in force.
-func (w *writer) unproven(must denylist.Set) denylist.Set {
-	all := denylist.Set{}
-	for e := range must {
-		if _, ok := w.proven[e]; !ok {
-			all[e] = struct{}{}
-		}
-	}
-	return all
 }

@@ -21,6 +21,7 @@ import (
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
+	"github.com/mayfly-security/mayfly/providers/internal/awsclient"
 )
 
 // minioPause is the pause between two looks at a session that MinIO has not
@@ -106,7 +107,7 @@ func (p *provider) minioRevoke(ctx context.Context, lease string) error {
 	// Without a user MinIO revokes what was made with the very keys that ask.
 	status, code, _, err := p.minio(ctx, http.MethodPost, "/minio/admin/v3/revoke-tokens/builtin", url.Values{"tokenRevokeType": {lease}})
 	if err == nil && status != http.StatusNoContent && status != http.StatusOK {
-		err = &fault{kind: minioKind(status), what: "revoking at MinIO", code: code, err: fmt.Errorf("MinIO answered %d %s", status, code)}
+		err = &awsclient.Fault{Kind: minioKind(status), What: "revoking at MinIO", Code: code, Err: fmt.Errorf("MinIO answered %d %s", status, code)}
 	}
 	return err
 }
@@ -123,27 +124,27 @@ func (p *provider) minioHas(ctx context.Context, key string) (bool, error) {
 	case status >= 400 && strings.Contains(message, noSuchAccount):
 		return false, nil // it has no code of its own, and comes as an internal error
 	}
-	return false, &fault{kind: minioKind(status), what: "looking for the session at MinIO", code: code, err: fmt.Errorf("MinIO answered %d %s", status, code)}
+	return false, &awsclient.Fault{Kind: minioKind(status), What: "looking for the session at MinIO", Code: code, Err: fmt.Errorf("MinIO answered %d %s", status, code)}
 }
 
-func minioKind(status int) kind {
+func minioKind(status int) awsclient.Kind {
 	switch {
 	case status == http.StatusForbidden:
-		return denied
+		return awsclient.Denied
 	case status == http.StatusServiceUnavailable, status == http.StatusTooManyRequests:
-		return throttled
+		return awsclient.Throttled
 	case status >= 500:
-		return failed
+		return awsclient.Failed
 	}
-	return bad
+	return awsclient.Bad
 }
 
 // minio makes one call to MinIO's admin API with the broker's keys.
 func (p *provider) minio(ctx context.Context, method, path string, query url.Values) (status int, code, message string, err error) {
 	what := "calling MinIO's " + path[strings.LastIndexByte(path, '/')+1:]
-	keys, err := p.clients.keys.Retrieve(ctx)
+	keys, err := p.clients.Keys.Retrieve(ctx)
 	if err != nil {
-		return 0, "", "", faultOf(ctx, what, err)
+		return 0, "", "", awsclient.FaultOf(ctx, what, err)
 	}
 	r, err := http.NewRequestWithContext(ctx, method, p.config.Endpoint+path+"?"+query.Encode(), nil)
 	if err != nil {
@@ -154,14 +155,14 @@ func (p *provider) minio(ctx context.Context, method, path string, query url.Val
 	if err := v4.NewSigner().SignHTTP(ctx, keys, r, hex.EncodeToString(sum[:]), "s3", p.config.Region, time.Now()); err != nil {
 		return 0, "", "", fmt.Errorf("%s: signing: %w", what, err)
 	}
-	answer, err := p.clients.http.Do(r)
+	answer, err := p.clients.HTTP.Do(r)
 	if err != nil {
-		return 0, "", "", faultOf(ctx, what, err)
+		return 0, "", "", awsclient.FaultOf(ctx, what, err)
 	}
 	defer answer.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(answer.Body, 64<<10))
 	if err != nil {
-		return 0, "", "", faultOf(ctx, what, err)
+		return 0, "", "", awsclient.FaultOf(ctx, what, err)
 	}
 	var said struct{ Code, Message string }
 	_ = json.Unmarshal(body, &said) // a success has another body

@@ -10,10 +10,12 @@ import (
 	awsmiddleware "github.com/aws/aws-sdk-go-v2/aws/middleware"
 	"github.com/aws/aws-sdk-go-v2/service/sts"
 	"github.com/aws/aws-sdk-go-v2/service/sts/types"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
+	"github.com/mayfly-security/mayfly/providers/internal/awsclient"
 )
 
 const (
@@ -24,19 +26,33 @@ const (
 	planSkew = time.Minute
 )
 
+// noRole is asked for at a compatible server: the SDK requires one, and it has no
+// meaning there.
+const noRole = "arn:aws:iam::000000000000:role/none"
+
 // Plan implements providers.Planner: role and session name are fixed before AWS
 // is asked. It refuses what could not be ended early later.
 func (p *provider) Plan(req providers.MintRequest) (providers.Handle, error) {
-	s, err := awsscope.ParseScope(p.config, req.Tool)
+	s, err := p.scope(req.Tool)
 	if err != nil {
-		return nil, broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
-			"the scope of tool %s cannot be read", req.Tool.Name).Because(err)
+		return nil, err
 	}
 	h, err := p.plan(s, req)
 	if err != nil {
 		return nil, err
 	}
 	return h.encode()
+}
+
+// scope is what the tool may do. The catalog has read it before, and refused what
+// cannot be read.
+func (p *provider) scope(tool broker.Tool) (awsscope.Scope, error) {
+	s, err := awsscope.ParseScope(p.config, tool)
+	if err != nil {
+		return s, broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
+			"the scope of tool %s cannot be read", tool.Name).Because(err)
+	}
+	return s, nil
 }
 
 func (p *provider) plan(s awsscope.Scope, req providers.MintRequest) (handle, error) {
@@ -58,18 +74,17 @@ func end(req providers.MintRequest) time.Time { return req.End.Truncate(time.Sec
 
 // Mint implements providers.Provider: one AssumeRole, sent once.
 func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record func(providers.Handle) error) (providers.Minted, error) {
-	s, err := awsscope.ParseScope(p.config, req.Tool)
+	s, err := p.scope(req.Tool)
 	if err != nil {
-		return providers.Minted{}, p.refuse(broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
-			"the scope of tool %s cannot be read", req.Tool.Name).Because(err))
+		return providers.Minted{}, providers.Refused(err)
 	}
 	h, err := p.plan(s, req)
 	if err != nil {
-		return providers.Minted{}, p.refuse(err)
+		return providers.Minted{}, providers.Refused(err)
 	}
 	policy, err := s.Policy(req.Params, end(req))
 	if err != nil {
-		return providers.Minted{}, p.refuse(err)
+		return providers.Minted{}, providers.Refused(err)
 	}
 	p.acquaint(ctx, h.Role)
 	if err := p.reserve(h.Role, req); err != nil {
@@ -80,26 +95,37 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 		DurationSeconds: aws.Int32(int32(p.life(req) / time.Second)),
 	}
 	if p.config.Compatible() {
-		in.RoleArn = aws.String("arn:aws:iam::000000000000:role/none") // required by the SDK, and of no meaning there
+		in.RoleArn = aws.String(noRole)
 	} else {
 		in.RoleArn, in.SourceIdentity = &h.Role, &h.Agent
-		for _, t := range awsscope.Tags(req.Agent, req.Incident, req.Tool.Name) {
-			in.Tags = append(in.Tags, types.Tag{Key: aws.String(t.Key), Value: aws.String(t.Value)})
-		}
-		for _, arn := range s.PolicyARNs {
-			in.PolicyArns = append(in.PolicyArns, types.PolicyDescriptorType{Arn: aws.String(arn)})
-		}
+		in.Tags, in.PolicyArns = sessionTags(req.Agent, req.Incident, req.Tool.Name), policies(s)
 	}
 	out, err := p.clients.sts.AssumeRole(ctx, in, p.revokable(req.Lease))
 	now := p.now()
-	if err := faultOf(ctx, "assuming the role for lease "+h.Session, err); err != nil {
-		if asFault(err).refused() {
+	if err := awsclient.FaultOf(ctx, "assuming the role for lease "+h.Session, err); err != nil {
+		if awsclient.AsFault(err).Refused() {
 			p.vacate(h)
 			return providers.Minted{}, p.nothingMade(req.Tool.Name, err)
 		}
 		return providers.Minted{}, fmt.Errorf("the outcome is not known: %w", err)
 	}
 	return p.take(req, s, h, out, now)
+}
+
+// sessionTags are a session's tags as the SDK has them.
+func sessionTags(agent spiffeid.ID, incident broker.IncidentID, tool string) (all []types.Tag) {
+	for _, t := range awsscope.Tags(agent, incident, tool) {
+		all = append(all, types.Tag{Key: aws.String(t.Key), Value: aws.String(t.Value)})
+	}
+	return all
+}
+
+// policies are the managed policies of a scope as the SDK has them.
+func policies(s awsscope.Scope) (all []types.PolicyDescriptorType) {
+	for _, arn := range s.PolicyARNs {
+		all = append(all, types.PolicyDescriptorType{Arn: aws.String(arn)})
+	}
+	return all
 }
 
 // life is for how long AWS is asked to let the session live: whole seconds.
@@ -155,11 +181,6 @@ func behind(out *sts.AssumeRoleOutput, now time.Time) time.Duration {
 	}
 	// It is told in whole seconds, of which skew has room for one.
 	return max(now.Sub(server)-time.Second, 0)
-}
-
-// refuse is an error of Mint before anything was asked.
-func (p *provider) refuse(err error) error {
-	return fmt.Errorf("%w: %w: %w", providers.ErrNothingMade, providers.ErrRefused, err)
 }
 
 func ceilSeconds(d time.Duration) int64 { return int64((d + time.Second - 1) / time.Second) }

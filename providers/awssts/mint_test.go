@@ -6,7 +6,6 @@ import (
 	"errors"
 	"log/slog"
 	"net/url"
-	"os"
 	"regexp"
 	"strings"
 	"sync"
@@ -17,6 +16,7 @@ import (
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
 	"github.com/mayfly-security/mayfly/providers/awssts/fakeaws"
+	"github.com/mayfly-security/mayfly/providers/internal/awsclient"
 )
 
 func TestMint(t *testing.T) {
@@ -144,7 +144,7 @@ func TestMintWithoutAnswer(t *testing.T) {
 		req := w.request(time.Minute, "")
 		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 		defer cancel()
-		if _, err := p.Mint(ctx, req, nil); err == nil || errors.Is(err, providers.ErrNothingMade) || kindOf(err) != late {
+		if _, err := p.Mint(ctx, req, nil); err == nil || errors.Is(err, providers.ErrNothingMade) || awsclient.KindOf(err) != awsclient.Late {
 			t.Errorf("%v", err)
 		}
 	})
@@ -236,29 +236,6 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
-func TestKeyFile(t *testing.T) {
-	path := keyFile(t, "AKIA", "secret")
-	if _, err := readKeys(path); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chmod(path, 0o640); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := readKeys(path); err == nil || !strings.Contains(err.Error(), "0600") {
-		t.Errorf("others may read it: %v", err)
-	}
-	if _, err := readKeys(path + "x"); err == nil {
-		t.Error("there is no such file")
-	}
-	if err := os.WriteFile(path, []byte("AKIA:secret"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	_ = os.Chmod(path, 0o600)
-	if _, err := readKeys(path); err == nil || strings.Contains(err.Error(), "secret:") {
-		t.Errorf("no JSON: %v", err)
-	}
-}
-
 // webLogin is a broker's identity, as a source of JWT-SVIDs.
 type webLogin struct {
 	mu        sync.Mutex
@@ -305,7 +282,7 @@ func TestWebIdentity(t *testing.T) {
 		t.Errorf("logged in with %q for %q", shown, source.audiences)
 	}
 	source.fails = errors.New("no Workload API")
-	if _, err := w.try(open(), time.Minute, ""); !errors.Is(err, providers.ErrAway) || !errors.Is(err, providers.ErrNothingMade) || kindOf(err) != login {
+	if _, err := w.try(open(), time.Minute, ""); !errors.Is(err, providers.ErrAway) || !errors.Is(err, providers.ErrNothingMade) || awsclient.KindOf(err) != awsclient.Login {
 		t.Errorf("%v", err)
 	}
 }

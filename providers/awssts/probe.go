@@ -2,8 +2,7 @@ package awssts
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
+	"errors"
 	"maps"
 	"strings"
 	"time"
@@ -13,6 +12,7 @@ import (
 
 	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
 	"github.com/mayfly-security/mayfly/providers/awssts/denylist"
+	"github.com/mayfly-security/mayfly/providers/internal/awsclient"
 )
 
 // probe is a session of the broker's own that is denied by the same writing as
@@ -52,13 +52,28 @@ const (
 	explicitly // denied by a statement of a policy of the role
 )
 
+// open makes the probe's session, of the role whose list it tells of.
+func (b *probe) open(ctx context.Context, k *clients, role string) error {
+	out, err := k.sts.AssumeRole(ctx, &sts.AssumeRoleInput{
+		RoleArn: &role, RoleSessionName: &b.name, Policy: aws.String(probePolicy), DurationSeconds: aws.Int32(int32(ceilSeconds(awsscope.SessionMin))),
+	})
+	if err != nil {
+		return awsclient.FaultOf(ctx, "making a probe's session", err)
+	}
+	if out.Credentials == nil {
+		return errors.New("making a probe's session: the answer of AWS STS has no credentials")
+	}
+	b.client = k.as(out.Credentials)
+	return nil
+}
+
 func (b *probe) ask(ctx context.Context) verdict {
 	_, err := b.client.DecodeAuthorizationMessage(ctx, &sts.DecodeAuthorizationMessageInput{EncodedMessage: aws.String("mayfly")})
-	err = faultOf(ctx, "asking STS with a probe", err)
-	switch f := asFault(err); {
-	case err == nil, strings.HasPrefix(f.code, "InvalidAuthorizationMessage"):
+	err = awsclient.FaultOf(ctx, "asking STS with a probe", err)
+	switch f := awsclient.AsFault(err); {
+	case err == nil, strings.HasPrefix(f.Code, "InvalidAuthorizationMessage"):
 		return allowed
-	case f.kind == denied && strings.Contains(f.err.Error(), deniedByRole):
+	case f.Kind == awsclient.Denied && strings.Contains(f.Err.Error(), deniedByRole):
 		return explicitly
 	}
 	return unclear
@@ -79,9 +94,7 @@ func (p *provider) arm(ctx context.Context, w *writer, step *denylist.Step, must
 	if p.now().Before(w.rests) {
 		return false
 	}
-	var id [6]byte
-	_, _ = rand.Read(id[:]) // never fails
-	b := &probe{name: denylist.ProbePrefix + hex.EncodeToString(id[:])}
+	b := &probe{name: denylist.ProbePrefix + random(6)}
 	with := maps.Clone(step.Set)
 	with[b.entry()] = struct{}{}
 	room := denylist.Quota - w.list.Used()
@@ -91,16 +104,11 @@ func (p *provider) arm(ctx context.Context, w *writer, step *denylist.Step, must
 	if denylist.Size(with) > room {
 		return false // there may be at the next writing
 	}
-	out, err := p.clients.sts.AssumeRole(ctx, &sts.AssumeRoleInput{
-		RoleArn: &w.role.ARN, RoleSessionName: &b.name, Policy: aws.String(probePolicy), DurationSeconds: aws.Int32(int32(ceilSeconds(awsscope.SessionMin))),
-	})
-	if err != nil || out.Credentials == nil {
+	if err := b.open(ctx, p.clients, w.role.ARN); err != nil {
 		w.rests = p.now().Add(probeRest)
-		p.log.Warn("the deny list cannot be verified", "role", w.role.ARN, "error", faultOf(ctx, "assuming the role for a probe", err))
+		p.log.Warn("the deny list cannot be verified", "role", w.role.ARN, "error", err)
 		return false
 	}
-	k := out.Credentials
-	b.client = p.clients.as(aws.Credentials{AccessKeyID: aws.ToString(k.AccessKeyId), SecretAccessKey: aws.ToString(k.SecretAccessKey), SessionToken: aws.ToString(k.SessionToken)})
 	b.expires = p.now().Add(awsscope.SessionMin - time.Minute)
 	if b.ask(ctx) != allowed {
 		w.rests = p.now().Add(probeRest)

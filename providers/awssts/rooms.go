@@ -9,6 +9,7 @@ import (
 	"github.com/mayfly-security/mayfly/providers"
 	"github.com/mayfly-security/mayfly/providers/awssts/awsscope"
 	"github.com/mayfly-security/mayfly/providers/awssts/denylist"
+	"github.com/mayfly-security/mayfly/providers/internal/awsaccess"
 )
 
 const (
@@ -43,7 +44,7 @@ func (p *provider) seed(ctx context.Context) error {
 
 // choose takes the role of the pool that has the most room in its deny list for
 // the lease, and refuses if none has. A lease keeps the role that it has.
-func (p *provider) choose(roles []awsscope.Role, req providers.MintRequest) (string, error) {
+func (p *provider) choose(roles []awsaccess.Role, req providers.MintRequest) (string, error) {
 	if p.config.Early.Mode != awsscope.EarlyDenyList {
 		return roles[int(hash(string(req.Lease))%uint64(len(roles)))].ARN, nil
 	}

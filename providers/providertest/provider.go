@@ -94,7 +94,7 @@ func (o *outside) Mint(ctx context.Context, req providers.MintRequest, record fu
 func classify(err error) error {
 	switch {
 	case errors.Is(err, errRefused):
-		return fmt.Errorf("%w: %w: %w", providers.ErrNothingMade, providers.ErrRefused, err)
+		return providers.Refused(err)
 	case errors.Is(err, errAway):
 		return fmt.Errorf("%w: %w: %w", providers.ErrNothingMade, providers.ErrAway, err)
 	case errors.Is(err, errNotSent):

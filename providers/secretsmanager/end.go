@@ -14,6 +14,7 @@ import (
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
+	"github.com/mayfly-security/mayfly/providers/internal/awsclient"
 )
 
 const (
@@ -22,6 +23,9 @@ const (
 	// rotationLimit is how long a rotation may take before it is asked for again.
 	rotationLimit = 10 * time.Minute
 	stagePending  = "AWSPENDING"
+	// codeInvalid is that the secret's state excludes what is asked: it is deleted,
+	// has no rotation, or is rotating.
+	codeInvalid = "InvalidRequestException"
 )
 
 // Revoke implements providers.Provider. It never says that a lease is dead, but
@@ -74,14 +78,13 @@ func (p *provider) end(ctx context.Context, e providers.Ending, revoke bool) pro
 
 // look tells how far the rotation of a version came, asking for nothing.
 func (p *provider) look(ctx context.Context, h handle) (providers.Death, error) {
-	out, err := p.clients.sm.DescribeSecret(ctx, &sm.DescribeSecretInput{SecretId: &h.ARN})
-	if f := faultOf("looking at secret "+h.ARN, err); f != nil {
-		if f.code == codeNotFound {
-			return over(broker.ProgressRequested, "the secret is not in AWS any more; whether its value works, AWS does not know"), nil
-		}
-		return providers.Death{}, f
-	}
+	out, err := p.sm.DescribeSecret(ctx, &sm.DescribeSecretInput{SecretId: &h.ARN})
+	err = awsclient.FaultOf(ctx, "looking at secret "+h.ARN, err)
 	switch {
+	case awsclient.KindOf(err) == awsclient.Missing:
+		return over(broker.ProgressRequested, "the secret is not in AWS any more; whether its value works, AWS does not know"), nil
+	case err != nil:
+		return providers.Death{}, err
 	case out.DeletedDate != nil:
 		return over(broker.ProgressRequested, "the secret is to be deleted, and is not rotated; whether its value works, AWS does not know"), nil
 	case !slices.Contains(out.VersionIdsToStages[h.Version], stageCurrent):
@@ -127,18 +130,18 @@ func currentOf(versions map[string][]string) string {
 func (p *provider) rotate(ctx context.Context, h handle) providers.Death {
 	token := rotationToken(h)
 	death := providers.Death{Progress: broker.ProgressRequested, RetryAt: p.now().Add(rotationPause)}
-	_, err := p.clients.sm.RotateSecret(ctx, &sm.RotateSecretInput{SecretId: &h.ARN, ClientRequestToken: &token, RotateImmediately: aws.Bool(true)})
-	if f := faultOf("rotating secret "+h.ARN, err); f != nil {
-		if f.code != codeInvalid {
-			return providers.Death{Err: f}
+	_, err := p.sm.RotateSecret(ctx, &sm.RotateSecretInput{SecretId: &h.ARN, ClientRequestToken: &token, RotateImmediately: aws.Bool(true)})
+	if err = awsclient.FaultOf(ctx, "rotating secret "+h.ARN, err); err != nil {
+		if awsclient.AsFault(err).Code != codeInvalid {
+			return providers.Death{Err: err}
 		}
 		// It is rotating already, which AWS then goes on with; or it cannot.
-		out, look := p.clients.sm.DescribeSecret(ctx, &sm.DescribeSecretInput{SecretId: &h.ARN})
+		out, look := p.sm.DescribeSecret(ctx, &sm.DescribeSecretInput{SecretId: &h.ARN})
 		if look != nil || !pending(out.VersionIdsToStages, h.Version) {
-			return providers.Death{Err: f}
+			return providers.Death{Err: err}
 		}
 		if p.hangs(token) {
-			death.Err = fmt.Errorf("the rotation does not come to its end; look at the rotation function's log: %w", f)
+			death.Err = fmt.Errorf("the rotation does not come to its end; look at the rotation function's log: %w", err)
 		}
 	}
 	p.noteAsked(token)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
+	"github.com/mayfly-security/mayfly/providers/internal/awsclient"
 )
 
 const (
@@ -33,8 +34,8 @@ func (p *provider) decodeHandle(raw providers.Handle) (handle, error) {
 	if json.Unmarshal(raw, &h) != nil || h.Format != handleVersion || h.Version == "" {
 		return h, errors.New("the handle cannot be read by this version")
 	}
-	if m := arnForm.FindStringSubmatch(h.ARN); m == nil || m[1] != p.config.region || m[2] != p.config.account {
-		return h, fmt.Errorf("the handle is of a secret that is not in region %s of account %s", p.config.region, p.config.account)
+	if m := arnForm.FindStringSubmatch(h.ARN); m == nil || m[1] != p.config.Region || m[2] != p.config.Account {
+		return h, fmt.Errorf("the handle is of a secret that is not in region %s of account %s", p.config.Region, p.config.Account)
 	}
 	return h, nil
 }
@@ -48,12 +49,12 @@ func (p *provider) decodeHandle(raw providers.Handle) (handle, error) {
 func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record func(providers.Handle) error) (providers.Minted, error) {
 	s, err := parseScope(p.config, req.Tool)
 	if err != nil {
-		return providers.Minted{}, p.refuse(broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
+		return providers.Minted{}, providers.Refused(broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
 			"the scope of tool %s cannot be read", req.Tool.Name).Because(err))
 	}
 	name, err := s.name(req.Params)
 	if err != nil {
-		return providers.Minted{}, p.refuse(err)
+		return providers.Minted{}, providers.Refused(err)
 	}
 	if s.rotate {
 		if err := p.rotatable(ctx, name, req); err != nil {
@@ -70,7 +71,7 @@ func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record f
 	}
 	minted := providers.Minted{Secret: broker.NewSecret(fields), Static: true, Survives: s.survives()}
 	if minted.Handle, err = json.Marshal(h); err != nil {
-		return providers.Minted{}, p.refuse(err)
+		return providers.Minted{}, providers.Refused(err)
 	}
 	if _, err := p.decodeHandle(minted.Handle); err != nil { // what could not be ended later is not given
 		return providers.Minted{}, p.wrong(req.Tool.Name, err)
@@ -94,9 +95,9 @@ func (p *provider) read(ctx context.Context, s scope, name, tool string) (handle
 	} else {
 		in.VersionStage = &s.stage
 	}
-	out, err := p.clients.sm.GetSecretValue(ctx, in)
-	if f := faultOf("reading secret "+name, err); f != nil {
-		return handle{}, "", p.nothingRead(ctx, f, tool)
+	out, err := p.sm.GetSecretValue(ctx, in)
+	if err := awsclient.FaultOf(ctx, "reading secret "+name, err); err != nil {
+		return handle{}, "", p.nothingRead(err, tool)
 	}
 	h := handle{Format: handleVersion, ARN: aws.ToString(out.ARN), Version: aws.ToString(out.VersionId), Rotate: s.rotate}
 	switch {
@@ -117,9 +118,9 @@ func (p *provider) read(ctx context.Context, s scope, name, tool string) (handle
 // rotatable refuses a lease whose end could not rotate the secret, or whose value
 // is being taken from it already.
 func (p *provider) rotatable(ctx context.Context, name string, req providers.MintRequest) error {
-	out, err := p.clients.sm.DescribeSecret(ctx, &sm.DescribeSecretInput{SecretId: &name})
-	if f := faultOf("looking at secret "+name, err); f != nil {
-		return p.nothingRead(ctx, f, req.Tool.Name)
+	out, err := p.sm.DescribeSecret(ctx, &sm.DescribeSecretInput{SecretId: &name})
+	if err := awsclient.FaultOf(ctx, "looking at secret "+name, err); err != nil {
+		return p.nothingRead(err, req.Tool.Name)
 	}
 	arn := aws.ToString(out.ARN)
 	switch {
@@ -164,42 +165,38 @@ func same(asked, arn, name string) bool {
 	return ok && (suffix == "" || len(suffix) == 7 && suffix[0] == '-')
 }
 
-// refuse is an error of Mint before anything was asked.
-func (p *provider) refuse(err error) error {
-	return fmt.Errorf("%w: %w: %w", providers.ErrNothingMade, providers.ErrRefused, err)
-}
-
 // wrong is that the secret is not as the tool says.
 func (p *provider) wrong(tool string, cause error) error {
-	return p.refuse(broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
+	return providers.Refused(broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
 		"the secret of tool %s (provider %s) is not as the catalog says", tool, p.name).Because(cause))
 }
 
 // nothingRead tells why a secret was not read, in our own words.
-func (p *provider) nothingRead(ctx context.Context, f *fault, tool string) error {
+func (p *provider) nothingRead(cause error, tool string) error {
 	const (
 		later    = "try again later; operators see the cause in the log by correlation ID"
 		operator = "give the correlation ID to an operator"
 	)
-	told := broker.Refusef(broker.ReasonProvider, later, "AWS Secrets Manager (provider %s) did not answer", p.name)
+	var told *broker.Error
 	refused := false
-	switch {
-	case f.away:
+	switch awsclient.KindOf(cause) {
+	case awsclient.Throttled, awsclient.Login, awsclient.Away:
 		told = broker.Refusef(broker.ReasonProvider, later, "AWS Secrets Manager (provider %s) takes no requests of the broker's now", p.name)
-	case f.code == codeNotFound:
+	case awsclient.Missing:
 		refused, told = true, broker.Refusef(broker.ReasonProviderRefused, operator, "the secret of tool %s, or its version, is not there (provider %s)", tool, p.name)
-	case f.code == "AccessDeniedException":
+	case awsclient.Denied:
 		refused, told = true, broker.Refusef(broker.ReasonProviderRefused, operator, "AWS (provider %s) does not allow the broker to read the secret of tool %s", p.name, tool)
-	case f.code == codeInvalid, f.code == codeDecrypt, f.code == "InvalidParameterException":
+	case awsclient.Bad:
 		refused, told = true, broker.Refusef(broker.ReasonProviderRefused, operator, "AWS (provider %s) does not give the secret of tool %s", p.name, tool)
-	case f.code != "":
-		told = broker.Refusef(broker.ReasonProvider, later, "AWS Secrets Manager (provider %s) failed", p.name)
-	case ctx.Err() != nil:
+	case awsclient.Late:
 		told = broker.Refusef(broker.ReasonProvider, later, "AWS Secrets Manager (provider %s) did not answer in time", p.name)
+	case awsclient.Cut:
+		told = broker.Refusef(broker.ReasonProvider, later, "AWS Secrets Manager (provider %s) did not answer", p.name)
+	default:
+		told = broker.Refusef(broker.ReasonProvider, later, "AWS Secrets Manager (provider %s) failed", p.name)
 	}
-	err := fmt.Errorf("%w: %w", providers.ErrNothingMade, told.Because(f))
 	if refused {
-		err = fmt.Errorf("%w: %w", err, providers.ErrRefused)
+		return providers.Refused(told.Because(cause))
 	}
-	return err
+	return fmt.Errorf("%w: %w", providers.ErrNothingMade, told.Because(cause))
 }

@@ -16,6 +16,7 @@ const (
 	// fieldValue is the secret's field where the scope names none.
 	fieldValue = "value"
 	maxFields  = 32
+	maxName    = 512 // characters of a secret's name; AWS's own limit
 )
 
 var (
@@ -113,8 +114,8 @@ func (s scope) checkSecret(c config, tool broker.Tool) error {
 		switch {
 		case m == nil:
 			return providers.FieldErrorf("secret", "is %q, which is no ARN of a secret, such as arn:aws:secretsmanager:eu-central-1:123456789012:secret:crm/key-AbCdEf", s.secret)
-		case m[1] != c.region || m[2] != c.account:
-			return providers.FieldErrorf("secret", "is in region %s of account %s, and the provider is region %s of account %s", m[1], m[2], c.region, c.account)
+		case m[1] != c.Region || m[2] != c.Account:
+			return providers.FieldErrorf("secret", "is in region %s of account %s, and the provider is region %s of account %s", m[1], m[2], c.Region, c.Account)
 		case len(used) > 0:
 			return providers.FieldErrorf("secret", "is an ARN with a parameter in it; an ARN is of one secret: use its name")
 		}
@@ -138,8 +139,8 @@ func (s scope) name(params map[string]string) (string, error) {
 		}
 		return value
 	})
-	if bad == nil && len(name) > maxText {
-		bad = broker.Refusef(broker.ReasonParameter, "give shorter values", "the secret's name has %d characters; AWS takes %d", len(name), maxText)
+	if bad == nil && len(name) > maxName {
+		bad = broker.Refusef(broker.ReasonParameter, "give shorter values", "the secret's name has %d characters; AWS takes %d", len(name), maxName)
 	}
 	return name, bad
 }

@@ -16,9 +16,12 @@ import (
 	"sync"
 	"time"
 
+	sm "github.com/aws/aws-sdk-go-v2/service/secretsmanager"
+
 	"github.com/mayfly-security/mayfly/attestation"
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
+	"github.com/mayfly-security/mayfly/providers/internal/awsclient"
 )
 
 // Driver opens AWS Secrets Manager, one region of one account each.
@@ -46,7 +49,7 @@ func (Driver) Meaning(raw json.RawMessage) (json.RawMessage, error) {
 	if err != nil {
 		return nil, err
 	}
-	return json.Marshal(map[string]string{"region": c.region, "endpoint": c.endpoint, "account": c.account})
+	return json.Marshal(map[string]string{"region": c.Region, "endpoint": c.endpoint, "account": c.Account})
 }
 
 // ValidateScope implements providers.Driver.
@@ -91,19 +94,21 @@ func (d Driver) Open(ctx context.Context, config providers.Config) (providers.Pr
 		return nil, errors.New("opening AWS Secrets Manager: a log, a clock and the known leases are needed")
 	}
 	p := &provider{name: config.Name, config: c, now: config.Now, known: config.Known, asked: map[string]time.Time{}}
-	if p.clients, err = openClients(ctx, c, d.Login); err != nil {
+	if p.client, err = awsclient.Open(ctx, awsclient.Config{Access: c.Access, STSEndpoint: c.stsEndpoint}, d.Login); err != nil {
 		return nil, fmt.Errorf("opening AWS Secrets Manager: %w", err)
 	}
+	p.sm = sm.NewFromConfig(p.client.At(c.endpoint))
 	return p, nil
 }
 
 // provider is AWS Secrets Manager in one region of one account.
 type provider struct {
-	name    string
-	config  config
-	clients *clients
-	now     func() time.Time
-	known   func(ctx context.Context, begun bool) ([]providers.Known, error) // the leases that have not ended
+	name   string
+	config config
+	client *awsclient.Client
+	sm     *sm.Client
+	now    func() time.Time
+	known  func(ctx context.Context, begun bool) ([]providers.Known, error) // the leases that have not ended
 
 	mu    sync.Mutex
 	asked map[string]time.Time // when a rotation was last asked for, by its request token
@@ -121,6 +126,6 @@ func (*provider) Traits() providers.Traits {
 
 // Close implements providers.Provider.
 func (p *provider) Close() error {
-	p.clients.close()
+	p.client.Close()
 	return nil
 }

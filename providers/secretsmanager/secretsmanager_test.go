@@ -190,7 +190,7 @@ func TestMintRefused(t *testing.T) {
 		t.Error("the secret is in the error")
 	}
 	for code, away := range map[string]bool{
-		"AccessDeniedException": false, codeInvalid: false, codeDecrypt: false, "InternalServiceError": false, "ThrottlingException": true, "ExpiredTokenException": true,
+		"AccessDeniedException": false, codeInvalid: false, "DecryptionFailure": false, "ResourceNotFoundException": false, "InternalServiceError": false, "ThrottlingException": true, "ExpiredTokenException": true, "InvalidSignatureException": true,
 	} {
 		w.fake.Set(func() { w.fake.Fail = code })
 		m := w.mint(p, plain, nil)

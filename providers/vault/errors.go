@@ -225,10 +225,10 @@ func (p *provider) told(k kind, tool string) *broker.Error {
 // nothingMade is an error of Mint where nothing was made.
 func (p *provider) nothingMade(tool string, cause error) error {
 	k := kindOf(cause)
-	err := fmt.Errorf("%w: %w", providers.ErrNothingMade, p.told(k, tool).Because(cause))
+	told := p.told(k, tool).Because(cause)
 	switch k {
 	case denied, missing, bad, unwanted:
-		err = fmt.Errorf("%w: %w", err, providers.ErrRefused)
+		return providers.Refused(told)
 	}
-	return err
+	return fmt.Errorf("%w: %w", providers.ErrNothingMade, told)
 }

@@ -46,7 +46,7 @@ type making struct {
 func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record func(providers.Handle) error) (providers.Minted, error) {
 	plan, err := p.planOf(req)
 	if err != nil {
-		return providers.Minted{}, fmt.Errorf("%w: %w: %w", providers.ErrNothingMade, providers.ErrRefused, err)
+		return providers.Minted{}, providers.Refused(err)
 	}
 	m := &making{p: p, req: req, plan: plan}
 	failpoint.At("vault.create.before")

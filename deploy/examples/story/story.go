@@ -227,3 +227,27 @@ func LookAtSources(root string) error {
 	}
 	return nil
 }
+
+// Build builds programs into bin for a test: those of cmd by their name, others
+// by their folder below deploy. It looks at their sources; see LookAtSources.
+func Build(ctx context.Context, root, bin string, programs ...string) error {
+	if err := LookAtSources(root); err != nil {
+		return err
+	}
+	for _, name := range programs {
+		folder := "./cmd/" + name
+		if strings.Contains(name, "/") {
+			folder = "./deploy/" + name
+		}
+		out, err := filepath.Abs(filepath.Join(bin, name))
+		if err != nil {
+			return err
+		}
+		cmd := exec.CommandContext(ctx, "go", "build", "-o", out, folder)
+		cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
+		if said, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("building %s: %w\n%s", name, err, said)
+		}
+	}
+	return nil
+}

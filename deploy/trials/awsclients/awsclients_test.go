@@ -76,12 +76,8 @@ tools:
 // and read for longer than a lease lives. By the broker's evidence they share few leases.
 func TestAWSClients(t *testing.T) {
 	bin := t.TempDir()
-	for _, name := range []string{"mayfly", "mayflyd"} {
-		cmd := exec.Command("go", "build", "-o", filepath.Join(bin, name), "github.com/mayfly-security/mayfly/cmd/"+name)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if said, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("building %s: %v\n%s", name, err, said)
-		}
+	if err := story.Build(t.Context(), "../../..", bin, "mayfly", "mayflyd"); err != nil {
+		t.Fatal(err)
 	}
 	minio := testbed.TestMinIO(t)
 	root := open(minio, minio.User, minio.Password, "")

@@ -25,16 +25,9 @@ import (
 // TestAWSDenyList tells four stories of a broker with an AWS account, each with
 // a broker and an account of its own.
 func TestAWSDenyList(t *testing.T) {
-	if err := story.LookAtSources("../../.."); err != nil {
-		t.Fatal(err)
-	}
 	bin := t.TempDir()
-	for _, name := range []string{"mayfly", "mayflyd"} {
-		cmd := exec.Command("go", "build", "-o", filepath.Join(bin, name), "github.com/mayfly-security/mayfly/cmd/"+name)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if said, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("building %s: %v\n%s", name, err, said)
-		}
+	if err := story.Build(t.Context(), "../../..", bin, "mayfly", "mayflyd"); err != nil {
+		t.Fatal(err)
 	}
 	t.Run("stories", func(t *testing.T) { // bin stays until they are told
 		for name, tell := range map[string]func(*rig){"incident": incident, "killed": killed, "restored": restored, "away": away} {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
+	"github.com/mayfly-security/mayfly/providers/internal/awsaccess"
 )
 
 const good = `"region":"eu-central-1","account":"123456789012","credentials":{"method":"web_identity","role_arn":"arn:aws:iam::123456789012:role/mayfly-broker"},"early_revoke":{"mode":"deny_list"}`
@@ -91,11 +92,11 @@ func TestConfigDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	if c.Partition != "aws" || c.RolePath != "/mayfly/" || c.MaxSession != time.Hour || c.Credentials.Audience != "sts.amazonaws.com" ||
-		!c.Credentials.Chained || c.Early.Verify != VerifyProbe || c.Early.Settle != 10*time.Second || c.Compatible() {
+		!c.Chained || c.Early.Verify != VerifyProbe || c.Early.Settle != 10*time.Second || c.Compatible() {
 		t.Errorf("%+v", c)
 	}
 	for region, partition := range map[string]string{"cn-north-1": "aws-cn", "us-gov-west-1": "aws-us-gov", "us-iso-east-1": "aws-iso", "us-isob-east-1": "aws-iso-b", "eusc-de-east-1": "aws-eusc"} {
-		if got := partitionOf(region); got != partition || !regionForm.MatchString(region) {
+		if got := partitionOf(region); got != partition || (awsaccess.Access{Region: region}).CheckPlace() != nil {
 			t.Errorf("region %s is in %s", region, got)
 		}
 	}

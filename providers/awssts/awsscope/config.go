@@ -5,22 +5,15 @@
 package awsscope
 
 import (
+	"cmp"
 	"encoding/json"
-	"net/netip"
-	"net/url"
-	"path/filepath"
 	"regexp"
 	"strings"
 	"time"
 
+	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
-)
-
-// How the broker gets the credentials that it assumes roles with.
-const (
-	MethodWebIdentity = "web_identity" // AssumeRoleWithWebIdentity, with a JWT-SVID
-	MethodDefault     = "default"      // the SDK's default chain
-	MethodKeyFile     = "key_file"     // static keys in a file, for servers that are not AWS
+	"github.com/mayfly-security/mayfly/providers/internal/awsaccess"
 )
 
 // How a lease is ended before its end.
@@ -48,40 +41,27 @@ const (
 	defaultSession = time.Hour // what a role has as MaxSessionDuration unless it says otherwise
 	defaultSettle  = 10 * time.Second
 	maxSettle      = 10 * time.Minute
-	maxText        = 512 // bytes of a URL or path
 )
 
 var (
-	regionForm  = regexp.MustCompile(`^[a-z]{2,4}(-[a-z]+)+-[0-9]{1,2}$`)
-	accountForm = regexp.MustCompile(`^[0-9]{12}$`)
-	pathForm    = regexp.MustCompile(`^/([A-Za-z0-9+=,.@_-]+/)*$`)
-	prefixForm  = regexp.MustCompile(`^[A-Za-z0-9+=,.@_-]{0,40}$`)
+	pathForm   = regexp.MustCompile(`^/([A-Za-z0-9+=,.@_-]+/)*$`)
+	prefixForm = regexp.MustCompile(`^[A-Za-z0-9+=,.@_-]{0,40}$`)
 )
 
 // Config is an AWS provider's configuration, complete: what was left out has
 // its default.
 type Config struct {
-	Region      string      // required
-	Partition   string      // follows from the region
-	Account     string      // twelve digits; empty: a compatible server, where leases have the parent's own keys
-	Endpoint    string      // of STS, and of IAM where it has none of its own; empty: AWS's
-	IAMEndpoint string      // empty: Endpoint
-	FIPS        bool        //
-	DualStack   bool        //
-	Credentials Credentials //
-	RolePath    string      // below which the roles of tools are; "/mayfly/"
-	RolePrefix  string      // with which their names begin; may be empty
+	// Access says where AWS is asked, and what roles are assumed with. An empty
+	// account is a compatible server, where leases have the parent's own keys.
+	awsaccess.Access
+	Partition   string // follows from the region
+	Endpoint    string // of STS, and of IAM where it has none of its own; empty: AWS's
+	IAMEndpoint string // empty: Endpoint
+	Chained     bool   // the broker's credentials are a role's: AWS gives sessions of at most an hour
+	RolePath    string // below which the roles of tools are; "/mayfly/"
+	RolePrefix  string // with which their names begin; may be empty
 	MaxSession  time.Duration
 	Early       Early
-}
-
-// Credentials say what the broker assumes roles with.
-type Credentials struct {
-	Method   string
-	RoleARN  string // web_identity: the broker's own role
-	Audience string // web_identity: of the JWT-SVID; "sts.amazonaws.com"
-	KeyFile  string // key_file: absolute path
-	Chained  bool   // they are a role's: AWS gives sessions of at most an hour
 }
 
 // Early says how leases are ended before their end.
@@ -134,27 +114,25 @@ func ParseConfig(raw json.RawMessage) (Config, error) {
 	if err := providers.Decode(raw, &in); err != nil {
 		return Config{}, err
 	}
+	own := in.Credentials
 	c := Config{
-		Region: in.Region, Account: in.Account, Endpoint: strings.TrimSuffix(in.Endpoint, "/"), IAMEndpoint: strings.TrimSuffix(in.IAMEndpoint, "/"),
-		FIPS: in.FIPS, DualStack: in.DualStack,
-		Credentials: Credentials{Method: in.Credentials.Method, RoleARN: in.Credentials.RoleARN, Audience: in.Credentials.Audience, KeyFile: in.Credentials.KeyFile},
-		RolePath:    orElse(in.RolePath, "/mayfly/"), RolePrefix: in.RolePrefix, MaxSession: defaultSession,
+		Access: awsaccess.Access{Region: in.Region, Account: in.Account, FIPS: in.FIPS, DualStack: in.DualStack,
+			Credentials: awsaccess.Credentials{Method: own.Method, RoleARN: own.RoleARN, Audience: own.Audience, KeyFile: own.KeyFile}},
+		Partition: partitionOf(in.Region),
+		Endpoint:  strings.TrimSuffix(in.Endpoint, "/"), IAMEndpoint: strings.TrimSuffix(in.IAMEndpoint, "/"),
+		RolePath: cmp.Or(in.RolePath, "/mayfly/"), RolePrefix: in.RolePrefix, MaxSession: defaultSession,
 		Early: Early{Mode: in.Early.Mode, Verify: in.Early.Verify},
 	}
-	if !regionForm.MatchString(c.Region) {
-		return Config{}, providers.FieldErrorf("region", "is %q; it is an AWS region, such as eu-central-1", c.Region)
-	}
-	c.Partition = partitionOf(c.Region)
-	if c.Account != "" && !accountForm.MatchString(c.Account) {
-		return Config{}, providers.FieldErrorf("account", "is %q; it is the twelve digits of an AWS account", c.Account)
+	if err := c.CheckPlace(); err != nil {
+		return Config{}, err
 	}
 	if err := c.checkEndpoints(); err != nil {
 		return Config{}, err
 	}
-	if err := c.checkCredentials(in.Credentials.Chained); err != nil {
+	if err := c.checkCredentials(own.Chained); err != nil {
 		return Config{}, err
 	}
-	if !pathForm.MatchString(c.RolePath) || len(c.RolePath) > maxText || c.RolePath == "/" {
+	if !pathForm.MatchString(c.RolePath) || len(c.RolePath) > awsaccess.MaxText || c.RolePath == "/" {
 		return Config{}, providers.FieldErrorf("role_path", "is %q; it is a path of roles in IAM that begins and ends with '/' and is not the root, such as /mayfly/", c.RolePath)
 	}
 	if !prefixForm.MatchString(c.RolePrefix) {
@@ -171,18 +149,8 @@ func ParseConfig(raw json.RawMessage) (Config, error) {
 
 func (c Config) checkEndpoints() error {
 	for field, endpoint := range map[string]string{"endpoint_url": c.Endpoint, "iam_endpoint_url": c.IAMEndpoint} {
-		if endpoint == "" {
-			continue
-		}
-		u, err := url.Parse(endpoint)
-		if err != nil || len(endpoint) > maxText || u.Host == "" || u.User != nil || u.Path != "" || strings.ContainsAny(endpoint, "?#") {
-			return providers.FieldErrorf(field, "must be a URL without a path, such as https://minio.acme.test:9000")
-		}
-		if u.Scheme != "https" && !(u.Scheme == "http" && loopback(u.Hostname())) {
-			return providers.FieldErrorf(field, "must be an https URL; only a loopback host may have http")
-		}
-		if c.FIPS || c.DualStack {
-			return providers.FieldErrorf(field, "takes the place of AWS's endpoints, among which use_fips_endpoint and use_dualstack_endpoint choose; set either")
+		if err := c.CheckEndpoint(field, endpoint, "https://minio.acme.test:9000"); err != nil {
+			return err
 		}
 	}
 	if c.Account == "" && c.Endpoint == "" {
@@ -192,43 +160,27 @@ func (c Config) checkEndpoints() error {
 }
 
 func (c *Config) checkCredentials(chained *bool) error {
-	k := &c.Credentials
-	switch k.Method {
-	case MethodWebIdentity:
-		k.Audience = orElse(k.Audience, "sts.amazonaws.com")
-		if _, err := ParseRole(k.RoleARN); err != nil {
-			return providers.FieldErrorf("credentials.role_arn", "is %q, %v", k.RoleARN, err)
-		}
-		if len(k.Audience) > 256 || strings.ContainsFunc(k.Audience, func(r rune) bool { return r <= ' ' || r > '~' || r == '"' || r == '\\' }) {
-			return providers.FieldErrorf("credentials.audience", "must be one audience: a URL or name without spaces and quotes")
-		}
+	method := c.Credentials.Method
+	switch method {
+	case awsaccess.MethodWebIdentity:
 		if chained != nil && !*chained {
-			return providers.FieldErrorf("credentials.chained", "is false, and what AssumeRoleWithWebIdentity gives is a role's: AWS gives it sessions of at most %s", short(ChainedMax))
+			return providers.FieldErrorf("credentials.chained", "is false, and what AssumeRoleWithWebIdentity gives is a role's: AWS gives it sessions of at most %s", broker.Span(ChainedMax))
 		}
-		k.Chained = true
-	case MethodDefault:
-		k.Chained = chained == nil || *chained
-	case MethodKeyFile:
+		c.Chained = true
+	case awsaccess.MethodDefault:
+		c.Chained = chained == nil || *chained
+	case awsaccess.MethodKeyFile:
 		if c.Endpoint == "" {
 			return providers.FieldErrorf("credentials.method", "is key_file, which is for compatible servers: set endpoint_url. With AWS itself the broker keeps no static keys: use web_identity, or default")
 		}
-		if !filepath.IsAbs(k.KeyFile) || len(k.KeyFile) > maxText {
-			return providers.FieldErrorf("credentials.key_file", "must be an absolute path, not %q", k.KeyFile)
-		}
-		k.Chained = chained != nil && *chained
+		c.Chained = chained != nil && *chained
 	default:
-		return providers.FieldErrorf("credentials.method", "is %q; it must be web_identity (the broker logs in with a JWT-SVID), default (the AWS SDK's default chain) or key_file (static keys, for compatible servers)", k.Method)
+		return providers.FieldErrorf("credentials.method", "is %q; it must be web_identity (the broker logs in with a JWT-SVID), default (the AWS SDK's default chain) or key_file (static keys, for compatible servers)", method)
 	}
-	for field, stray := range map[string]bool{
-		"credentials.role_arn": k.Method != MethodWebIdentity && k.RoleARN != "",
-		"credentials.audience": k.Method != MethodWebIdentity && k.Audience != "",
-		"credentials.key_file": k.Method != MethodKeyFile && k.KeyFile != "",
-	} {
-		if stray {
-			return providers.FieldErrorf(field, "is not for method %s", k.Method)
-		}
+	if err := c.Credentials.Check(); err != nil {
+		return err
 	}
-	if c.Account == "" && k.Method != MethodKeyFile {
+	if c.Account == "" && method != awsaccess.MethodKeyFile {
 		return providers.FieldErrorf("account", "is missing: only a compatible server whose leases are a part of what the keys of key_file can do has none")
 	}
 	return nil
@@ -238,12 +190,12 @@ func (c *Config) checkSession(text string) error {
 	if text != "" {
 		d, err := time.ParseDuration(text)
 		if err != nil || d < SessionMin || d > SessionMax || d%time.Second != 0 {
-			return providers.FieldErrorf("max_session", "is %q; it is the MaxSessionDuration of the tools' roles, from %s to %s", text, short(SessionMin), short(SessionMax))
+			return providers.FieldErrorf("max_session", "is %q; it is the MaxSessionDuration of the tools' roles, from %s to %s", text, broker.Span(SessionMin), broker.Span(SessionMax))
 		}
 		c.MaxSession = d
 	}
-	if c.Credentials.Chained && c.MaxSession > ChainedMax {
-		return providers.FieldErrorf("max_session", "is %s, and the broker's credentials (%s) are a role's: AWS gives them sessions of at most %s, whatever the role's own maximum is", short(c.MaxSession), c.Credentials.Method, short(ChainedMax))
+	if c.Chained && c.MaxSession > ChainedMax {
+		return providers.FieldErrorf("max_session", "is %s, and the broker's credentials (%s) are a role's: AWS gives them sessions of at most %s, whatever the role's own maximum is", broker.Span(c.MaxSession), c.Credentials.Method, broker.Span(ChainedMax))
 	}
 	return nil
 }
@@ -256,17 +208,17 @@ func (c *Config) checkEarly(settle string) error {
 		if c.Compatible() {
 			return providers.FieldErrorf("early_revoke.mode", "is deny_list, which writes policies of roles in IAM: it needs an account")
 		}
-		if own, err := ParseRole(c.Credentials.RoleARN); err == nil && own.Account != c.Account {
+		if own, err := awsaccess.ParseRole(c.Credentials.RoleARN); err == nil && own.Account != c.Account {
 			return providers.FieldErrorf("early_revoke.mode", "is deny_list, and the broker's role (credentials.role_arn) is of account %s: IAM writes policies of its caller's own account alone, and the tools' roles are in %s", own.Account, c.Account)
 		}
-		e.Verify, e.Settle = orElse(e.Verify, VerifyProbe), defaultSettle
+		e.Verify, e.Settle = cmp.Or(e.Verify, VerifyProbe), defaultSettle
 		if e.Verify != VerifyProbe && e.Verify != VerifyNone {
 			return providers.FieldErrorf("early_revoke.verify", "is %q; it is probe (a session of the broker's own is seen to be denied) or none (such leases stay written until they expire)", e.Verify)
 		}
 		if settle != "" {
 			d, err := time.ParseDuration(settle)
 			if err != nil || d < 0 || d > maxSettle {
-				return providers.FieldErrorf("early_revoke.settle", "is %q; it is how long a deny has been seen before it counts as in force, up to %s", settle, short(maxSettle))
+				return providers.FieldErrorf("early_revoke.settle", "is %q; it is how long a deny has been seen before it counts as in force, up to %s", settle, broker.Span(maxSettle))
 			}
 			e.Settle = d
 		}
@@ -295,28 +247,4 @@ func partitionOf(region string) string {
 		}
 	}
 	return "aws"
-}
-
-func loopback(host string) bool {
-	ip, err := netip.ParseAddr(host)
-	return host == "localhost" || err == nil && ip.IsLoopback()
-}
-
-func orElse(s, other string) string {
-	if s == "" {
-		return other
-	}
-	return s
-}
-
-// short writes a duration as people write it: 1h, not 1h0m0s.
-func short(d time.Duration) string {
-	s := d.String()
-	if strings.HasSuffix(s, "m0s") {
-		s = strings.TrimSuffix(s, "0s")
-	}
-	if strings.HasSuffix(s, "h0m") {
-		s = strings.TrimSuffix(s, "0m")
-	}
-	return s
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/mayfly-security/mayfly/broker"
 	"github.com/mayfly-security/mayfly/providers"
+	"github.com/mayfly-security/mayfly/providers/internal/awsaccess"
 )
 
 const (
@@ -42,8 +43,8 @@ var wide = []string{"AdministratorAccess", "PowerUserAccess", "IAMFullAccess"}
 
 // Scope is what a tool's leases can do in AWS, complete.
 type Scope struct {
-	Roles      []Role      // sorted by ARN; none on a compatible server
-	Statements []Statement // or PolicyARNs
+	Roles      []awsaccess.Role // sorted by ARN; none on a compatible server
+	Statements []Statement      // or PolicyARNs
 	PolicyARNs []string
 
 	compatible bool
@@ -92,10 +93,10 @@ func ParseScope(c Config, tool broker.Tool) (Scope, error) {
 	}
 	if tool.MaxTTL > c.MaxSession {
 		why := "max_session of the provider"
-		if c.Credentials.Chained && c.MaxSession == ChainedMax {
+		if c.Chained && c.MaxSession == ChainedMax {
 			why = "what AWS gives to the broker's credentials, which are a role's (role chaining)"
 		}
-		return Scope{}, providers.FieldErrorf("", "max_ttl of the tool is %s, and a session lives at most %s: %s", short(tool.MaxTTL), short(c.MaxSession), why)
+		return Scope{}, providers.FieldErrorf("", "max_ttl of the tool is %s, and a session lives at most %s: %s", broker.Span(tool.MaxTTL), broker.Span(c.MaxSession), why)
 	}
 	return s, s.fits(tool)
 }
@@ -119,7 +120,7 @@ func (s *Scope) roles(c Config, one string, pool []string) error {
 		return providers.FieldErrorf("roles", "has %d roles; at most %d are taken", len(pool), maxRoles)
 	}
 	for i, arn := range pool {
-		r, err := ParseRole(arn)
+		r, err := awsaccess.ParseRole(arn)
 		if err != nil {
 			return providers.FieldErrorf(field(i), "is %q, %v", broker.Clean(broker.Shorten(arn, 120)), err)
 		}
@@ -132,12 +133,12 @@ func (s *Scope) roles(c Config, one string, pool []string) error {
 			return providers.FieldErrorf(field(i), "has the path %s; the broker may use roles below %s alone (role_path)", r.Path, c.RolePath)
 		case !strings.HasPrefix(r.Name, c.RolePrefix):
 			return providers.FieldErrorf(field(i), "has the name %s, which does not begin with %s (role_prefix)", r.Name, c.RolePrefix)
-		case slices.ContainsFunc(s.Roles, func(other Role) bool { return other.ARN == arn }):
+		case slices.ContainsFunc(s.Roles, func(other awsaccess.Role) bool { return other.ARN == arn }):
 			return providers.FieldErrorf(field(i), "stands twice")
 		}
 		s.Roles = append(s.Roles, r)
 	}
-	slices.SortFunc(s.Roles, func(a, b Role) int { return strings.Compare(a.ARN, b.ARN) })
+	slices.SortFunc(s.Roles, func(a, b awsaccess.Role) int { return strings.Compare(a.ARN, b.ARN) })
 	return nil
 }
 
@@ -152,7 +153,7 @@ func (s *Scope) arns(c Config) error {
 		at := fmt.Sprintf("policy_arns[%d]", i)
 		m := policyForm.FindStringSubmatch(arn)
 		switch {
-		case m == nil || len(arn) > maxText:
+		case m == nil || len(arn) > awsaccess.MaxText:
 			return providers.FieldErrorf(at, "is %q; it is the ARN of a managed policy, such as arn:%s:iam::aws:policy/AmazonS3ReadOnlyAccess", broker.Clean(broker.Shorten(arn, 120)), c.Partition)
 		case m[1] != c.Partition:
 			return providers.FieldErrorf(at, "is of partition %s, and the provider's region %s is in partition %s", m[1], c.Region, c.Partition)

@@ -169,7 +169,7 @@ func (s *Setup) tool(t ScopedTool) {
 one policy and cannot be given another (without allowed_policies a token could
 have the broker's own), are nobody's children (they outlive the broker's login,
 which is shorter than a lease may be), end at the latest after %s, and can be
-used %d times.`, name, span(c.TokenTTL(t.Tool.MaxTTL)), numUses)})
+used %d times.`, name, broker.Span(c.TokenTTL(t.Tool.MaxTTL)), numUses)})
 }
 
 // TokenRoleBody is what the token role of a tool is written with.
@@ -205,7 +205,7 @@ func (s *Setup) broker() {
 		"token_no_default_policy": true,
 		"token_type":              "service",
 	}
-	why := fmt.Sprintf("The broker, and nobody else. A login lives for %s and cannot be kept alive\n(no token_period): a stolen one is soon worthless.", span(loginTTL))
+	why := fmt.Sprintf("The broker, and nobody else. A login lives for %s and cannot be kept alive\n(no token_period): a stolen one is soon worthless.", broker.Span(loginTTL))
 	if c.Auth.Method == MethodCert {
 		login["certificate"], login["allowed_uri_sans"], login["display_name"] = o.Bundle, []string{o.Broker.String()}, "mayfly"
 		s.Writes = append(s.Writes, enable, Write{Kind: WriteAuthRole, name: c.Auth.Role, at: at, Path: at + "/certs/" + c.Auth.Role, Body: login,
@@ -262,7 +262,7 @@ func (s *Setup) databases() {
 				Why: fmt.Sprintf(`Tool %s, for leases of %s and longer. default_ttl decides until when PostgreSQL
 lets the role log in, whatever becomes of Vault and of Mayfly: it is no longer than
 the lease. Revoking ends open sessions, too, and does not fail when the role is
-gone already.`, t.Tool.Name, span(class.TTL))})
+gone already.`, t.Tool.Name, broker.Span(class.TTL))})
 		}
 	}
 	for _, mount := range mounts {
@@ -281,15 +281,3 @@ lets no other role of Vault use it. Give Mayfly a connection of its own.`, s.opt
 
 // seconds is a duration as Vault's API takes it.
 func seconds(d time.Duration) int64 { return int64(d / time.Second) }
-
-// span is a duration for people, in whole units.
-func span(d time.Duration) string {
-	text := d.String()
-	if strings.HasSuffix(text, "m0s") {
-		text = strings.TrimSuffix(text, "0s")
-	}
-	if strings.HasSuffix(text, "h0m") {
-		text = strings.TrimSuffix(text, "0m")
-	}
-	return text
-}
