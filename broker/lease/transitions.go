@@ -12,9 +12,13 @@ import (
 	"github.com/mayfly-security/mayfly/store"
 )
 
-// chunk is how many leases one transaction moves: a move takes up to thirteen
+// chunk is how many leases one transaction begins to end: that takes up to six
 // operations of the store's store.MaxOps.
 const chunk = 9
+
+// tellChunk is how many leases one transaction is told of: one that was ended
+// without the store, and is dead, takes up to seventeen operations.
+const tellChunk = 7
 
 // grantChunk is how many grants one transaction ends: an end takes up to eight
 // operations, and one more for each person on whose vote the grant stands.
