@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"iter"
 	"maps"
 	"slices"
 	"time"
@@ -102,6 +103,19 @@ func (e *Engine) cutOff(ctx context.Context, caller broker.Caller, req CutOffReq
 		return CutOff{}, broker.Refuse(broker.ReasonShuttingDown, "the broker is stopping", "try again")
 	}
 	ep := e.current.Load() // ending does not wait for a reload
+	for range 8 {
+		c, err := e.tryCutOff(ctx, ep, caller, req)
+		if err != errStale {
+			return c, err
+		}
+		ep = e.settled()
+	}
+	return CutOff{}, again(errStale)
+}
+
+// tryCutOff decides by one epoch. errStale means that another is to decide: the
+// provider may not be in its catalog, and then nobody would carry it out.
+func (e *Engine) tryCutOff(ctx context.Context, ep *epoch, caller broker.Caller, req CutOffRequest) (CutOff, error) {
 	verdict, err := e.administer(ctx, ep, caller, policy.VerbCutOff)
 	if err != nil {
 		return CutOff{}, err
@@ -139,7 +153,12 @@ func (e *Engine) cutOff(ctx context.Context, caller broker.Caller, req CutOffReq
 		return rec.view(hit), nil
 	}
 	id := cutOffID(req.Provider, req.Role)
-	err = e.update(ctx, now, func(t store.Txn) error { return beginCutOff(t, id, rec, verdict) })
+	err = e.update(ctx, now, func(t store.Txn) error {
+		if err := ep.same(t); err != nil {
+			return err
+		}
+		return beginCutOff(t, id, rec, verdict)
+	})
 	if err != nil {
 		if untellable(err) {
 			return CutOff{}, e.cutOffAnyway(id, begunCutOff{rec, verdict}, hit, err)
@@ -362,20 +381,45 @@ func (c cutOffRecord) notNow(tool string, now time.Time) *broker.Error {
 // cutOffsStay refuses a catalog in which a provider is missing, or stands for
 // another system, at which a cut-off is not written yet: nobody could write it.
 func cutOffsStay(r store.Reader, ep *epoch, was catalogRecord) error {
-	for entry, err := range r.Scan(store.Prefix(prefixCutOff)) {
-		if err != nil {
-			return err
-		}
-		rec, err := decode[cutOffRecord](entry.Key, entry.Value)
+	for rec, err := range cutOffsToWrite(r) {
 		if err != nil {
 			return err
 		}
 		p := ep.providers[rec.Provider]
 		same := p != nil && (was.Systems[rec.Provider] == "" || was.Systems[rec.Provider] == p.system)
-		if !same && steps(rec.Progress) < steps(broker.ProgressWritten) {
+		if !same {
 			return broker.Refusef(broker.ReasonConflict, "keep the provider as it is until the cut-off is written",
 				"provider %s is to cut the role %s off, and has not done so yet", rec.Provider, broker.Shorten(rec.Cut.Role, 200))
 		}
 	}
 	return nil
+}
+
+// cutOffsToWrite are the cut-offs that no provider has written yet.
+func cutOffsToWrite(r store.Reader) iter.Seq2[cutOffRecord, error] {
+	return func(yield func(cutOffRecord, error) bool) {
+		for rec, err := range cutOffsOf(r) {
+			if err == nil && steps(rec.Progress) >= steps(broker.ProgressWritten) {
+				continue
+			}
+			if !yield(rec, err) {
+				return
+			}
+		}
+	}
+}
+
+// cutOffsOf are all cut-offs.
+func cutOffsOf(r store.Reader) iter.Seq2[cutOffRecord, error] {
+	return func(yield func(cutOffRecord, error) bool) {
+		for entry, err := range r.Scan(store.Prefix(prefixCutOff)) {
+			var rec cutOffRecord
+			if err == nil {
+				rec, err = decode[cutOffRecord](entry.Key, entry.Value)
+			}
+			if !yield(rec, err) || err != nil {
+				return
+			}
+		}
+	}
 }

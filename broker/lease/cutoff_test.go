@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -339,13 +340,7 @@ func TestCutOffKeepsItsProvider(t *testing.T) {
 			t.Errorf("%v", got)
 		}
 		whole := r.yaml
-		without := whole[:strings.Index(whole, "  - name: asked\n")] + whole[strings.Index(whole, "  - name: tokens\n"):]
-		for _, tool := range []string{"cloud.read", "cloud.write"} {
-			i := strings.Index(without, "  - name: "+tool+"\n")
-			without = without[:i] + without[i+strings.Index(without[i:], "scope: {}\n")+len("scope: {}\n"):]
-		}
-		without = strings.ReplaceAll(without, "cloud.read, ", "")
-		r.yaml = without
+		r.yaml = without(whole)
 		err := r.engine.Load(bg, r.snapshot(), "test")
 		r.wantReason(err, broker.ReasonConflict)
 		r.yaml = strings.Replace(whole, "config: {mode: asked,", "config: {mode: planned,", 1)
@@ -353,7 +348,7 @@ func TestCutOffKeepsItsProvider(t *testing.T) {
 		r.wantReason(err, broker.ReasonConflict)
 		d.set(func() { d.came = func() providers.Death { return providers.Death{Progress: broker.ProgressWritten} } })
 		time.Sleep(2 * time.Minute)
-		r.yaml = without
+		r.yaml = without(whole)
 		if err := r.engine.Load(bg, r.snapshot(), "test"); err != nil {
 			t.Error(err)
 		}
@@ -730,5 +725,145 @@ func TestCutOffSurvivesTheBroker(t *testing.T) {
 			}
 			return
 		}
+	}
+}
+
+// without is the catalog without the provider of the roles and its tools.
+func without(whole string) string {
+	y := whole[:strings.Index(whole, "  - name: asked\n")] + whole[strings.Index(whole, "  - name: tokens\n"):]
+	for _, tool := range []string{"cloud.read", "cloud.write"} {
+		i := strings.Index(y, "  - name: "+tool+"\n")
+		y = y[:i] + y[i+strings.Index(y[i:], "scope: {}\n")+len("scope: {}\n"):]
+	}
+	return strings.ReplaceAll(y, "cloud.read, ", "")
+}
+
+// TestCutOffOfAProviderThatGoes: a reload takes the provider out of the catalog
+// while a cut-off is being decided. Either comes first: what was decided has
+// somebody who carries it out, and what has nobody is not decided.
+func TestCutOffOfAProviderThatGoes(t *testing.T) {
+	t.Run("before the decision", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			r, d := cutRig(t)
+			whole := r.yaml
+			d.set(func() {
+				d.plan = func(role string) (providers.Cut, error) {
+					r.yaml = without(whole)
+					if err := r.engine.Load(bg, r.snapshot(), "test"); err != nil {
+						t.Error(err)
+					}
+					return planned(role, time.Now()), nil
+				}
+			})
+			_, err := r.cut(false)
+			r.wantReason(err, broker.ReasonNotFound)
+			if n := len(r.cutOffs()) + len(r.keys("sweep|cutoff|")) + len(r.toldOfCuts()); n != 0 {
+				t.Errorf("%+v was decided, and nobody can carry it out", r.cutOffs())
+			}
+		})
+	})
+	t.Run("after it", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			var hooked *hookedStore
+			r, d := cutRig(t, func(r *rig) {
+				r.wrap = func(s store.Store) store.Store { hooked = &hookedStore{Store: s}; return hooked }
+			})
+			d.set(func() { d.came = func() providers.Death { return providers.Death{Err: providers.ErrAway} } })
+			r.yaml = without(r.yaml)
+			next := r.snapshot()
+			hooked.before(func() { // the reload has looked, and commits
+				if _, err := r.cut(false); err != nil {
+					t.Error(err)
+				}
+			})
+			if err := r.engine.Load(bg, next, "test"); err != nil {
+				t.Fatal(err)
+			}
+			r.wantReason(r.engine.Load(bg, next, "test"), broker.ReasonConflict)
+			d.set(func() { d.came = nil })
+			time.Sleep(2 * time.Minute)
+			if c := r.cutOffs(); len(c) != 1 || c[0].Progress != broker.ProgressVerified {
+				t.Errorf("%+v", c)
+			}
+			if err := r.engine.Load(bg, next, "test"); err != nil {
+				t.Error(err)
+			}
+		})
+	})
+}
+
+// hookedStore is a store that calls something before its next commit.
+type hookedStore struct {
+	store.Store
+	mu   sync.Mutex
+	next func()
+}
+
+func (h *hookedStore) before(do func()) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.next = do
+}
+
+func (h *hookedStore) Update(ctx context.Context, fn func(store.Txn) error) error {
+	h.mu.Lock()
+	do := h.next
+	h.next = nil
+	h.mu.Unlock()
+	if do != nil {
+		do()
+	}
+	return h.Store.Update(ctx, fn)
+}
+
+// TestCutOffAndAClockThatIsSetBack: a clock that ran ahead when a role was cut
+// off does not hold new leases back for as long as it did.
+func TestCutOffAndAClockThatIsSetBack(t *testing.T) {
+	for name, theirs := range map[string]time.Duration{"measured by the provider's clock": 0, "by ours": 10 * time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				w := &wall{}
+				r, d := cutRig(t, func(r *rig) { r.tune = func(c *lease.Config) { c.Wall = w.now } })
+				w.set(10 * time.Hour)
+				r.restart()
+				d.set(func() {
+					d.plan = func(role string) (providers.Cut, error) {
+						cut := planned(role, w.now())
+						cut.Before = time.Now().Add(theirs + cutReach)
+						return cut, nil
+					}
+				})
+				if _, err := r.cut(false); err != nil {
+					t.Fatal(err)
+				}
+				was := r.cutOffs()[0].Cut
+				time.Sleep(20 * time.Second) // the mark is written
+				w.set(0)
+				r.stop()
+				r.openStore()
+				if _, err := lease.AcceptClock(bg, r.db, w.now(), "host:root", slog.New(slog.DiscardHandler)); err != nil {
+					t.Fatal(err)
+				}
+				if err := r.db.Close(); err != nil {
+					t.Fatal(err)
+				}
+				r.start()
+				is := r.cutOffs()[0].Cut
+				if !is.Before.Equal(was.Before) || !is.Until.Equal(was.Until) {
+					t.Errorf("%+v; it was %+v", is, was)
+				}
+				r.grant(support, "cloud.read", 12*time.Hour)
+				_, err := r.issue("cloud.read")
+				r.wantReason(err, broker.ReasonProvider)
+				time.Sleep(cutClear + time.Second)
+				_, err = r.issue("cloud.read")
+				if theirs == 0 && err != nil {
+					t.Errorf("a session that works is not made: %v", err)
+				}
+				if theirs != 0 {
+					r.wantReason(err, broker.ReasonProvider) // it would not work
+				}
+			})
+		})
 	}
 }
