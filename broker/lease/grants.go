@@ -75,7 +75,10 @@ func (e *Engine) createGrant(ctx context.Context, caller broker.Caller, req Gran
 			return err
 		}
 		if id != "" {
-			made, _, err = get[broker.Grant](t, keyGrant(broker.GrantID(id)))
+			var kept bool
+			if made, kept, err = get[broker.Grant](t, keyGrant(broker.GrantID(id))); err == nil && !kept {
+				err = once.forgotten()
+			}
 			return err
 		}
 		return openGrant(t, g, caller, verdict)

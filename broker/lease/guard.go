@@ -92,6 +92,12 @@ func (a asked) made(r getter) (id string, err error) {
 	return rec.ID, nil
 }
 
+// forgotten refuses a request whose key made something of which no record is left.
+func (a asked) forgotten() *broker.Error {
+	return broker.Refusef(broker.ReasonConflict, "use a new key for a new request; the evidence has what became of it",
+		"the %s of this idempotency key ended long ago, and is forgotten", a.kind)
+}
+
 // take notes that the key makes id, or returns what it has made already.
 func (a asked) take(t store.Txn, id string, now time.Time) (already string, err error) {
 	if already, err = a.made(t); err != nil || already != "" || a.key == "" {

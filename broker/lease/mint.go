@@ -74,6 +74,7 @@ func (m *minter) inert(ctx context.Context) (*Delivery, error) {
 		ev := m.event(&l, now, audit.LeaseActive)
 		return appendEvent(t, ev)
 	})
+	m.counted(err, now)
 	if err != nil {
 		done()
 		// A commit of unknown outcome may have made a lease that nobody gets.
@@ -301,10 +302,19 @@ func (m *minter) intend(ctx context.Context, now time.Time) error {
 		}
 		return appendEvent(t, m.event(m.l, now, audit.LeaseIntended))
 	})
+	m.counted(err, now)
 	if errors.Is(err, store.ErrUnknown) {
 		m.e.endLater(m.l.ID, nil, broker.CauseMintFailed, false)
 	}
 	return err
+}
+
+// counted counts an attempt to the caller's pace once there is, or may be, a
+// record of it, whatever becomes of it.
+func (m *minter) counted(err error, now time.Time) {
+	if err == nil || errors.Is(err, store.ErrUnknown) {
+		m.e.paces.gave(m.ep, m.caller, now)
+	}
 }
 
 // record makes a handle durable while the attempt runs. It refuses, so that
