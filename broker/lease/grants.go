@@ -75,10 +75,7 @@ func (e *Engine) createGrant(ctx context.Context, caller broker.Caller, req Gran
 			return err
 		}
 		if id != "" {
-			var kept bool
-			if made, kept, err = get[broker.Grant](t, keyGrant(broker.GrantID(id))); err == nil && !kept {
-				err = once.forgotten()
-			}
+			made, err = madeBy[broker.Grant](t, once, keyGrant(broker.GrantID(id)))
 			return err
 		}
 		return openGrant(t, g, caller, verdict)

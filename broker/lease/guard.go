@@ -98,6 +98,15 @@ func (a asked) forgotten() *broker.Error {
 		"the %s of this idempotency key ended long ago, and is forgotten", a.kind)
 }
 
+// madeBy is the record of what a key has made.
+func madeBy[T any](r getter, a asked, key string) (T, error) {
+	made, kept, err := get[T](r, key)
+	if err == nil && !kept {
+		err = a.forgotten()
+	}
+	return made, err
+}
+
 // take notes that the key makes id, or returns what it has made already.
 func (a asked) take(t store.Txn, id string, now time.Time) (already string, err error) {
 	if already, err = a.made(t); err != nil || already != "" || a.key == "" {

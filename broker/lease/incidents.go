@@ -93,10 +93,7 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 			return err
 		}
 		if id != "" {
-			var kept bool
-			if made, kept, err = get[broker.Incident](t, keyIncident(broker.IncidentID(id))); err == nil && !kept {
-				err = once.forgotten()
-			}
+			made, err = madeBy[broker.Incident](t, once, keyIncident(broker.IncidentID(id)))
 			return err
 		}
 		if err := e.paces.may(ep, caller, now); err != nil {
