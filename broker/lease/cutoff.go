@@ -85,6 +85,9 @@ type CutOffRequest struct {
 const (
 	maxProviderName = 64
 	maxRole         = 1024
+	// maxRunAway is how far a cut-off follows a machine's clock that is ahead of
+	// the engine's time, where there is no other.
+	maxRunAway = 12 * time.Hour
 )
 
 // CutOff ends every session of a role that was made up to now, and says how far
@@ -239,6 +242,13 @@ func (e *Engine) planCutOff(ctx context.Context, p *openProvider, able providers
 	// The provider's clock is the one that is certain to have passed; leases are
 	// made by the engine's.
 	ahead := max(e.clock.now().Sub(e.clock.early()), 0)
+	if cut.Ours {
+		// Nobody knows which of our clocks is right: the later one reaches as far
+		// as it must. One that has run away is not followed for ever, or nobody
+		// could have the role any more.
+		ahead += min(max(e.clock.late().Sub(e.clock.now()), 0), maxRunAway)
+		cut.Before = cut.Before.Add(ahead)
+	}
 	cut.Clear, cut.Until = cut.Clear.Add(ahead), cut.Until.Add(ahead)
 	cut.Others = broker.Clean(broker.Shorten(cut.Others, 500))
 	return cut, nil

@@ -867,3 +867,49 @@ func TestCutOffAndAClockThatIsSetBack(t *testing.T) {
 		})
 	}
 }
+
+// TestCutOffByOurClocks: where the provider does not tell its time, a cut-off
+// reaches up to now by whichever of our clocks is right; where it does, ours
+// say nothing of what ends.
+func TestCutOffByOurClocks(t *testing.T) {
+	for name, c := range map[string]struct{ off, reach time.Duration }{
+		"a step back":     {-2 * time.Hour, 0},
+		"a long way back": {-20 * 365 * 24 * time.Hour, 0},
+		"a step forward":  {2 * time.Hour, 2 * time.Hour},
+		"one that ran":    {20 * 365 * 24 * time.Hour, 12 * time.Hour},
+	} {
+		for _, ours := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s, ours %v", name, ours), func(t *testing.T) {
+				bubble(t, func(t *testing.T) {
+					w := &wall{}
+					r, d := cutRig(t, func(r *rig) { r.tune = func(c *lease.Config) { c.Wall = w.now } })
+					began := time.Now()
+					w.set(c.off)
+					d.set(func() {
+						d.plan = func(role string) (providers.Cut, error) {
+							cut := planned(role, began.Add(min(c.off, 0))) // by the earlier clock
+							if cut.Ours = ours; !ours {
+								cut.Before = began.Add(cutReach)
+							}
+							return cut, nil
+						}
+					})
+					cut, err := r.cut(true)
+					if err != nil {
+						t.Fatal(err)
+					}
+					want := began.Add(cutReach)
+					if ours {
+						want = want.Add(c.reach)
+					}
+					if !cut.Cut.Before.Equal(want) {
+						t.Errorf("it ends what was made up to %s; want %s", cut.Cut.Before, want)
+					}
+					if hold := cut.Cut.Clear.Sub(cut.Cut.Before); ours && hold != cutClear-cutReach || cut.Cut.Clear.Before(began.Add(cutClear)) {
+						t.Errorf("new leases are held back until %s, which is %s later", cut.Cut.Clear, hold)
+					}
+				})
+			})
+		}
+	}
+}

@@ -251,7 +251,7 @@ func TestCutOffAway(t *testing.T) {
 	p := w.open()
 	a := w.mint(p, time.Hour, "")
 	cut := w.planCut(p)
-	if reach := cut.Before.Sub(w.clock.Now()); reach < planSkew || reach > planSkew+time.Second {
+	if reach := cut.Before.Sub(w.clock.Now()); reach < planSkew || reach > planSkew+time.Second || !cut.Ours {
 		t.Errorf("it reaches %s further", reach)
 	}
 	for _, code := range []string{"Throttling", "AccessDenied", "LimitExceeded", "NoSuchEntity"} {
