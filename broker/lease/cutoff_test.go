@@ -491,8 +491,8 @@ func TestCutOffAtActivation(t *testing.T) {
 		_, err = r.issue("vault.read")
 		r.wantReason(err, broker.ReasonProvider)
 		var refusal *broker.Error
-		if !errors.As(err, &refusal) || refusal.Lease == "" {
-			t.Fatal(err)
+		if !errors.As(err, &refusal) || refusal.Lease == "" || refusal.Next != "ask again in a moment" {
+			t.Fatalf("%v (%+v)", err, refusal)
 		}
 		if l := r.wantState(refusal.Lease, broker.LeaseRevoked, time.Minute); l.Cause != broker.CauseCutOff {
 			t.Errorf("for %s", l.Cause)
@@ -911,5 +911,46 @@ func TestCutOffByOurClocks(t *testing.T) {
 				})
 			})
 		}
+	}
+}
+
+// TestCutOffCostsNoUse: a lease that was being made when its role was cut off,
+// or when somebody ended it, has cost its agent nothing of a counted grant.
+func TestCutOffCostsNoUse(t *testing.T) {
+	for name, end := range map[string]func(r *rig, id broker.LeaseID) error{
+		"cut off": func(r *rig, _ broker.LeaseID) error { _, err := r.cut(false); return err },
+		"revoked": func(r *rig, id broker.LeaseID) error {
+			_, err := r.engine.RevokeLease(bg, as(sam), id, "a mistake")
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				r, _ := cutRig(t)
+				r.grant(other, "cloud.read", time.Hour, func(g *lease.GrantRequest) { g.MaxUses = 1 })
+				r.asked.SetScript(providertest.Rules(1, providertest.Rule{Op: providertest.OpCreate, Times: 1, Fault: providertest.Fault{Delay: 3 * time.Second}}))
+				flying := make(chan error)
+				issue := func() error {
+					d, err := r.engine.Issue(bg, as(other), lease.IssueRequest{Tool: "cloud.read"})
+					if err == nil {
+						d.Done()
+					}
+					return err
+				}
+				go func() { flying <- issue() }()
+				time.Sleep(time.Second)
+				id := r.events(lease.EventFilter{Type: audit.LeaseIntended})[0].Lease
+				if err := end(r, id); err != nil {
+					t.Fatal(err)
+				}
+				r.wantReason(<-flying, map[string]broker.Reason{"cut off": broker.ReasonProvider, "revoked": broker.ReasonNoGrant}[name])
+				r.wantState(id, broker.LeaseRevoked, time.Minute)
+				time.Sleep(cutClear)
+				if err := issue(); err != nil {
+					t.Errorf("the use is not given back: %v", err)
+				}
+				r.wantReason(issue(), broker.ReasonGrantUsed)
+			})
+		})
 	}
 }

@@ -386,6 +386,7 @@ func (m *minter) activate(ctx context.Context, h providers.Handle) (refusal *bro
 				if l.State.Ended() {
 					return fmt.Errorf("lease %s ended as %s while it was being made", l.ID, l.State)
 				}
+				l.Refund = true // its secret goes to nobody
 				return moveDue(t, l, now)
 			case !holds:
 				refusal = lateRefusal(cause, l.ID)
@@ -435,7 +436,11 @@ func lateRefusal(cause broker.Cause, id broker.LeaseID) *broker.Error {
 	case broker.CauseTTL, broker.CauseMintFailed, broker.CauseCutOff:
 		reason = broker.ReasonProvider
 	}
-	r := broker.Refusef(reason, "ask again once you have a grant that holds",
+	next := "ask again once you have a grant that holds"
+	if reason == broker.ReasonProvider { // the grant holds
+		next = "ask again in a moment"
+	}
+	r := broker.Refusef(reason, next,
 		"lease %s was ended before it could be handed over (%s)", id, cause)
 	r.Lease = id
 	return r
