@@ -362,23 +362,26 @@ func (e *Engine) awaitCutOff(ctx context.Context, id string, able providers.CutO
 	}
 }
 
-// cutOff tells of the cut-off that the attempt's session falls under, if one
-// does: of its role, and not certain to be later than what it ends.
-func (m *minter) cutOff(r getter, h providers.Handle) (rec cutOffRecord, is bool, err error) {
-	able, ok := m.p.Provider.(providers.CutOff)
-	if !ok || h == nil {
+// cutOffOf tells of the cut-off that the session of a lease with that handle falls
+// under, if one does: of its role, and not certain to be later than what it ends.
+func (e *Engine) cutOffOf(r getter, p *openProvider, l *leaseRecord, h providers.Handle) (rec cutOffRecord, is bool, err error) {
+	if p == nil || h == nil {
 		return rec, false, nil
 	}
-	role := able.RoleOf(providers.Ending{Lease: m.l.ID, Tool: m.l.Tool, Handle: h})
+	able, ok := p.Provider.(providers.CutOff)
+	if !ok {
+		return rec, false, nil
+	}
+	role := able.RoleOf(providers.Ending{Lease: l.ID, Tool: l.Tool, Handle: h})
 	if role == "" {
 		return rec, false, nil
 	}
-	id := cutOffID(m.l.Provider, role)
-	if b, begun := m.e.limbo.cutOff(id); begun && b.rec.hits(m.l.CreatedAt) {
+	id := cutOffID(l.Provider, role)
+	if b, begun := e.limbo.cutOff(id); begun && b.rec.hits(l.CreatedAt) {
 		return b.rec, true, nil
 	}
 	rec, is, err = get[cutOffRecord](r, keyCutOff(id))
-	return rec, is && rec.hits(m.l.CreatedAt), err
+	return rec, is && rec.hits(l.CreatedAt), err
 }
 
 // notNow refuses an attempt whose session would be dead on arrival.

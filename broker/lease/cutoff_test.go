@@ -792,11 +792,11 @@ func TestCutOffOfAProviderThatGoes(t *testing.T) {
 	})
 }
 
-// hookedStore is a store that calls something before its next commit.
+// hookedStore is a store that calls something before, or after, its next commit.
 type hookedStore struct {
 	store.Store
-	mu   sync.Mutex
-	next func()
+	mu         sync.Mutex
+	next, then func()
 }
 
 func (h *hookedStore) before(do func()) {
@@ -807,13 +807,17 @@ func (h *hookedStore) before(do func()) {
 
 func (h *hookedStore) Update(ctx context.Context, fn func(store.Txn) error) error {
 	h.mu.Lock()
-	do := h.next
-	h.next = nil
+	do, then := h.next, h.then
+	h.next, h.then = nil, nil
 	h.mu.Unlock()
 	if do != nil {
 		do()
 	}
-	return h.Store.Update(ctx, fn)
+	err := h.Store.Update(ctx, fn)
+	if then != nil {
+		then()
+	}
+	return err
 }
 
 // TestCutOffAndAClockThatIsSetBack: a clock that ran ahead when a role was cut
@@ -953,4 +957,40 @@ func TestCutOffCostsNoUse(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestCutOffHandsNothingOutAgain: from the decision on what falls under it is
+// not handed out again either, although its lease was not told yet.
+func TestCutOffHandsNothingOutAgain(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var hooked *hookedStore
+		r, _ := cutRig(t, func(r *rig) {
+			r.wrap = func(s store.Store) store.Store { hooked = &hookedStore{Store: s}; return hooked }
+		})
+		l := r.mustIssue("cloud.read", key("k")).Lease
+		if again := r.mustIssue("cloud.read", key("k")); again.Lease.ID != l.ID {
+			t.Fatal("it is not given again")
+		}
+		asked := false
+		hooked.mu.Lock()
+		hooked.then = func() {
+			asked = true
+			if n := len(r.keys("cutoff|")); n != 1 || r.lease(l.ID).State != broker.LeaseActive {
+				t.Fatalf("%d decisions, and the lease is %s", n, r.lease(l.ID).State)
+			}
+			if _, usable, err := r.engine.Usable(bg, l.ID); err != nil || usable {
+				t.Errorf("it is said to be usable, %v", err)
+			}
+			_, err := r.issue("cloud.read", key("k"))
+			r.wantReason(err, broker.ReasonSecretGone)
+		}
+		hooked.mu.Unlock()
+		if _, err := r.cut(false); err != nil {
+			t.Fatal(err)
+		}
+		if !asked {
+			t.Fatal("nobody asked")
+		}
+		r.wantState(l.ID, broker.LeaseRevoked, time.Minute)
+	})
 }

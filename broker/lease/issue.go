@@ -358,8 +358,12 @@ func (e *Engine) held(ctx context.Context, id broker.LeaseID) (l leaseRecord, ok
 		if err != nil {
 			return err
 		}
-		_, ok = e.holds(f, e.clock.late())
-		return nil
+		if _, ok = e.holds(f, e.clock.late()); !ok {
+			return nil
+		}
+		_, cut, err := e.cutOffOf(r, ep.providers[l.Provider], &l, l.Handle)
+		ok = !cut && err == nil
+		return err
 	})
 	return l, ok, storeRefusal(err)
 }

@@ -291,7 +291,7 @@ func (m *minter) intend(ctx context.Context, now time.Time) error {
 		if err := m.admit(t, now); err != nil {
 			return err
 		}
-		if cut, is, err := m.cutOff(t, m.l.Handle); err != nil || is {
+		if cut, is, err := m.e.cutOffOf(t, m.p, m.l, m.l.Handle); err != nil || is {
 			if is {
 				err = cut.notNow(m.l.Tool, now)
 			}
@@ -374,7 +374,7 @@ func (m *minter) activate(ctx context.Context, h providers.Handle) (refusal *bro
 				l.End = earlier(l.End, m.l.End) // one that is being ended has its end, and is indexed by it
 			}
 			cause, holds := m.e.holds(f, now)
-			cut, isCut, err := m.cutOff(t, h)
+			cut, isCut, err := m.e.cutOffOf(t, m.p, m.l, h)
 			if err != nil {
 				return err
 			}
