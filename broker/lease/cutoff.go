@@ -106,19 +106,22 @@ func (e *Engine) cutOff(ctx context.Context, caller broker.Caller, req CutOffReq
 		return CutOff{}, broker.Refuse(broker.ReasonShuttingDown, "the broker is stopping", "try again")
 	}
 	ep := e.current.Load() // ending does not wait for a reload
-	for range 8 {
-		c, err := e.tryCutOff(ctx, ep, caller, req)
+	for range 2 { // each may wait for the provider
+		c, err := e.tryCutOff(ctx, ep, caller, req, false)
 		if err != errStale {
 			return c, err
 		}
 		ep = e.settled()
 	}
-	return CutOff{}, again(errStale)
+	// The store has another catalog than we, as after a reload of unknown outcome:
+	// that stops giving, and not ending.
+	return e.tryCutOff(ctx, ep, caller, req, true)
 }
 
-// tryCutOff decides by one epoch. errStale means that another is to decide: the
-// provider may not be in its catalog, and then nobody would carry it out.
-func (e *Engine) tryCutOff(ctx context.Context, ep *epoch, caller broker.Caller, req CutOffRequest) (CutOff, error) {
+// tryCutOff decides by one epoch. errStale, which is not told with anyway, means
+// that another is to decide: the provider may not be in its catalog, and then
+// nobody would carry it out.
+func (e *Engine) tryCutOff(ctx context.Context, ep *epoch, caller broker.Caller, req CutOffRequest, anyway bool) (CutOff, error) {
 	verdict, err := e.administer(ctx, ep, caller, policy.VerbCutOff)
 	if err != nil {
 		return CutOff{}, err
@@ -157,7 +160,7 @@ func (e *Engine) tryCutOff(ctx context.Context, ep *epoch, caller broker.Caller,
 	}
 	id := cutOffID(req.Provider, req.Role)
 	err = e.update(ctx, now, func(t store.Txn) error {
-		if err := ep.same(t); err != nil {
+		if err := ep.same(t); err != nil && !(err == errStale && anyway) {
 			return err
 		}
 		return beginCutOff(t, id, rec, verdict)

@@ -792,6 +792,24 @@ func TestCutOffOfAProviderThatGoes(t *testing.T) {
 	})
 }
 
+// TestCutOffAfterAReloadOfUnknownOutcome: the store may have another catalog
+// than the broker. Nothing is given until that is clear; ending goes on.
+func TestCutOffAfterAReloadOfUnknownOutcome(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		faulty := &faultyStore{}
+		r, _ := cutRig(t, func(r *rig) { r.wrap = faulty.wrap })
+		l := r.mustIssue("cloud.read")
+		faulty.failNth(1, true)
+		r.wantReason(r.engine.Load(bg, r.snapshot(), "test"), broker.ReasonStore)
+		_, err := r.issue("cloud.write")
+		r.wantReason(err, broker.ReasonConflict)
+		if c, err := r.cut(false); err != nil || c.Progress != broker.ProgressVerified {
+			t.Errorf("%+v, %v", c, err)
+		}
+		r.wantState(l.Lease.ID, broker.LeaseRevoked, time.Minute)
+	})
+}
+
 // hookedStore is a store that calls something before, or after, its next commit.
 type hookedStore struct {
 	store.Store
