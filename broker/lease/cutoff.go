@@ -106,7 +106,7 @@ func (e *Engine) cutOff(ctx context.Context, caller broker.Caller, req CutOffReq
 		return CutOff{}, broker.Refuse(broker.ReasonShuttingDown, "the broker is stopping", "try again")
 	}
 	ep := e.current.Load() // ending does not wait for a reload
-	for range 2 { // each may wait for the provider
+	for range 2 {          // each may wait for the provider
 		c, err := e.tryCutOff(ctx, ep, caller, req, false)
 		if err != errStale {
 			return c, err
