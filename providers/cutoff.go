@@ -37,6 +37,9 @@ type Cut struct {
 	// Before ends the sessions that were made up to then, by the provider's own
 	// clock. It is never earlier than the decision.
 	Before time.Time
+	// Ours: Before was measured by Config.Now, for the provider did not tell its
+	// time. The engine takes it as far as that clock may be behind.
+	Ours bool `json:",omitempty"`
 	// Clear is when, by the broker's clock and with skew, new sessions are
 	// certain not to be among those. The engine has none made before.
 	Clear time.Time

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/cenkalti/backoff/v4"
@@ -223,8 +224,7 @@ func (w *worker) ask(p *openProvider, leases []*leaseRecord, what string, call f
 			tell = append(tell, told{lease: leases[i].ID, death: d, unsettled: unsettled[i], early: early})
 		}
 	}
-	for i := 0; i < len(tell); i += chunk {
-		part := tell[i:min(i+chunk, len(tell))]
+	for part := range slices.Chunk(tell, tellChunk) {
 		if err := w.write(part); err != nil {
 			o.store = errors.Join(o.store, err)
 			w.keep(part)

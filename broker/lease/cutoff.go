@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"iter"
 	"maps"
 	"slices"
 	"time"
@@ -84,6 +85,9 @@ type CutOffRequest struct {
 const (
 	maxProviderName = 64
 	maxRole         = 1024
+	// maxRunAway is how far a cut-off follows a machine's clock that is ahead of
+	// the engine's time, where there is no other.
+	maxRunAway = 12 * time.Hour
 )
 
 // CutOff ends every session of a role that was made up to now, and says how far
@@ -102,6 +106,22 @@ func (e *Engine) cutOff(ctx context.Context, caller broker.Caller, req CutOffReq
 		return CutOff{}, broker.Refuse(broker.ReasonShuttingDown, "the broker is stopping", "try again")
 	}
 	ep := e.current.Load() // ending does not wait for a reload
+	for range 2 {          // each may wait for the provider
+		c, err := e.tryCutOff(ctx, ep, caller, req, false)
+		if err != errStale {
+			return c, err
+		}
+		ep = e.settled()
+	}
+	// The store has another catalog than we, as after a reload of unknown outcome:
+	// that stops giving, and not ending.
+	return e.tryCutOff(ctx, ep, caller, req, true)
+}
+
+// tryCutOff decides by one epoch. errStale, which is not told with anyway, means
+// that another is to decide: the provider may not be in its catalog, and then
+// nobody would carry it out.
+func (e *Engine) tryCutOff(ctx context.Context, ep *epoch, caller broker.Caller, req CutOffRequest, anyway bool) (CutOff, error) {
 	verdict, err := e.administer(ctx, ep, caller, policy.VerbCutOff)
 	if err != nil {
 		return CutOff{}, err
@@ -139,7 +159,12 @@ func (e *Engine) cutOff(ctx context.Context, caller broker.Caller, req CutOffReq
 		return rec.view(hit), nil
 	}
 	id := cutOffID(req.Provider, req.Role)
-	err = e.update(ctx, now, func(t store.Txn) error { return beginCutOff(t, id, rec, verdict) })
+	err = e.update(ctx, now, func(t store.Txn) error {
+		if err := ep.same(t); err != nil && !(err == errStale && anyway) {
+			return err
+		}
+		return beginCutOff(t, id, rec, verdict)
+	})
 	if err != nil {
 		if untellable(err) {
 			return CutOff{}, e.cutOffAnyway(id, begunCutOff{rec, verdict}, hit, err)
@@ -220,6 +245,13 @@ func (e *Engine) planCutOff(ctx context.Context, p *openProvider, able providers
 	// The provider's clock is the one that is certain to have passed; leases are
 	// made by the engine's.
 	ahead := max(e.clock.now().Sub(e.clock.early()), 0)
+	if cut.Ours {
+		// Nobody knows which of our clocks is right: the later one reaches as far
+		// as it must. One that has run away is not followed for ever, or nobody
+		// could have the role any more.
+		ahead += min(max(e.clock.late().Sub(e.clock.now()), 0), maxRunAway)
+		cut.Before = cut.Before.Add(ahead)
+	}
 	cut.Clear, cut.Until = cut.Clear.Add(ahead), cut.Until.Add(ahead)
 	cut.Others = broker.Clean(broker.Shorten(cut.Others, 500))
 	return cut, nil
@@ -333,23 +365,26 @@ func (e *Engine) awaitCutOff(ctx context.Context, id string, able providers.CutO
 	}
 }
 
-// cutOff tells of the cut-off that the attempt's session falls under, if one
-// does: of its role, and not certain to be later than what it ends.
-func (m *minter) cutOff(r getter, h providers.Handle) (rec cutOffRecord, is bool, err error) {
-	able, ok := m.p.Provider.(providers.CutOff)
-	if !ok || h == nil {
+// cutOffOf tells of the cut-off that the session of a lease with that handle falls
+// under, if one does: of its role, and not certain to be later than what it ends.
+func (e *Engine) cutOffOf(r getter, p *openProvider, l *leaseRecord, h providers.Handle) (rec cutOffRecord, is bool, err error) {
+	if p == nil || h == nil {
 		return rec, false, nil
 	}
-	role := able.RoleOf(providers.Ending{Lease: m.l.ID, Tool: m.l.Tool, Handle: h})
+	able, ok := p.Provider.(providers.CutOff)
+	if !ok {
+		return rec, false, nil
+	}
+	role := able.RoleOf(providers.Ending{Lease: l.ID, Tool: l.Tool, Handle: h})
 	if role == "" {
 		return rec, false, nil
 	}
-	id := cutOffID(m.l.Provider, role)
-	if b, begun := m.e.limbo.cutOff(id); begun && b.rec.hits(m.l.CreatedAt) {
+	id := cutOffID(l.Provider, role)
+	if b, begun := e.limbo.cutOff(id); begun && b.rec.hits(l.CreatedAt) {
 		return b.rec, true, nil
 	}
 	rec, is, err = get[cutOffRecord](r, keyCutOff(id))
-	return rec, is && rec.hits(m.l.CreatedAt), err
+	return rec, is && rec.hits(l.CreatedAt), err
 }
 
 // notNow refuses an attempt whose session would be dead on arrival.
@@ -362,20 +397,45 @@ func (c cutOffRecord) notNow(tool string, now time.Time) *broker.Error {
 // cutOffsStay refuses a catalog in which a provider is missing, or stands for
 // another system, at which a cut-off is not written yet: nobody could write it.
 func cutOffsStay(r store.Reader, ep *epoch, was catalogRecord) error {
-	for entry, err := range r.Scan(store.Prefix(prefixCutOff)) {
-		if err != nil {
-			return err
-		}
-		rec, err := decode[cutOffRecord](entry.Key, entry.Value)
+	for rec, err := range cutOffsToWrite(r) {
 		if err != nil {
 			return err
 		}
 		p := ep.providers[rec.Provider]
 		same := p != nil && (was.Systems[rec.Provider] == "" || was.Systems[rec.Provider] == p.system)
-		if !same && steps(rec.Progress) < steps(broker.ProgressWritten) {
+		if !same {
 			return broker.Refusef(broker.ReasonConflict, "keep the provider as it is until the cut-off is written",
 				"provider %s is to cut the role %s off, and has not done so yet", rec.Provider, broker.Shorten(rec.Cut.Role, 200))
 		}
 	}
 	return nil
+}
+
+// cutOffsToWrite are the cut-offs that no provider has written yet.
+func cutOffsToWrite(r store.Reader) iter.Seq2[cutOffRecord, error] {
+	return func(yield func(cutOffRecord, error) bool) {
+		for rec, err := range cutOffsOf(r) {
+			if err == nil && steps(rec.Progress) >= steps(broker.ProgressWritten) {
+				continue
+			}
+			if !yield(rec, err) {
+				return
+			}
+		}
+	}
+}
+
+// cutOffsOf are all cut-offs.
+func cutOffsOf(r store.Reader) iter.Seq2[cutOffRecord, error] {
+	return func(yield func(cutOffRecord, error) bool) {
+		for entry, err := range r.Scan(store.Prefix(prefixCutOff)) {
+			var rec cutOffRecord
+			if err == nil {
+				rec, err = decode[cutOffRecord](entry.Key, entry.Value)
+			}
+			if !yield(rec, err) || err != nil {
+				return
+			}
+		}
+	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -339,13 +340,7 @@ func TestCutOffKeepsItsProvider(t *testing.T) {
 			t.Errorf("%v", got)
 		}
 		whole := r.yaml
-		without := whole[:strings.Index(whole, "  - name: asked\n")] + whole[strings.Index(whole, "  - name: tokens\n"):]
-		for _, tool := range []string{"cloud.read", "cloud.write"} {
-			i := strings.Index(without, "  - name: "+tool+"\n")
-			without = without[:i] + without[i+strings.Index(without[i:], "scope: {}\n")+len("scope: {}\n"):]
-		}
-		without = strings.ReplaceAll(without, "cloud.read, ", "")
-		r.yaml = without
+		r.yaml = without(whole)
 		err := r.engine.Load(bg, r.snapshot(), "test")
 		r.wantReason(err, broker.ReasonConflict)
 		r.yaml = strings.Replace(whole, "config: {mode: asked,", "config: {mode: planned,", 1)
@@ -353,7 +348,7 @@ func TestCutOffKeepsItsProvider(t *testing.T) {
 		r.wantReason(err, broker.ReasonConflict)
 		d.set(func() { d.came = func() providers.Death { return providers.Death{Progress: broker.ProgressWritten} } })
 		time.Sleep(2 * time.Minute)
-		r.yaml = without
+		r.yaml = without(whole)
 		if err := r.engine.Load(bg, r.snapshot(), "test"); err != nil {
 			t.Error(err)
 		}
@@ -496,8 +491,8 @@ func TestCutOffAtActivation(t *testing.T) {
 		_, err = r.issue("vault.read")
 		r.wantReason(err, broker.ReasonProvider)
 		var refusal *broker.Error
-		if !errors.As(err, &refusal) || refusal.Lease == "" {
-			t.Fatal(err)
+		if !errors.As(err, &refusal) || refusal.Lease == "" || refusal.Next != "ask again in a moment" {
+			t.Fatalf("%v (%+v)", err, refusal)
 		}
 		if l := r.wantState(refusal.Lease, broker.LeaseRevoked, time.Minute); l.Cause != broker.CauseCutOff {
 			t.Errorf("for %s", l.Cause)
@@ -731,4 +726,289 @@ func TestCutOffSurvivesTheBroker(t *testing.T) {
 			return
 		}
 	}
+}
+
+// without is the catalog without the provider of the roles and its tools.
+func without(whole string) string {
+	y := whole[:strings.Index(whole, "  - name: asked\n")] + whole[strings.Index(whole, "  - name: tokens\n"):]
+	for _, tool := range []string{"cloud.read", "cloud.write"} {
+		i := strings.Index(y, "  - name: "+tool+"\n")
+		y = y[:i] + y[i+strings.Index(y[i:], "scope: {}\n")+len("scope: {}\n"):]
+	}
+	return strings.ReplaceAll(y, "cloud.read, ", "")
+}
+
+// TestCutOffOfAProviderThatGoes: a reload takes the provider out of the catalog
+// while a cut-off is being decided. Either comes first: what was decided has
+// somebody who carries it out, and what has nobody is not decided.
+func TestCutOffOfAProviderThatGoes(t *testing.T) {
+	t.Run("before the decision", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			r, d := cutRig(t)
+			whole := r.yaml
+			d.set(func() {
+				d.plan = func(role string) (providers.Cut, error) {
+					r.yaml = without(whole)
+					if err := r.engine.Load(bg, r.snapshot(), "test"); err != nil {
+						t.Error(err)
+					}
+					return planned(role, time.Now()), nil
+				}
+			})
+			_, err := r.cut(false)
+			r.wantReason(err, broker.ReasonNotFound)
+			if n := len(r.cutOffs()) + len(r.keys("sweep|cutoff|")) + len(r.toldOfCuts()); n != 0 {
+				t.Errorf("%+v was decided, and nobody can carry it out", r.cutOffs())
+			}
+		})
+	})
+	t.Run("after it", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			var hooked *hookedStore
+			r, d := cutRig(t, func(r *rig) {
+				r.wrap = func(s store.Store) store.Store { hooked = &hookedStore{Store: s}; return hooked }
+			})
+			d.set(func() { d.came = func() providers.Death { return providers.Death{Err: providers.ErrAway} } })
+			r.yaml = without(r.yaml)
+			next := r.snapshot()
+			hooked.before(func() { // the reload has looked, and commits
+				if _, err := r.cut(false); err != nil {
+					t.Error(err)
+				}
+			})
+			if err := r.engine.Load(bg, next, "test"); err != nil {
+				t.Fatal(err)
+			}
+			r.wantReason(r.engine.Load(bg, next, "test"), broker.ReasonConflict)
+			d.set(func() { d.came = nil })
+			time.Sleep(2 * time.Minute)
+			if c := r.cutOffs(); len(c) != 1 || c[0].Progress != broker.ProgressVerified {
+				t.Errorf("%+v", c)
+			}
+			if err := r.engine.Load(bg, next, "test"); err != nil {
+				t.Error(err)
+			}
+		})
+	})
+}
+
+// TestCutOffAfterAReloadOfUnknownOutcome: the store may have another catalog
+// than the broker. Nothing is given until that is clear; ending goes on.
+func TestCutOffAfterAReloadOfUnknownOutcome(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		faulty := &faultyStore{}
+		r, _ := cutRig(t, func(r *rig) { r.wrap = faulty.wrap })
+		l := r.mustIssue("cloud.read")
+		faulty.failNth(1, true)
+		r.wantReason(r.engine.Load(bg, r.snapshot(), "test"), broker.ReasonStore)
+		_, err := r.issue("cloud.write")
+		r.wantReason(err, broker.ReasonConflict)
+		if c, err := r.cut(false); err != nil || c.Progress != broker.ProgressVerified {
+			t.Errorf("%+v, %v", c, err)
+		}
+		r.wantState(l.Lease.ID, broker.LeaseRevoked, time.Minute)
+	})
+}
+
+// hookedStore is a store that calls something before, or after, its next commit.
+type hookedStore struct {
+	store.Store
+	mu         sync.Mutex
+	next, then func()
+}
+
+func (h *hookedStore) before(do func()) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.next = do
+}
+
+func (h *hookedStore) Update(ctx context.Context, fn func(store.Txn) error) error {
+	h.mu.Lock()
+	do, then := h.next, h.then
+	h.next, h.then = nil, nil
+	h.mu.Unlock()
+	if do != nil {
+		do()
+	}
+	err := h.Store.Update(ctx, fn)
+	if then != nil {
+		then()
+	}
+	return err
+}
+
+// TestCutOffAndAClockThatIsSetBack: a clock that ran ahead when a role was cut
+// off does not hold new leases back for as long as it did.
+func TestCutOffAndAClockThatIsSetBack(t *testing.T) {
+	for name, theirs := range map[string]time.Duration{"measured by the provider's clock": 0, "by ours": 10 * time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				w := &wall{}
+				r, d := cutRig(t, func(r *rig) { r.tune = func(c *lease.Config) { c.Wall = w.now } })
+				w.set(10 * time.Hour)
+				r.restart()
+				d.set(func() {
+					d.plan = func(role string) (providers.Cut, error) {
+						cut := planned(role, w.now())
+						cut.Before = time.Now().Add(theirs + cutReach)
+						return cut, nil
+					}
+				})
+				if _, err := r.cut(false); err != nil {
+					t.Fatal(err)
+				}
+				was := r.cutOffs()[0].Cut
+				time.Sleep(20 * time.Second) // the mark is written
+				w.set(0)
+				r.stop()
+				r.openStore()
+				if _, err := lease.AcceptClock(bg, r.db, w.now(), "host:root", slog.New(slog.DiscardHandler)); err != nil {
+					t.Fatal(err)
+				}
+				if err := r.db.Close(); err != nil {
+					t.Fatal(err)
+				}
+				r.start()
+				is := r.cutOffs()[0].Cut
+				if !is.Before.Equal(was.Before) || !is.Until.Equal(was.Until) {
+					t.Errorf("%+v; it was %+v", is, was)
+				}
+				r.grant(support, "cloud.read", 12*time.Hour)
+				_, err := r.issue("cloud.read")
+				r.wantReason(err, broker.ReasonProvider)
+				time.Sleep(cutClear + time.Second)
+				_, err = r.issue("cloud.read")
+				if theirs == 0 && err != nil {
+					t.Errorf("a session that works is not made: %v", err)
+				}
+				if theirs != 0 {
+					r.wantReason(err, broker.ReasonProvider) // it would not work
+				}
+			})
+		})
+	}
+}
+
+// TestCutOffByOurClocks: where the provider does not tell its time, a cut-off
+// reaches up to now by whichever of our clocks is right; where it does, ours
+// say nothing of what ends.
+func TestCutOffByOurClocks(t *testing.T) {
+	for name, c := range map[string]struct{ off, reach time.Duration }{
+		"a step back":     {-2 * time.Hour, 0},
+		"a long way back": {-20 * 365 * 24 * time.Hour, 0},
+		"a step forward":  {2 * time.Hour, 2 * time.Hour},
+		"one that ran":    {20 * 365 * 24 * time.Hour, 12 * time.Hour},
+	} {
+		for _, ours := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s, ours %v", name, ours), func(t *testing.T) {
+				bubble(t, func(t *testing.T) {
+					w := &wall{}
+					r, d := cutRig(t, func(r *rig) { r.tune = func(c *lease.Config) { c.Wall = w.now } })
+					began := time.Now()
+					w.set(c.off)
+					d.set(func() {
+						d.plan = func(role string) (providers.Cut, error) {
+							cut := planned(role, began.Add(min(c.off, 0))) // by the earlier clock
+							if cut.Ours = ours; !ours {
+								cut.Before = began.Add(cutReach)
+							}
+							return cut, nil
+						}
+					})
+					cut, err := r.cut(true)
+					if err != nil {
+						t.Fatal(err)
+					}
+					want := began.Add(cutReach)
+					if ours {
+						want = want.Add(c.reach)
+					}
+					if !cut.Cut.Before.Equal(want) {
+						t.Errorf("it ends what was made up to %s; want %s", cut.Cut.Before, want)
+					}
+					if hold := cut.Cut.Clear.Sub(cut.Cut.Before); ours && hold != cutClear-cutReach || cut.Cut.Clear.Before(began.Add(cutClear)) {
+						t.Errorf("new leases are held back until %s, which is %s later", cut.Cut.Clear, hold)
+					}
+				})
+			})
+		}
+	}
+}
+
+// TestCutOffCostsNoUse: a lease that was being made when its role was cut off,
+// or when somebody ended it, has cost its agent nothing of a counted grant.
+func TestCutOffCostsNoUse(t *testing.T) {
+	for name, end := range map[string]func(r *rig, id broker.LeaseID) error{
+		"cut off": func(r *rig, _ broker.LeaseID) error { _, err := r.cut(false); return err },
+		"revoked": func(r *rig, id broker.LeaseID) error {
+			_, err := r.engine.RevokeLease(bg, as(sam), id, "a mistake")
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				r, _ := cutRig(t)
+				r.grant(other, "cloud.read", time.Hour, func(g *lease.GrantRequest) { g.MaxUses = 1 })
+				r.asked.SetScript(providertest.Rules(1, providertest.Rule{Op: providertest.OpCreate, Times: 1, Fault: providertest.Fault{Delay: 3 * time.Second}}))
+				flying := make(chan error)
+				issue := func() error {
+					d, err := r.engine.Issue(bg, as(other), lease.IssueRequest{Tool: "cloud.read"})
+					if err == nil {
+						d.Done()
+					}
+					return err
+				}
+				go func() { flying <- issue() }()
+				time.Sleep(time.Second)
+				id := r.events(lease.EventFilter{Type: audit.LeaseIntended})[0].Lease
+				if err := end(r, id); err != nil {
+					t.Fatal(err)
+				}
+				r.wantReason(<-flying, map[string]broker.Reason{"cut off": broker.ReasonProvider, "revoked": broker.ReasonNoGrant}[name])
+				r.wantState(id, broker.LeaseRevoked, time.Minute)
+				time.Sleep(cutClear)
+				if err := issue(); err != nil {
+					t.Errorf("the use is not given back: %v", err)
+				}
+				r.wantReason(issue(), broker.ReasonGrantUsed)
+			})
+		})
+	}
+}
+
+// TestCutOffHandsNothingOutAgain: from the decision on what falls under it is
+// not handed out again either, although its lease was not told yet.
+func TestCutOffHandsNothingOutAgain(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var hooked *hookedStore
+		r, _ := cutRig(t, func(r *rig) {
+			r.wrap = func(s store.Store) store.Store { hooked = &hookedStore{Store: s}; return hooked }
+		})
+		l := r.mustIssue("cloud.read", key("k")).Lease
+		if again := r.mustIssue("cloud.read", key("k")); again.Lease.ID != l.ID {
+			t.Fatal("it is not given again")
+		}
+		asked := false
+		hooked.mu.Lock()
+		hooked.then = func() {
+			asked = true
+			if n := len(r.keys("cutoff|")); n != 1 || r.lease(l.ID).State != broker.LeaseActive {
+				t.Fatalf("%d decisions, and the lease is %s", n, r.lease(l.ID).State)
+			}
+			if _, usable, err := r.engine.Usable(bg, l.ID); err != nil || usable {
+				t.Errorf("it is said to be usable, %v", err)
+			}
+			_, err := r.issue("cloud.read", key("k"))
+			r.wantReason(err, broker.ReasonSecretGone)
+		}
+		hooked.mu.Unlock()
+		if _, err := r.cut(false); err != nil {
+			t.Fatal(err)
+		}
+		if !asked {
+			t.Fatal("nobody asked")
+		}
+		r.wantState(l.ID, broker.LeaseRevoked, time.Minute)
+	})
 }

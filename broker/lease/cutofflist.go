@@ -101,11 +101,7 @@ func (e *Engine) cuts(ctx context.Context, provider string) (cuts []providers.Cu
 	early := e.clock.early()
 	err = e.store.View(ctx, func(r store.Reader) error {
 		cuts = cuts[:0]
-		for entry, err := range r.Scan(store.Prefix(prefixCutOff)) {
-			if err != nil {
-				return err
-			}
-			rec, err := decode[cutOffRecord](entry.Key, entry.Value)
+		for rec, err := range cutOffsOf(r) {
 			if err != nil {
 				return err
 			}
@@ -126,11 +122,7 @@ func (e *Engine) collectCutOffs(ctx context.Context, ch chan<- prometheus.Metric
 	counts := map[of]int{}
 	err := e.view(ctx, func(r store.Reader) error {
 		clear(counts)
-		for entry, err := range r.Scan(store.Prefix(prefixCutOff)) {
-			if err != nil {
-				return err
-			}
-			rec, err := decode[cutOffRecord](entry.Key, entry.Value)
+		for rec, err := range cutOffsOf(r) {
 			if err != nil {
 				return err
 			}

@@ -346,8 +346,9 @@ func (e *Engine) providersStay(ctx context.Context, ep *epoch) error {
 
 // keepNeeded takes over the providers that the new catalog does not have but
 // that got a lease after providersStay had looked, from an attempt that the old
-// catalog had decided: somebody must end it. After the commit of the new
-// generation no more can come. The next reload is refused until they have ended.
+// catalog had decided, or a cut-off: somebody must end it. After the commit of
+// the new generation no more can come. The next reload is refused until they
+// have ended.
 func (e *Engine) keepNeeded(ctx context.Context, old, ep *epoch) {
 	for name, p := range old.providers {
 		if _, stays := ep.providers[name]; stays {
@@ -359,6 +360,11 @@ func (e *Engine) keepNeeded(ctx context.Context, old, ep *epoch) {
 			for _, err := range r.Scan(store.Prefix(prefixDueOf(name))) {
 				needed = err == nil
 				return err
+			}
+			for rec, err := range cutOffsToWrite(r) {
+				if needed = err == nil && rec.Provider == name; needed || err != nil {
+					return err
+				}
 			}
 			return nil
 		})

@@ -75,7 +75,7 @@ func (e *Engine) createGrant(ctx context.Context, caller broker.Caller, req Gran
 			return err
 		}
 		if id != "" {
-			made, _, err = get[broker.Grant](t, keyGrant(broker.GrantID(id)))
+			made, err = madeBy[broker.Grant](t, once, keyGrant(broker.GrantID(id)))
 			return err
 		}
 		return openGrant(t, g, caller, verdict)

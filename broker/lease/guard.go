@@ -92,6 +92,21 @@ func (a asked) made(r getter) (id string, err error) {
 	return rec.ID, nil
 }
 
+// forgotten refuses a request whose key made something of which no record is left.
+func (a asked) forgotten() *broker.Error {
+	return broker.Refusef(broker.ReasonConflict, "use a new key for a new request; the evidence has what became of it",
+		"the %s of this idempotency key ended long ago, and is forgotten", a.kind)
+}
+
+// madeBy is the record of what a key has made.
+func madeBy[T any](r getter, a asked, key string) (T, error) {
+	made, kept, err := get[T](r, key)
+	if err == nil && !kept {
+		err = a.forgotten()
+	}
+	return made, err
+}
+
 // take notes that the key makes id, or returns what it has made already.
 func (a asked) take(t store.Txn, id string, now time.Time) (already string, err error) {
 	if already, err = a.made(t); err != nil || already != "" || a.key == "" {

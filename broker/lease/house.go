@@ -159,10 +159,11 @@ func (h *housekeeper) work(ctx context.Context) error {
 		if err := h.forget(ctx, old); err != nil {
 			return err
 		}
-		more = len(keys) > 0
-	}
-	if err := e.retire(ctx); err != nil {
-		return err
+		if more = len(keys) > 0; !more {
+			if more, err = e.retire(ctx); err != nil {
+				return err
+			}
+		}
 	}
 	e.replays.forget(e.clock.now())
 	e.paces.forget(e.clock.now())

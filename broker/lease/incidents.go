@@ -82,9 +82,6 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 	}
 	once := asked{caller: caller.Principal(), key: req.Key, kind: "incident",
 		digest: requestDigest("incident", req.Title, req.Reference, req.Agents, req.Tools, req.Duration)}
-	if err := e.paces.take(ep, caller, now); err != nil {
-		return broker.Incident{}, err
-	}
 	made := in
 	err := e.update(ctx, now, func(t store.Txn) error {
 		made = in
@@ -96,7 +93,10 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 			return err
 		}
 		if id != "" {
-			made, _, err = get[broker.Incident](t, keyIncident(broker.IncidentID(id)))
+			made, err = madeBy[broker.Incident](t, once, keyIncident(broker.IncidentID(id)))
+			return err
+		}
+		if err := e.paces.may(ep, caller, now); err != nil {
 			return err
 		}
 		open, _, err := get[int](t, keyOpener(caller.Principal()))
@@ -133,6 +133,9 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 	})
 	if err != nil {
 		return broker.Incident{}, again(err)
+	}
+	if made.ID == in.ID {
+		e.paces.gave(ep, caller, now)
 	}
 	e.house.dueAt(made.EndsAt)
 	return made, nil

@@ -178,7 +178,7 @@ func (e *Engine) attempt(ctx context.Context, ep *epoch, caller broker.Caller, r
 	if err := d.Err(); err != nil {
 		return nil, err
 	}
-	if err := e.paces.take(ep, caller, now); err != nil {
+	if err := e.paces.may(ep, caller, now); err != nil {
 		return nil, err
 	}
 	grant := candidates[i].Grant
@@ -272,13 +272,18 @@ func (e *Engine) replay(ctx context.Context, caller broker.Caller, req IssueRequ
 			s, ok = e.remint(ctx, caller, l)
 		}
 		if ok {
-			now := e.clock.now()
+			now, ep := e.clock.now(), e.current.Load()
 			ev := l.event(now, audit.LeaseReplayed)
 			ev.Actor, ev.Correlation = caller.Principal().String(), caller.Correlation
-			if err := e.update(ctx, now, func(t store.Txn) error { return appendEvent(t, ev) }); err != nil {
+			err := e.paces.mayAgain(ep, caller, now)
+			if err == nil {
+				err = e.update(ctx, now, func(t store.Txn) error { return appendEvent(t, ev) })
+			}
+			if err != nil {
 				done()
 				return nil, err
 			}
+			e.paces.gaveAgain(ep, caller, now)
 			return &Delivery{Lease: l.Lease, Secret: s.secret, Env: s.env, Done: done}, nil
 		}
 	}
@@ -353,8 +358,12 @@ func (e *Engine) held(ctx context.Context, id broker.LeaseID) (l leaseRecord, ok
 		if err != nil {
 			return err
 		}
-		_, ok = e.holds(f, e.clock.late())
-		return nil
+		if _, ok = e.holds(f, e.clock.late()); !ok {
+			return nil
+		}
+		_, cut, err := e.cutOffOf(r, ep.providers[l.Provider], &l, l.Handle)
+		ok = !cut && err == nil
+		return err
 	})
 	return l, ok, storeRefusal(err)
 }

@@ -133,7 +133,7 @@ func (e *Engine) Counts(ctx context.Context) (Counts, error) {
 				return err
 			}
 			c.Overdue++
-			if string(entry.Value) == waitsExpiry {
+			if waitsForExpiry(string(entry.Value), now) {
 				c.Surviving++
 			}
 		}

@@ -74,6 +74,7 @@ func (m *minter) inert(ctx context.Context) (*Delivery, error) {
 		ev := m.event(&l, now, audit.LeaseActive)
 		return appendEvent(t, ev)
 	})
+	m.counted(err, now)
 	if err != nil {
 		done()
 		// A commit of unknown outcome may have made a lease that nobody gets.
@@ -290,7 +291,7 @@ func (m *minter) intend(ctx context.Context, now time.Time) error {
 		if err := m.admit(t, now); err != nil {
 			return err
 		}
-		if cut, is, err := m.cutOff(t, m.l.Handle); err != nil || is {
+		if cut, is, err := m.e.cutOffOf(t, m.p, m.l, m.l.Handle); err != nil || is {
 			if is {
 				err = cut.notNow(m.l.Tool, now)
 			}
@@ -301,10 +302,19 @@ func (m *minter) intend(ctx context.Context, now time.Time) error {
 		}
 		return appendEvent(t, m.event(m.l, now, audit.LeaseIntended))
 	})
+	m.counted(err, now)
 	if errors.Is(err, store.ErrUnknown) {
 		m.e.endLater(m.l.ID, nil, broker.CauseMintFailed, false)
 	}
 	return err
+}
+
+// counted counts an attempt to the caller's pace once there is, or may be, a
+// record of it, whatever becomes of it.
+func (m *minter) counted(err error, now time.Time) {
+	if err == nil || errors.Is(err, store.ErrUnknown) {
+		m.e.paces.gave(m.ep, m.caller, now)
+	}
 }
 
 // record makes a handle durable while the attempt runs. It refuses, so that
@@ -364,7 +374,7 @@ func (m *minter) activate(ctx context.Context, h providers.Handle) (refusal *bro
 				l.End = earlier(l.End, m.l.End) // one that is being ended has its end, and is indexed by it
 			}
 			cause, holds := m.e.holds(f, now)
-			cut, isCut, err := m.cutOff(t, h)
+			cut, isCut, err := m.e.cutOffOf(t, m.p, m.l, h)
 			if err != nil {
 				return err
 			}
@@ -376,6 +386,7 @@ func (m *minter) activate(ctx context.Context, h providers.Handle) (refusal *bro
 				if l.State.Ended() {
 					return fmt.Errorf("lease %s ended as %s while it was being made", l.ID, l.State)
 				}
+				l.Refund = true // its secret goes to nobody
 				return moveDue(t, l, now)
 			case !holds:
 				refusal = lateRefusal(cause, l.ID)
@@ -425,7 +436,11 @@ func lateRefusal(cause broker.Cause, id broker.LeaseID) *broker.Error {
 	case broker.CauseTTL, broker.CauseMintFailed, broker.CauseCutOff:
 		reason = broker.ReasonProvider
 	}
-	r := broker.Refusef(reason, "ask again once you have a grant that holds",
+	next := "ask again once you have a grant that holds"
+	if reason == broker.ReasonProvider { // the grant holds
+		next = "ask again in a moment"
+	}
+	r := broker.Refusef(reason, next,
 		"lease %s was ended before it could be handed over (%s)", id, cause)
 	r.Lease = id
 	return r

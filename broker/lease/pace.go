@@ -13,26 +13,40 @@ import (
 const perHour = 3600
 
 // paces bound how much each caller is given in an hour: leases, requests and
-// incidents. Each of them is a record and evidence, which stays. Without a
-// bound one agent could fill the disk, and with that stop giving to all.
+// incidents, and how often the same is given again. Each of them is evidence,
+// which stays. Without a bound one agent could fill the disk, and with that stop
+// giving to all.
 //
 // They are in memory: a broker that starts again has seen nobody.
 type paces struct {
 	mu sync.Mutex
-	of map[broker.Principal]*rate.Limiter
+	of map[pace]*rate.Limiter
 }
 
-func newPaces() *paces { return &paces{of: map[broker.Principal]*rate.Limiter{}} }
+// pace is whose, and of what.
+type pace struct {
+	who   broker.Principal
+	again bool // of what an idempotency key gives again
+}
 
-// take counts one thing given to the caller, or refuses it.
-func (p *paces) take(ep *epoch, caller broker.Caller, now time.Time) error {
-	most := perHour
+func newPaces() *paces { return &paces{of: map[pace]*rate.Limiter{}} }
+
+// mostPerHour is how much a caller is given in an hour.
+func (ep *epoch) mostPerHour(caller broker.Caller) int {
 	if agent, ok := ep.catalog.Agent(caller.ID); ok {
-		most = agent.MaxPerHour
-	} else if opener, ok := ep.catalog.Opener(caller.ID); ok {
-		most = opener.MaxPerHour
+		return agent.MaxPerHour
 	}
-	wait := p.wait(caller.Principal(), most, now)
+	if opener, ok := ep.catalog.Opener(caller.ID); ok {
+		return opener.MaxPerHour
+	}
+	return perHour
+}
+
+// may refuses a caller who was given as much as its pace allows. It counts
+// nothing: what is refused for another reason costs nobody their pace.
+func (p *paces) may(ep *epoch, caller broker.Caller, now time.Time) error {
+	most := ep.mostPerHour(caller)
+	wait := p.wait(pace{who: caller.Principal()}, most, now)
 	if wait == 0 {
 		return nil
 	}
@@ -40,31 +54,63 @@ func (p *paces) take(ep *epoch, caller broker.Caller, now time.Time) error {
 		"%s was given %d leases, requests and incidents in the last hour, which is its pace; the next is given in %s", callerName(caller), most, broker.Span(wait.Truncate(time.Second)+time.Second))
 }
 
-// wait takes one from a caller's bucket, which holds as many as are given in an
-// hour and fills within an hour. If it is empty, it says for how long still.
-func (p *paces) wait(who broker.Principal, most int, now time.Time) time.Duration {
+// gave counts one thing that was given. Of those who ask at the same time more
+// may be given something than there is room for: what is too much is waited for.
+func (p *paces) gave(ep *epoch, caller broker.Caller, now time.Time) {
+	p.count(pace{who: caller.Principal()}, ep.mostPerHour(caller), now)
+}
+
+// mayAgain is may, for what an idempotency key gives again: so often, and no
+// less often because of what is new.
+func (p *paces) mayAgain(ep *epoch, caller broker.Caller, now time.Time) error {
+	most := ep.mostPerHour(caller)
+	wait := p.wait(pace{caller.Principal(), true}, most, now)
+	if wait == 0 {
+		return nil
+	}
+	return broker.Refusef(broker.ReasonRateLimited, "keep what you were given: it can be used until its end",
+		"%s was given the same again %d times in the last hour, which is its pace; the next time is in %s", callerName(caller), most, broker.Span(wait.Truncate(time.Second)+time.Second))
+}
+
+func (p *paces) gaveAgain(ep *epoch, caller broker.Caller, now time.Time) {
+	p.count(pace{caller.Principal(), true}, ep.mostPerHour(caller), now)
+}
+
+// wait says for how long a bucket is empty still. It holds as many as are given
+// in an hour, and fills within an hour.
+func (p *paces) wait(of pace, most int, now time.Time) time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	l := p.of[who]
-	if l == nil || l.Burst() != most { // a caller that is new, or a reload
+	r := p.bucket(of, most).ReserveN(now, 1)
+	defer r.CancelAt(now)
+	return r.DelayFrom(now)
+}
+
+// count takes one from a bucket.
+func (p *paces) count(of pace, most int, now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.bucket(of, most).ReserveN(now, 1)
+}
+
+// bucket is one's bucket: a new one for whoever has none, or after a reload that
+// gives them another pace. The caller holds p.mu.
+func (p *paces) bucket(of pace, most int) *rate.Limiter {
+	l := p.of[of]
+	if l == nil || l.Burst() != most {
 		l = rate.NewLimiter(rate.Limit(float64(most)/time.Hour.Seconds()), most)
-		p.of[who] = l
+		p.of[of] = l
 	}
-	r := l.ReserveN(now, 1)
-	wait := r.DelayFrom(now)
-	if wait > 0 {
-		r.CancelAt(now)
-	}
-	return wait
+	return l
 }
 
 // forget drops the buckets that are full again.
 func (p *paces) forget(now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for who, l := range p.of {
+	for of, l := range p.of {
 		if l.TokensAt(now) >= float64(l.Burst()) {
-			delete(p.of, who)
+			delete(p.of, of)
 		}
 	}
 }

@@ -87,7 +87,11 @@ func (e *Engine) createRequest(ctx context.Context, caller broker.Caller, req Ac
 		return RequestView{}, err
 	}
 	if made != "" {
-		return e.Request(ctx, caller, made)
+		v, err := e.Request(ctx, caller, made)
+		if broker.ReasonOf(err) == broker.ReasonNotFound { // whoever made one sees it for as long as there is one
+			err = once.forgotten()
+		}
+		return v, err
 	}
 	for range 8 {
 		rec, err := e.tryRequest(ctx, e.settled(), caller, req, once)
@@ -240,9 +244,6 @@ func (e *Engine) tryRequest(ctx context.Context, ep *epoch, caller broker.Caller
 			return "", err
 		}
 	}
-	if err := e.paces.take(ep, caller, now); err != nil {
-		return "", err
-	}
 	made := rec
 	var grant broker.Grant
 	err = e.update(ctx, now, func(t store.Txn) error {
@@ -257,6 +258,9 @@ func (e *Engine) tryRequest(ctx context.Context, ep *epoch, caller broker.Caller
 		if id != "" {
 			made.ID = broker.RequestID(id)
 			return nil
+		}
+		if err := e.paces.may(ep, caller, now); err != nil {
+			return err
 		}
 		if err := bindUserToken(t, req, now); err != nil {
 			return err
@@ -285,6 +289,7 @@ func (e *Engine) tryRequest(ctx context.Context, ep *epoch, caller broker.Caller
 	if made.ID != rec.ID {
 		return made.ID, nil
 	}
+	e.paces.gave(ep, caller, now)
 	outcome := "pending"
 	if grant.ID != "" {
 		outcome = "granted"

@@ -30,57 +30,58 @@ const (
 )
 
 // retire removes the records of requests, grants and incidents that ended
-// longer ago than the retention, by the earlier clock. Their evidence stays.
-func (e *Engine) retire(ctx context.Context) error {
+// longer ago than the retention, by the earlier clock. Their evidence stays. It
+// does a page, and says whether there may be more: what must end goes first.
+func (e *Engine) retire(ctx context.Context) (more bool, err error) {
 	before := e.clock.early().Add(-e.cfg.Retention)
-	for {
-		var old []store.Entry
-		held := map[string]bool{} // keys of grants that have leases still
-		err := e.store.View(ctx, func(r store.Reader) error {
-			old = old[:0]
-			clear(held)
-			for entry, err := range r.Scan(prefixEnded, prefixEnded+keyTime(before)) {
-				if err != nil {
-					return err
-				}
-				if strings.Contains(entry.Key, "|"+retiredGrant+"|") {
-					for _, err := range r.Scan(store.Prefix(prefixOpen(broker.GrantID(lastPart(entry.Key))))) {
-						if err != nil {
-							return err
-						}
-						held[entry.Key] = true
-						break
+	var old []store.Entry
+	held := map[string]bool{} // keys of grants that have leases still
+	err = e.store.View(ctx, func(r store.Reader) error {
+		old = old[:0]
+		clear(held)
+		for entry, err := range r.Scan(prefixEnded, prefixEnded+keyTime(before)) {
+			if err != nil {
+				return err
+			}
+			if strings.Contains(entry.Key, "|"+retiredGrant+"|") {
+				for _, err := range r.Scan(store.Prefix(prefixOpen(broker.GrantID(lastPart(entry.Key))))) {
+					if err != nil {
+						return err
 					}
-				}
-				if old = append(old, entry); len(old) == retirePage {
+					held[entry.Key] = true
 					break
+				}
+			}
+			if old = append(old, entry); len(old) == retirePage {
+				break
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return false, err
+	}
+	now := e.clock.now()
+	for part := range slices.Chunk(old, retireChunk) {
+		err := e.update(ctx, now, func(t store.Txn) error {
+			for _, entry := range part {
+				if err := retire(t, entry, held[entry.Key], before, now); err != nil {
+					return err
 				}
 			}
 			return nil
 		})
-		if err != nil || len(old) == 0 {
-			return err
-		}
-		now := e.clock.now()
-		for part := range slices.Chunk(old, retireChunk) {
-			err := e.update(ctx, now, func(t store.Txn) error {
-				for _, entry := range part {
-					if err := retire(t, entry, held[entry.Key], now); err != nil {
-						return err
-					}
-				}
-				return nil
-			})
-			if err != nil {
-				return err
-			}
+		if err != nil {
+			return false, err
 		}
 	}
+	return len(old) == retirePage, nil
 }
 
-// retire forgets one thing that has ended. A grant that has leases still is
-// looked at again when the retention is over once more.
-func retire(t store.Txn, entry store.Entry, held bool, now time.Time) error {
+// retire forgets one thing that ended before then. A grant that has leases still
+// is looked at again when the retention is over once more; a request for as long
+// as there is its grant, and an incident until all of it was told of its close.
+func retire(t store.Txn, entry store.Entry, held bool, before, now time.Time) error {
 	if err := t.Delete(entry.Key); err != nil {
 		return err
 	}
@@ -93,6 +94,22 @@ func retire(t store.Txn, entry store.Entry, held bool, now time.Time) error {
 		rec, ok, err := get[requestRecord](t, keyRequest(broker.RequestID(id)))
 		if err != nil || !ok || rec.State == broker.RequestPending {
 			return err
+		}
+		if rec.Grant != "" {
+			g, kept, err := get[broker.Grant](t, keyGrant(rec.Grant))
+			if err != nil {
+				return err
+			}
+			if kept {
+				at := g.EndedAt
+				if g.State == broker.GrantOpen {
+					at = g.NotAfter
+				}
+				if !at.After(before) {
+					at = now
+				}
+				return t.Put(keyEnded(at, retiredRequest, id), nil)
+			}
 		}
 		if err := t.Delete(keyRequestOf(rec.Agent, rec.ID)); err != nil {
 			return err
@@ -111,6 +128,11 @@ func retire(t store.Txn, entry store.Entry, held bool, now time.Time) error {
 		in, ok, err := get[broker.Incident](t, keyIncident(broker.IncidentID(id)))
 		if err != nil || !ok || in.State == broker.IncidentOpen {
 			return err
+		}
+		if _, swept, err := t.Get(keySweep(sweepIncident, id)); err != nil {
+			return err
+		} else if swept {
+			return t.Put(keyEnded(now, retiredIncident, id), nil) // the sweep goes by its grants
 		}
 		return t.Delete(keyIncident(in.ID))
 	case retiredIdem:

@@ -26,6 +26,7 @@ func AcceptClock(ctx context.Context, s store.Store, now time.Time, actor string
 	var grants []broker.GrantID
 	var incidents []broker.IncidentID
 	var leases []broker.LeaseID
+	var cuts []string
 	err = s.View(ctx, func(r store.Reader) (err error) {
 		if was, _, err = get[time.Time](r, keyClock); err != nil || !was.After(now) {
 			return err
@@ -64,6 +65,14 @@ func AcceptClock(ctx context.Context, s store.Store, now time.Time, actor string
 			}
 			if l.CreatedAt.After(now) {
 				leases = append(leases, l.ID)
+			}
+		}
+		for rec, err := range cutOffsOf(r) {
+			if err != nil {
+				return err
+			}
+			if rec.At.After(now) {
+				cuts = append(cuts, cutOffID(rec.Provider, rec.Cut.Role))
 			}
 		}
 		return nil
@@ -105,6 +114,11 @@ func AcceptClock(ctx context.Context, s store.Store, now time.Time, actor string
 			return was, fmt.Errorf("ending leases: %w", err)
 		}
 	}
+	for _, id := range cuts {
+		if err := s.Update(ctx, func(t store.Txn) error { return cutOffBack(t, id, now) }); err != nil {
+			return was, fmt.Errorf("setting back a cut-off: %w", err)
+		}
+	}
 	err = s.Update(ctx, func(t store.Txn) error {
 		if err := put(t, keyClock, now); err != nil {
 			return err
@@ -120,4 +134,22 @@ func AcceptClock(ctx context.Context, s store.Store, now time.Time, actor string
 	}
 	log.Warn("the clock was accepted", "was", was, "now", now, "grants", len(grants), "incidents", len(incidents), "leases", len(leases))
 	return was, nil
+}
+
+// cutOffBack has a cut-off of the time that never was hold new leases back no
+// longer than it would have by the clock as it is: by the one that ran ahead it
+// would for as long as that did. What it ends is measured by the provider's
+// clock, and stays; where it was measured by ours, no session works before.
+// Until when it stands stays too: that is only longer than it need be.
+func cutOffBack(t store.Txn, id string, now time.Time) error {
+	rec, ok, err := get[cutOffRecord](t, keyCutOff(id))
+	if err != nil || !ok {
+		return err
+	}
+	clear := now.Add(rec.Cut.Clear.Sub(rec.At))
+	if !rec.Cut.Before.Before(clear) || !clear.Before(rec.Cut.Clear) {
+		return nil
+	}
+	rec.Cut.Clear = clear
+	return put(t, keyCutOff(id), rec)
 }

@@ -3,6 +3,7 @@ package lease
 import (
 	"fmt"
 	"maps"
+	"strings"
 	"time"
 
 	"github.com/mayfly-security/mayfly/broker"
@@ -12,9 +13,13 @@ import (
 	"github.com/mayfly-security/mayfly/store"
 )
 
-// chunk is how many leases one transaction moves: a move takes up to thirteen
+// chunk is how many leases one transaction begins to end: that takes up to six
 // operations of the store's store.MaxOps.
 const chunk = 9
+
+// tellChunk is how many leases one transaction is told of: one that was ended
+// without the store, and is dead, takes up to seventeen operations.
+const tellChunk = 7
 
 // grantChunk is how many grants one transaction ends: an end takes up to eight
 // operations, and one more for each person on whose vote the grant stands.
@@ -64,15 +69,25 @@ func moveDue(t store.Txn, l *leaseRecord, at time.Time) error {
 // revoking key, so that the overdue can be counted without reading them.
 const (
 	waitsProvider = "provider" // to confirm it
-	waitsExpiry   = "expiry"   // it dies by itself, and the provider does no more until then
+	waitsExpiry   = "expiry"   // it dies by itself, and the provider does no more until then: behind it stands when
 )
+
+// expiryGrace is how long after that the provider has to say that it is dead.
+const expiryGrace = time.Minute
 
 // waitsFor is what a Death says of that.
 func waitsFor(l *leaseRecord, d providers.Death) string {
 	if d.Err == nil && !l.DiesAt.IsZero() && !d.RetryAt.Before(l.DiesAt) {
-		return waitsExpiry
+		return waitsExpiry + "|" + keyTime(d.RetryAt)
 	}
 	return waitsProvider
+}
+
+// waitsForExpiry reads the value of a revoking key. Once the expiry is over it is
+// the provider's word that is waited for.
+func waitsForExpiry(value string, now time.Time) bool {
+	what, until, _ := strings.Cut(value, "|")
+	return what == waitsExpiry && (until == "" || keyTime(now.Add(-expiryGrace)) <= until)
 }
 
 // startRevoking moves a lease that has not ended to revoking: from now on it

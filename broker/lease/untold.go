@@ -147,7 +147,6 @@ func (w *worker) mustTell() bool {
 
 // tellStore tells the store what it could not be told.
 func (w *worker) tellStore() (o outcome) {
-	const each = 8 // one takes up to fourteen operations
 	w.mu.Lock()
 	var said []told
 	var only []broker.LeaseID // doomed, and nothing was said of them yet
@@ -162,13 +161,13 @@ func (w *worker) tellStore() (o outcome) {
 		}
 	}
 	w.mu.Unlock()
-	for part := range slices.Chunk(said, each) {
+	for part := range slices.Chunk(said, tellChunk) {
 		if err := w.write(part); err != nil {
 			return outcome{store: err}
 		}
 		w.e.watch.signal()
 	}
-	for part := range slices.Chunk(only, each) {
+	for part := range slices.Chunk(only, chunk) {
 		if err := w.tellEnds(part); err != nil {
 			return outcome{store: err}
 		}

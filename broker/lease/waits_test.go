@@ -73,5 +73,10 @@ func TestWaitsFor(t *testing.T) {
 			t.Fatal(err)
 		}
 		wait("a token", 2, 2)
+
+		// It should have died by then: the provider is to say so, and is away.
+		answer(func(providers.Ending) providers.Death { return providers.Death{Err: providers.ErrAway} })
+		time.Sleep(time.Until(l.DiesAt) + 2*time.Minute)
+		wait("its expiry is over", 1, 0)
 	})
 }

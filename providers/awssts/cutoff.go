@@ -79,7 +79,7 @@ func (p *provider) PlanCutOff(ctx context.Context, role string) (providers.Cut, 
 			"AWS has no role %s (provider %s)", r.Name, p.name).Because(err)
 	case err != nil:
 		p.log.Warn("AWS does not tell its time: a cut-off is measured by ours, and reaches a minute further", "role", role, "error", err)
-		cut.Before = now.Add(planSkew)
+		cut.Before, cut.Ours = now.Add(planSkew), true
 		cut.Clear = cut.Before.Add(planSkew + skew)
 	default:
 		cut.Before = server.Add(cutMargin)

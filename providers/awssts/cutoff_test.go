@@ -251,7 +251,7 @@ func TestCutOffAway(t *testing.T) {
 	p := w.open()
 	a := w.mint(p, time.Hour, "")
 	cut := w.planCut(p)
-	if reach := cut.Before.Sub(w.clock.Now()); reach < planSkew || reach > planSkew+time.Second {
+	if reach := cut.Before.Sub(w.clock.Now()); reach < planSkew || reach > planSkew+time.Second || !cut.Ours {
 		t.Errorf("it reaches %s further", reach)
 	}
 	for _, code := range []string{"Throttling", "AccessDenied", "LimitExceeded", "NoSuchEntity"} {
@@ -473,5 +473,36 @@ func TestCutOffOfFullList(t *testing.T) {
 	}
 	if w.fake.Most() > denylist.Quota {
 		t.Errorf("the quota was exceeded: %d", w.fake.Most())
+	}
+}
+
+// TestCutOffOfASharedRole: none of the providers that share a role makes a
+// lease that would be dead.
+func TestCutOffOfASharedRole(t *testing.T) {
+	w := newWorld(t)
+	p := w.open()
+	opened, err := w.driver.Open(t.Context(), w.opening("other"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer opened.Close()
+	other := opened.(*provider)
+	cut := w.planCut(p)
+	w.store.setCuts() // they are the first provider's
+	if d := p.CutOff(t.Context(), cut); d.Err != nil {
+		t.Fatal(d.Err)
+	}
+	for _, p := range []*provider{p, other} {
+		_, err := w.try(p, time.Hour, "")
+		var refusal *broker.Error
+		if !errors.As(err, &refusal) || refusal.Reason != broker.ReasonProvider || !strings.Contains(refusal.Next, "try again in") {
+			t.Errorf("provider %s: %v", p.name, err)
+		}
+	}
+	w.clock.Set(cut.Clear)
+	for _, p := range []*provider{p, other} {
+		if !w.fake.Works(w.mint(p, 30*time.Minute, "").key) {
+			t.Errorf("a new lease of provider %s is dead", p.name)
+		}
 	}
 }

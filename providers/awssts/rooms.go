@@ -57,9 +57,9 @@ func (p *provider) choose(roles []awsaccess.Role, req providers.MintRequest) (st
 		if _, has := w.places[req.Lease]; has {
 			return r.ARN, nil
 		}
-		if now.Before(w.cut.Clear) {
-			if clear.IsZero() || w.cut.Clear.Before(clear) {
-				clear = w.cut.Clear
+		if until := p.cutUntilLocked(w); now.Before(until) {
+			if clear.IsZero() || until.Before(clear) {
+				clear = until
 			}
 			continue // what is made now would be dead
 		}
@@ -76,6 +76,15 @@ func (p *provider) choose(roles []awsaccess.Role, req providers.MintRequest) (st
 	}
 	p.writerLocked(best).places[req.Lease] = place{until: now.Add(mintLimit + lateBound), planned: true}
 	return best, nil
+}
+
+// cutUntilLocked is when sessions of the role that is cut off work again, by
+// whichever of the providers that share it. The caller holds writers.mu.
+func (p *provider) cutUntilLocked(w *writer) (clear time.Time) {
+	for _, other := range p.writers.of[w.role.ARN] {
+		clear = latest(clear, other.cut.Clear)
+	}
+	return clear
 }
 
 // acquaint has the role's policies looked at before its first lease is made: what
