@@ -45,6 +45,7 @@ type Identity struct {
 type Tool struct {
 	broker.Tool
 	Survives     string        // what outlives a revocation; empty if nothing does
+	Static       bool          // the secret was there before a lease and stays after it; only a rotation ends it
 	GrantedUntil time.Time     // the end of the caller's best grant; zero if none is good now
 	Refusal      broker.Reason // why none is good now; empty if one is
 	Requestable  bool          // we may ask for it
@@ -116,7 +117,7 @@ func (c *Client) Tools(ctx context.Context) ([]Tool, error) {
 				MaxTTL: m.GetMaxTtl().AsDuration(), Env: m.GetEnv(), Labels: m.GetLabels(), Sensitivity: m.GetSensitivity(),
 			},
 			Requestable: m.GetRequestable(), ApprovalRule: m.GetApproval(), BreakGlassRule: m.GetBreakGlass(),
-			Survives: m.GetSurvives(), GrantedUntil: instant(m.GetGrantedUntil()), Refusal: broker.Reason(m.GetRefusal()),
+			Survives: m.GetSurvives(), Static: m.GetIsStatic(), GrantedUntil: instant(m.GetGrantedUntil()), Refusal: broker.Reason(m.GetRefusal()),
 		}
 		for _, pm := range m.GetParameters() {
 			p := broker.Param{

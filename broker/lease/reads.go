@@ -272,6 +272,7 @@ func (ep *epoch) view(r store.Reader, in broker.Incident, now time.Time) (Incide
 type ToolView struct {
 	broker.Tool
 	Survives string
+	Static   bool          // only a rotation ends its secret
 	Granted  *broker.Grant // the grant that would be used now; nil if there is none
 	Refusal  broker.Reason // why there is none
 	// Requestable: the policy set lets the caller ask for it, with some
@@ -307,7 +308,8 @@ func (e *Engine) Tools(ctx context.Context, caller broker.Caller) ([]ToolView, e
 	var views []ToolView
 	for _, tool := range ep.catalog.Tools() {
 		candidates, has := facts[tool.Name]
-		v := ToolView{Tool: tool, Survives: ep.catalog.ScopeInfo(tool.Name).Survives, Requestable: ep.mayAsk(caller, tool, now)}
+		info := ep.catalog.ScopeInfo(tool.Name)
+		v := ToolView{Tool: tool, Survives: info.Survives, Static: info.Static, Requestable: ep.mayAsk(caller, tool, now)}
 		if !has && !all && !v.Requestable {
 			continue
 		}

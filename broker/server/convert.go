@@ -136,7 +136,7 @@ func toolMessage(v lease.ToolView) *mayflyv1.Tool {
 	m := &mayflyv1.Tool{
 		Name: v.Name, Description: v.Description, Provider: v.Provider,
 		MaxTtl: durationpb.New(v.MaxTTL), Env: v.Env,
-		Survives: v.Survives, Refusal: string(v.Refusal),
+		Survives: v.Survives, IsStatic: v.Static, Refusal: string(v.Refusal),
 		Labels: v.Labels, Sensitivity: string(v.Sensitivity), Approval: ruleName(v.Approval), BreakGlass: ruleName(v.BreakGlass), Requestable: v.Requestable,
 	}
 	if v.Granted != nil {

@@ -62,6 +62,13 @@ func (p *program) showTools(tools []client.Tool) error {
 	})
 }
 
+func staticText(static bool) string {
+	if !static {
+		return ""
+	}
+	return "yes: the secret stays after the lease, until it is rotated"
+}
+
 func (p *program) showTool(tools []client.Tool, name string) error {
 	i := slices.IndexFunc(tools, func(t client.Tool) bool { return t.Name == name })
 	if i < 0 {
@@ -72,7 +79,7 @@ func (p *program) showTool(tools []client.Tool, name string) error {
 		out.fields("", "tool", t.Name, "description", t.Description, "provider", t.Provider,
 			"max TTL", span(t.MaxTTL), "granted", p.granted(t),
 			"sensitivity", t.Sensitivity, "labels", paramText(t.Labels), "ask", askText(t), "break-glass", t.BreakGlassRule,
-			"sets", strings.Join(slices.Sorted(maps.Keys(t.Env)), " "), "survives", t.Survives)
+			"sets", strings.Join(slices.Sorted(maps.Keys(t.Env)), " "), "static", staticText(t.Static), "survives", t.Survives)
 		for _, q := range t.Params {
 			out.line("  --param %s=…  %s", q.Name, paramHelp(q))
 		}

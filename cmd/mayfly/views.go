@@ -38,6 +38,7 @@ type toolView struct {
 	Parameters   []parameterView   `json:"parameters,omitempty"`
 	Env          map[string]string `json:"env,omitempty"`
 	Survives     string            `json:"survives,omitempty"`
+	IsStatic     bool              `json:"isStatic,omitempty"`
 	GrantedUntil time.Time         `json:"grantedUntil,omitzero"`
 	Refusal      string            `json:"refusal,omitempty"`
 	Labels       map[string]string `json:"labels,omitempty"`
@@ -212,7 +213,7 @@ func viewIdentity(w client.Identity) identityView {
 func viewTool(t client.Tool) toolView {
 	v := toolView{
 		Name: t.Name, Description: t.Description, Provider: t.Provider, MaxTTL: secondsText(t.MaxTTL),
-		Env: t.Env, Survives: t.Survives, GrantedUntil: t.GrantedUntil, Refusal: string(t.Refusal),
+		Env: t.Env, Survives: t.Survives, IsStatic: t.Static, GrantedUntil: t.GrantedUntil, Refusal: string(t.Refusal),
 		Labels: t.Labels, Sensitivity: t.Sensitivity, Approval: t.ApprovalRule, BreakGlass: t.BreakGlassRule, Requestable: t.Requestable,
 	}
 	for _, p := range t.Params {

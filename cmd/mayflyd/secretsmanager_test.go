@@ -69,8 +69,8 @@ func TestSecretsManager(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, tool := range tools.Msg.GetTools() {
-		if !strings.Contains(tool.GetSurvives(), "the secret itself") {
-			t.Errorf("%s survives: %q", tool.GetName(), tool.GetSurvives())
+		if !tool.GetIsStatic() || !strings.Contains(tool.GetSurvives(), "the secret itself") {
+			t.Errorf("%s is static: %t; survives: %q", tool.GetName(), tool.GetIsStatic(), tool.GetSurvives())
 		}
 	}
 	if _, err := api.agent.IssueLease(ctx, connect.NewRequest(&mayflyv1.IssueLeaseRequest{Tool: "rotated", IdempotencyKey: "beside"})); err == nil || !strings.Contains(err.Error(), "one lease of it at a time") && !strings.Contains(err.Error(), "in use by another lease") {

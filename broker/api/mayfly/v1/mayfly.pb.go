@@ -418,7 +418,10 @@ type Tool struct {
 	Approval   string `protobuf:"bytes,12,opt,name=approval,proto3" json:"approval,omitempty"`
 	BreakGlass string `protobuf:"bytes,13,opt,name=break_glass,json=breakGlass,proto3" json:"break_glass,omitempty"`
 	// The caller may ask for it (`mayfly request`).
-	Requestable   bool `protobuf:"varint,14,opt,name=requestable,proto3" json:"requestable,omitempty"`
+	Requestable bool `protobuf:"varint,14,opt,name=requestable,proto3" json:"requestable,omitempty"`
+	// The secret was there before a lease and stays after it: only a rotation
+	// ends it.
+	IsStatic      bool `protobuf:"varint,15,opt,name=is_static,json=isStatic,proto3" json:"is_static,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -547,6 +550,13 @@ func (x *Tool) GetBreakGlass() string {
 func (x *Tool) GetRequestable() bool {
 	if x != nil {
 		return x.Requestable
+	}
+	return false
+}
+
+func (x *Tool) GetIsStatic() bool {
+	if x != nil {
+		return x.IsStatic
 	}
 	return false
 }
@@ -5716,7 +5726,7 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x12\n" +
 	"\x10ListToolsRequest\":\n" +
 	"\x11ListToolsResponse\x12%\n" +
-	"\x05tools\x18\x01 \x03(\v2\x0f.mayfly.v1.ToolR\x05tools\"\x8e\x05\n" +
+	"\x05tools\x18\x01 \x03(\v2\x0f.mayfly.v1.ToolR\x05tools\"\xab\x05\n" +
 	"\x04Tool\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
 	"\vdescription\x18\x02 \x01(\tR\vdescription\x12\x1a\n" +
@@ -5735,7 +5745,8 @@ const file_mayfly_v1_mayfly_proto_rawDesc = "" +
 	"\bapproval\x18\f \x01(\tR\bapproval\x12\x1f\n" +
 	"\vbreak_glass\x18\r \x01(\tR\n" +
 	"breakGlass\x12 \n" +
-	"\vrequestable\x18\x0e \x01(\bR\vrequestable\x1a6\n" +
+	"\vrequestable\x18\x0e \x01(\bR\vrequestable\x12\x1b\n" +
+	"\tis_static\x18\x0f \x01(\bR\bisStatic\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +
