@@ -283,3 +283,35 @@ func TestFullServer(t *testing.T) {
 		t.Errorf("%+v", d)
 	}
 }
+
+// TestHeldWhileItSettles: a role that cannot be dropped at the moment is not
+// left until the attempt has settled.
+func TestHeldWhileItSettles(t *testing.T) {
+	v, pg := servers(t)
+	w := newWorld(t, v, pg)
+	p := w.setup(w.database()).open()
+	a := w.mint(p, w.database(), time.Minute)
+	name := handleOf(t, a.minted.Handle).User
+	super, err := pgx.Connect(t.Context(), pg.super("crm"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer super.Close(context.Background())
+	if _, err := super.Exec(t.Context(), fmt.Sprintf(`BEGIN; CREATE TABLE held_%s (a int); ALTER TABLE held_%[1]s OWNER TO %q`, w.id, name)); err != nil {
+		t.Fatal(err)
+	}
+	e := a.unanswered()
+	e.Settles = time.Now().Add(time.Hour)
+	if d := p.Revoke(t.Context(), []providers.Ending{e})[0]; d.Err == nil || d.Progress == broker.ProgressVerified {
+		t.Errorf("while somebody holds it: %+v", d)
+	}
+	if _, err := super.Exec(t.Context(), `ROLLBACK`); err != nil {
+		t.Fatal(err)
+	}
+	if d := p.Revoke(t.Context(), []providers.Ending{e})[0]; d.Err != nil || !d.RetryAt.Equal(e.Settles) {
+		t.Errorf("when it is let go: %+v", d)
+	}
+	if left := w.rolesOf(a.req.Lease); len(left) > 0 {
+		t.Errorf("roles are left: %q", left)
+	}
+}

@@ -8,11 +8,17 @@ import (
 	"github.com/mayfly-security/mayfly/providers/vault/vaultscope"
 )
 
+// looksFor reports whether the broker has a login with which it finds and drops
+// the roles of a lease by itself.
+func (p *provider) looksFor(e *ending) bool {
+	return e.h.Class == classDatabase && p.directs[e.h.Mount] != nil
+}
+
 // byMount are the endings that which chooses, of mounts with a login.
 func (p *provider) byMount(endings []*ending, which func(*ending) bool) map[string][]*ending {
 	chosen := make(map[string][]*ending)
 	for _, e := range endings {
-		if !e.resolved && e.h.Class == classDatabase && p.directs[e.h.Mount] != nil && which(e) {
+		if !e.resolved && p.looksFor(e) && which(e) {
 			chosen[e.h.Mount] = append(chosen[e.h.Mount], e)
 		}
 	}

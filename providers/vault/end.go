@@ -156,7 +156,7 @@ func (p *provider) apart(endings []*ending, do func([]*ending)) {
 	groups := make(map[string][]*ending)
 	for _, e := range endings {
 		mount := ""
-		if e.h.Class == classDatabase && p.directs[e.h.Mount] != nil {
+		if p.looksFor(e) {
 			mount = e.h.Mount
 		}
 		groups[mount] = append(groups[mount], e)
@@ -176,7 +176,13 @@ func (p *provider) revoke(ctx context.Context, endings []*ending) {
 	p.drop(ctx, endings, func(e *ending) bool { return e.h.User != "" || !e.settled })
 	for _, e := range endings {
 		if !e.resolved && !e.settled {
-			e.is(providers.Death{RetryAt: e.Settles, Err: e.direct})
+			err := e.direct
+			if err == nil && !e.absent && p.looksFor(e) {
+				// Somebody holds a lock on it: it is being made, or Vault drops it at
+				// the same moment. It is not left there until the attempt has settled.
+				err = fmt.Errorf("a role of lease %s is still there", e.Lease)
+			}
+			e.is(providers.Death{RetryAt: e.Settles, Err: err})
 		}
 	}
 	p.atVault(ctx, endings, p.endAtVault)
@@ -267,7 +273,7 @@ func (p *provider) conclude(e *ending) providers.Death {
 		return providers.Death{Progress: progress, RetryAt: e.h.DiesAt}
 	case e.h.Read && e.h.Class == classFixed:
 		return providers.Death{Progress: broker.ProgressRequested, RetryAt: e.h.DiesAt}
-	case e.h.Class == classDatabase && p.directs[e.h.Mount] != nil:
+	case p.looksFor(e):
 		if e.absent {
 			return verified
 		}
