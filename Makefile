@@ -39,7 +39,7 @@ torture: need-postgres $(TESTBED)/vault ## Kill the broker under load, and compa
 
 .PHONY: test
 test: need-cc need-postgres $(TESTBED)/vault $(TESTBED)/oidc $(TESTBED)/minio $(TESTBED)/awsjs need-aws testbed-iamsim testbed-terraform testbed-cfn ## Run every test, with the race detector; builds Vault, MinIO and Terraform with its AWS provider once (minutes)
-	$(GO) test -race -parallel 8 -timeout 15m $(TEST_ARGS) ./...
+	$(GO) test -race -p 3 -parallel 8 -timeout 15m $(TEST_ARGS) ./... # three packages at once: much of it waits
 	$(GO) test -timeout 10m $(TEST_ARGS) -run '^TestStorm$$' ./providers/awssts # whole: too slow with the race detector
 
 .PHONY: need-cc
