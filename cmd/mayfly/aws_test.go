@@ -520,7 +520,9 @@ func TestAWSConcurrentProcesses(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer stop()
+	r.Lock()
 	r.Secret = awsSecret
+	r.Unlock()
 	runtime := t.TempDir()
 	outputs := make([]string, 8)
 	var wg sync.WaitGroup

@@ -35,9 +35,10 @@ func newKeptWorld(t *testing.T) *keptWorld {
 		t.Fatal(err)
 	}
 	t.Cleanup(stop)
-	r.Secret, r.TTL = awsSecret, 10*time.Minute
 	w := &keptWorld{rig: r, t: t, run: t.TempDir(), at: time.Now()}
-	r.Now = w.now
+	r.Lock()
+	defer r.Unlock()
+	r.Secret, r.TTL, r.Now = awsSecret, 10*time.Minute, w.now
 	return w
 }
 
