@@ -49,8 +49,7 @@ func (p *provider) Plan(req providers.MintRequest) (providers.Handle, error) {
 func (p *provider) scope(tool broker.Tool) (awsscope.Scope, error) {
 	s, err := awsscope.ParseScope(p.config, tool)
 	if err != nil {
-		return s, broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
-			"the scope of tool %s cannot be read", tool.Name).Because(err)
+		return s, providers.SayRefused("the scope of tool %s cannot be read", tool.Name).Because(err)
 	}
 	return s, nil
 }

@@ -10,41 +10,31 @@ import (
 
 // told is what an agent is told of a kind: our own words, never AWS's.
 func (p *provider) told(k awsclient.Kind, tool string) *broker.Error {
-	const (
-		later    = "try again later; operators see the cause in the log by correlation ID"
-		operator = "give the correlation ID to an operator"
-	)
-	unavailable := func(format string, args ...any) *broker.Error {
-		return broker.Refusef(broker.ReasonProvider, later, format, args...)
-	}
-	refused := func(format string, args ...any) *broker.Error {
-		return broker.Refusef(broker.ReasonProviderRefused, operator, format, args...)
-	}
 	switch k {
 	case awsclient.Away:
-		return unavailable("AWS STS (provider %s) cannot be reached", p.name)
+		return providers.SayLater("AWS STS (provider %s) cannot be reached", p.name)
 	case awsclient.Throttled:
-		return unavailable("AWS STS (provider %s) takes no more requests for the moment", p.name)
+		return providers.SayLater("AWS STS (provider %s) takes no more requests for the moment", p.name)
 	case awsclient.Login:
-		return unavailable("the broker cannot log in to AWS (provider %s)", p.name)
+		return providers.SayLater("the broker cannot log in to AWS (provider %s)", p.name)
 	case awsclient.Denied:
-		return refused("AWS (provider %s) does not allow the broker to make a session for %s: the role's trust policy must allow it sts:AssumeRole, sts:TagSession and sts:SetSourceIdentity", p.name, tool)
+		return providers.SayRefused("AWS (provider %s) does not allow the broker to make a session for %s: the role's trust policy must allow it sts:AssumeRole, sts:TagSession and sts:SetSourceIdentity", p.name, tool)
 	case awsclient.Missing:
-		return refused("the role of tool %s is not there in AWS (provider %s)", tool, p.name)
+		return providers.SayRefused("the role of tool %s is not there in AWS (provider %s)", tool, p.name)
 	case awsclient.TooLarge:
-		return refused("the catalog's tool %s has too many permissions for a session: AWS (provider %s) says that policy and tags are too large when packed; an operator shortens the tool's statements", tool, p.name)
+		return providers.SayRefused("the catalog's tool %s has too many permissions for a session: AWS (provider %s) says that policy and tags are too large when packed; an operator shortens the tool's statements", tool, p.name)
 	case awsclient.Malformed:
-		return refused("the catalog's tool %s has statements that AWS (provider %s) cannot read", tool, p.name)
+		return providers.SayRefused("the catalog's tool %s has statements that AWS (provider %s) cannot read", tool, p.name)
 	case awsclient.Region:
-		return refused("AWS STS is not active in the region of provider %s", p.name)
+		return providers.SayRefused("AWS STS is not active in the region of provider %s", p.name)
 	case awsclient.Bad, awsclient.Full:
-		return refused("AWS (provider %s) refuses what tool %s asks for", p.name, tool)
+		return providers.SayRefused("AWS (provider %s) refuses what tool %s asks for", p.name, tool)
 	case awsclient.Late:
-		return unavailable("AWS STS (provider %s) did not answer in time", p.name)
+		return providers.SayLater("AWS STS (provider %s) did not answer in time", p.name)
 	case awsclient.Cut:
-		return unavailable("the connection to AWS STS (provider %s) broke", p.name)
+		return providers.SayLater("the connection to AWS STS (provider %s) broke", p.name)
 	}
-	return unavailable("AWS STS (provider %s) failed", p.name)
+	return providers.SayLater("AWS STS (provider %s) failed", p.name)
 }
 
 // nothingMade is an error of Mint where nothing was made.

@@ -49,8 +49,7 @@ func (p *provider) decodeHandle(raw providers.Handle) (handle, error) {
 func (p *provider) Mint(ctx context.Context, req providers.MintRequest, record func(providers.Handle) error) (providers.Minted, error) {
 	s, err := parseScope(p.config, req.Tool)
 	if err != nil {
-		return providers.Minted{}, providers.Refused(broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
-			"the scope of tool %s cannot be read", req.Tool.Name).Because(err))
+		return providers.Minted{}, providers.Refused(providers.SayRefused("the scope of tool %s cannot be read", req.Tool.Name).Because(err))
 	}
 	name, err := s.name(req.Params)
 	if err != nil {
@@ -167,33 +166,29 @@ func same(asked, arn, name string) bool {
 
 // wrong is that the secret is not as the tool says.
 func (p *provider) wrong(tool string, cause error) error {
-	return providers.Refused(broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
+	return providers.Refused(providers.SayRefused(
 		"the secret of tool %s (provider %s) is not as the catalog says", tool, p.name).Because(cause))
 }
 
 // nothingRead tells why a secret was not read, in our own words.
 func (p *provider) nothingRead(cause error, tool string) error {
-	const (
-		later    = "try again later; operators see the cause in the log by correlation ID"
-		operator = "give the correlation ID to an operator"
-	)
 	var told *broker.Error
 	refused := false
 	switch awsclient.KindOf(cause) {
 	case awsclient.Throttled, awsclient.Login, awsclient.Away:
-		told = broker.Refusef(broker.ReasonProvider, later, "AWS Secrets Manager (provider %s) takes no requests of the broker's now", p.name)
+		told = providers.SayLater("AWS Secrets Manager (provider %s) takes no requests of the broker's now", p.name)
 	case awsclient.Missing:
-		refused, told = true, broker.Refusef(broker.ReasonProviderRefused, operator, "the secret of tool %s, or its version, is not there (provider %s)", tool, p.name)
+		refused, told = true, providers.SayRefused("the secret of tool %s, or its version, is not there (provider %s)", tool, p.name)
 	case awsclient.Denied:
-		refused, told = true, broker.Refusef(broker.ReasonProviderRefused, operator, "AWS (provider %s) does not allow the broker to read the secret of tool %s", p.name, tool)
+		refused, told = true, providers.SayRefused("AWS (provider %s) does not allow the broker to read the secret of tool %s", p.name, tool)
 	case awsclient.Bad:
-		refused, told = true, broker.Refusef(broker.ReasonProviderRefused, operator, "AWS (provider %s) does not give the secret of tool %s", p.name, tool)
+		refused, told = true, providers.SayRefused("AWS (provider %s) does not give the secret of tool %s", p.name, tool)
 	case awsclient.Late:
-		told = broker.Refusef(broker.ReasonProvider, later, "AWS Secrets Manager (provider %s) did not answer in time", p.name)
+		told = providers.SayLater("AWS Secrets Manager (provider %s) did not answer in time", p.name)
 	case awsclient.Cut:
-		told = broker.Refusef(broker.ReasonProvider, later, "AWS Secrets Manager (provider %s) did not answer", p.name)
+		told = providers.SayLater("AWS Secrets Manager (provider %s) did not answer", p.name)
 	default:
-		told = broker.Refusef(broker.ReasonProvider, later, "AWS Secrets Manager (provider %s) failed", p.name)
+		told = providers.SayLater("AWS Secrets Manager (provider %s) failed", p.name)
 	}
 	if refused {
 		return providers.Refused(told.Because(cause))

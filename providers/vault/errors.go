@@ -189,37 +189,27 @@ func (f *fault) shape() kind {
 
 // told is what an agent is told of a kind: our own words, never Vault's.
 func (p *provider) told(k kind, tool string) *broker.Error {
-	const (
-		later    = "try again later; operators see the cause in the log by correlation ID"
-		operator = "give the correlation ID to an operator"
-	)
-	unavailable := func(format string, args ...any) *broker.Error {
-		return broker.Refusef(broker.ReasonProvider, later, format, args...)
-	}
-	refused := func(format string, args ...any) *broker.Error {
-		return broker.Refusef(broker.ReasonProviderRefused, operator, format, args...)
-	}
 	switch k {
 	case away:
-		return unavailable("Vault (provider %s) cannot be reached, is sealed or has no leader", p.name)
+		return providers.SayLater("Vault (provider %s) cannot be reached, is sealed or has no leader", p.name)
 	case throttled:
-		return unavailable("Vault (provider %s) takes no more requests for the moment: a quota is used up", p.name)
+		return providers.SayLater("Vault (provider %s) takes no more requests for the moment: a quota is used up", p.name)
 	case login, badToken:
-		return unavailable("the broker cannot log in to Vault (provider %s)", p.name)
+		return providers.SayLater("the broker cannot log in to Vault (provider %s)", p.name)
 	case denied:
-		return refused("Vault (provider %s) does not allow the broker to make a credential for %s: its policies there are not as `mayfly vault setup` prints them", p.name, tool)
+		return providers.SayRefused("Vault (provider %s) does not allow the broker to make a credential for %s: its policies there are not as `mayfly vault setup` prints them", p.name, tool)
 	case missing:
-		return refused("what tool %s names in Vault (provider %s) is not there: a mount, path or token role", tool, p.name)
+		return providers.SayRefused("what tool %s names in Vault (provider %s) is not there: a mount, path or token role", tool, p.name)
 	case bad:
-		return refused("Vault (provider %s) refuses what tool %s asks for: a role that is not there, or a value that it does not take", p.name, tool)
+		return providers.SayRefused("Vault (provider %s) refuses what tool %s asks for: a role that is not there, or a value that it does not take", p.name, tool)
 	case unwanted:
-		return refused("Vault (provider %s) answered for tool %s with something else than the catalog says", p.name, tool)
+		return providers.SayRefused("Vault (provider %s) answered for tool %s with something else than the catalog says", p.name, tool)
 	case late:
-		return unavailable("Vault (provider %s) did not answer in time", p.name)
+		return providers.SayLater("Vault (provider %s) did not answer in time", p.name)
 	case cut:
-		return unavailable("the connection to Vault (provider %s) broke", p.name)
+		return providers.SayLater("the connection to Vault (provider %s) broke", p.name)
 	}
-	return unavailable("Vault (provider %s), or the system behind it, failed", p.name)
+	return providers.SayLater("Vault (provider %s), or the system behind it, failed", p.name)
 }
 
 // nothingMade is an error of Mint where nothing was made.

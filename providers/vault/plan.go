@@ -24,8 +24,7 @@ type plan struct {
 func (p *provider) planOf(req providers.MintRequest) (plan, error) {
 	s, err := vaultscope.ParseScope(p.config, req.Tool)
 	if err != nil {
-		return plan{}, broker.Refusef(broker.ReasonProviderRefused, "give the correlation ID to an operator",
-			"the scope of tool %s cannot be read", req.Tool.Name).Because(err)
+		return plan{}, providers.SayRefused("the scope of tool %s cannot be read", req.Tool.Name).Because(err)
 	}
 	life := req.End.Sub(req.Now)
 	chosen, ok := s.Class(life)
