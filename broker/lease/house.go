@@ -207,7 +207,7 @@ func (h *housekeeper) due(ctx context.Context) (keys []string, err error) {
 			if err != nil {
 				return err
 			}
-			if strings.Contains(entry.Key, "|"+houseLease+"|") || strings.Contains(entry.Key, "|"+houseUserToken+"|") || strings.Contains(entry.Key, "|"+houseCutOff+"|") {
+			if forgets(entry.Key) {
 				if at, err := timeOfKey(entry.Key, 1); err != nil || at.After(early) {
 					if err != nil {
 						return err
@@ -222,6 +222,13 @@ func (h *housekeeper) due(ctx context.Context) (keys []string, err error) {
 		return nil
 	})
 	return keys, err
+}
+
+// forgets reports whether a key is for something to be forgotten.
+func forgets(key string) bool {
+	return slices.ContainsFunc([]string{houseLease, houseUserToken, houseCutOff}, func(kind string) bool {
+		return strings.Contains(key, "|"+kind+"|")
+	})
 }
 
 // next is when the next thing is due.

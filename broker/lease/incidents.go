@@ -135,7 +135,7 @@ func (e *Engine) openIncident(ctx context.Context, caller broker.Caller, req Inc
 		return broker.Incident{}, again(err)
 	}
 	if made.ID == in.ID {
-		e.paces.gave(ep, caller, now)
+		e.paces.gave(ep, caller, false, now)
 	}
 	e.house.dueAt(made.EndsAt)
 	return made, nil

@@ -283,7 +283,7 @@ func (e *Engine) replay(ctx context.Context, caller broker.Caller, req IssueRequ
 				done()
 				return nil, err
 			}
-			e.paces.gaveAgain(ep, caller, now)
+			e.paces.gave(ep, caller, true, now)
 			return &Delivery{Lease: l.Lease, Secret: s.secret, Env: s.env, Done: done}, nil
 		}
 	}

@@ -313,7 +313,7 @@ func (m *minter) intend(ctx context.Context, now time.Time) error {
 // record of it, whatever becomes of it.
 func (m *minter) counted(err error, now time.Time) {
 	if err == nil || errors.Is(err, store.ErrUnknown) {
-		m.e.paces.gave(m.ep, m.caller, now)
+		m.e.paces.gave(m.ep, m.caller, false, now)
 	}
 }
 

@@ -45,35 +45,36 @@ func (ep *epoch) mostPerHour(caller broker.Caller) int {
 // may refuses a caller who was given as much as its pace allows. It counts
 // nothing: what is refused for another reason costs nobody their pace.
 func (p *paces) may(ep *epoch, caller broker.Caller, now time.Time) error {
-	most := ep.mostPerHour(caller)
-	wait := p.wait(pace{who: caller.Principal()}, most, now)
-	if wait == 0 {
-		return nil
-	}
-	return broker.Refusef(broker.ReasonRateLimited, "ask less often: a credential can be used until its end. Or have its `max_per_hour` raised in the catalog",
-		"%s was given %d leases, requests and incidents in the last hour, which is its pace; the next is given in %s", callerName(caller), most, broker.Span(wait.Truncate(time.Second)+time.Second))
-}
-
-// gave counts one thing that was given. Of those who ask at the same time more
-// may be given something than there is room for: what is too much is waited for.
-func (p *paces) gave(ep *epoch, caller broker.Caller, now time.Time) {
-	p.count(pace{who: caller.Principal()}, ep.mostPerHour(caller), now)
+	return p.within(ep, caller, false, now, "ask less often: a credential can be used until its end. Or have its `max_per_hour` raised in the catalog",
+		"%s was given %d leases, requests and incidents in the last hour, which is its pace; the next is given in %s")
 }
 
 // mayAgain is may, for what an idempotency key gives again: so often, and no
 // less often because of what is new.
 func (p *paces) mayAgain(ep *epoch, caller broker.Caller, now time.Time) error {
+	return p.within(ep, caller, true, now, "keep what you were given: it can be used until its end",
+		"%s was given the same again %d times in the last hour, which is its pace; the next time is in %s")
+}
+
+// within refuses a caller whose bucket is empty, in words that name the caller,
+// its pace, and how long it has to wait.
+func (p *paces) within(ep *epoch, caller broker.Caller, again bool, now time.Time, next, format string) error {
 	most := ep.mostPerHour(caller)
-	wait := p.wait(pace{caller.Principal(), true}, most, now)
+	wait := p.wait(pace{caller.Principal(), again}, most, now)
 	if wait == 0 {
 		return nil
 	}
-	return broker.Refusef(broker.ReasonRateLimited, "keep what you were given: it can be used until its end",
-		"%s was given the same again %d times in the last hour, which is its pace; the next time is in %s", callerName(caller), most, broker.Span(wait.Truncate(time.Second)+time.Second))
+	return broker.Refusef(broker.ReasonRateLimited, next, format,
+		callerName(caller), most, broker.Span(wait.Truncate(time.Second)+time.Second))
 }
 
-func (p *paces) gaveAgain(ep *epoch, caller broker.Caller, now time.Time) {
-	p.count(pace{caller.Principal(), true}, ep.mostPerHour(caller), now)
+// gave counts one thing that was given, anew or again. Of those who ask at the
+// same time more may be given something than there is room for: what is too much
+// is waited for.
+func (p *paces) gave(ep *epoch, caller broker.Caller, again bool, now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.bucket(pace{caller.Principal(), again}, ep.mostPerHour(caller)).ReserveN(now, 1)
 }
 
 // wait says for how long a bucket is empty still. It holds as many as are given
@@ -84,13 +85,6 @@ func (p *paces) wait(of pace, most int, now time.Time) time.Duration {
 	r := p.bucket(of, most).ReserveN(now, 1)
 	defer r.CancelAt(now)
 	return r.DelayFrom(now)
-}
-
-// count takes one from a bucket.
-func (p *paces) count(of pace, most int, now time.Time) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.bucket(of, most).ReserveN(now, 1)
 }
 
 // bucket is one's bucket: a new one for whoever has none, or after a reload that

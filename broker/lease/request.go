@@ -289,7 +289,7 @@ func (e *Engine) tryRequest(ctx context.Context, ep *epoch, caller broker.Caller
 	if made.ID != rec.ID {
 		return made.ID, nil
 	}
-	e.paces.gave(ep, caller, now)
+	e.paces.gave(ep, caller, false, now)
 	outcome := "pending"
 	if grant.ID != "" {
 		outcome = "granted"
